@@ -1,0 +1,52 @@
+# Two commands on a machine that has Python 3.11 (or 3.10) and make: `make demo`, `make test`.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+LOCK ?= requirements/stable.txt
+BIN := $(VENV)/bin
+# The first Python that spu 0.9.5 has a wheel for.
+PYTHON ?= $(shell for p in python3.11 python3.10 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help setup demo test test-slow test-next lint lock bench-layer
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready-$(notdir $(LOCK)) ## the environment, from the lock file
+
+# Without dependencies: the lock file is complete, and leaves out torch, which a package of weights asks for.
+$(VENV)/.ready-$(notdir $(LOCK)): $(LOCK) pyproject.toml
+ifeq ($(PYTHON),)
+	@echo "flaxmpc needs Python 3.11 or 3.10: SPU, which runs the secret computation, has no wheels for others." >&2; exit 1
+endif
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: setup ## a real sentence, classified by a BERT that nobody sees
+	$(BIN)/flaxmpc infer "A gripping, beautifully acted film." "A tedious, lifeless mess."
+
+lint: setup ## ruff and pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+test: setup lint ## lint and tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup ## accuracy over whole test sets: minutes
+	$(BIN)/python -m pytest -m slow
+
+test-next: ## the same tests on the SPU pre-release
+	$(MAKE) setup VENV=.venv-next LOCK=requirements/spu-next.txt
+	.venv-next/bin/python -m pytest -m "not slow"
+
+bench-layer: setup ## one BERT-Base layer, unmodified against folded
+	$(BIN)/python benchmarks/layer_cost.py
+
+lock: setup ## pins anew: needs uv
+	uv pip compile --universal --python-version 3.10 --extra dev --override requirements/overrides.txt \
+		--no-header --no-annotate --output-file requirements/stable.txt pyproject.toml requirements/stable.in
+	uv pip compile --universal --python-version 3.11 --extra dev --extra spu-next --override requirements/overrides.txt \
+		--no-header --no-annotate --output-file requirements/spu-next.txt pyproject.toml
