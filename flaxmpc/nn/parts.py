@@ -1,0 +1,91 @@
+"""Parts are values: looked up by name, given as an object, or a registered one with some fields changed."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+from flaxmpc.errors import unknown
+
+P = TypeVar("P")
+
+
+class Registry(Mapping[str, P], Generic[P]):
+    """The named parts of one kind, such as every published activation.
+
+    A part is a frozen dataclass with a field `name`; `functools.partial`s and plain functions go in a field.
+    """
+
+    def __init__(self, kind: str, part_type: type[P]):
+        self.kind = kind
+        self.part_type = part_type
+        self._parts: dict[str, P] = {}
+
+    def register(self, part: P) -> P:
+        """Adds a part under its own name, so that configs can name it.
+
+        Raises:
+            ValueError: the name is taken by another part.
+        """
+        name = part.name  # pyright: ignore[reportAttributeAccessIssue]
+        if self._parts.setdefault(name, part) is not part:
+            raise ValueError(f"{self.kind} {name!r} is registered already")
+        return part
+
+    def resolve(self, spec: Any) -> P:
+        """A part from a name, an object of the kind, or `{"name": ..., field: value}` for a changed registered part.
+
+        Raises:
+            ValueError: an unknown name (the message lists the known ones and the closest) or field.
+            TypeError: neither a name, nor a mapping, nor a part of this kind.
+        """
+        if isinstance(spec, str):
+            return self[spec]
+        if isinstance(spec, Mapping):
+            changes = dict(spec)
+            part = self.resolve(changes.pop("name", None))
+            fields = {field.name: None for field in dataclasses.fields(part)}  # pyright: ignore[reportArgumentType]
+            for field in changes:
+                if field not in fields:
+                    raise unknown(f"field of {self.kind} {spec['name']!r}", field, fields)
+            changes = {field: tuple(value) if isinstance(value, list) else value for field, value in changes.items()}
+            return dataclasses.replace(part, **changes)  # pyright: ignore[reportType]
+        if isinstance(spec, self.part_type):
+            return spec
+        raise TypeError(f"{self.kind} must be a name or a {self.part_type.__name__}, not {spec!r}")
+
+    def spec(self, part: P) -> str | dict[str, Any]:
+        """What `resolve` turns back into the part, ready for JSON: its name, or its name and the changed fields.
+
+        Raises:
+            ValueError: the part's name is not registered, or it differs from the one of that name in a function or
+                another object, so a config that holds it cannot be written.
+        """
+        name = part.name  # pyright: ignore[reportAttributeAccessIssue]
+        if name not in self._parts:
+            raise ValueError(
+                f"{self.kind} {name!r} is not registered, so it cannot be written to a config; register it"
+            )
+        known = self._parts[name]
+        changes = {
+            field.name: getattr(part, field.name)
+            for field in dataclasses.fields(part)  # pyright: ignore[reportArgumentType]
+            if getattr(part, field.name) != getattr(known, field.name)
+        }
+        for field, value in changes.items():
+            if not isinstance(value, (str, int, float, tuple, type(None))):
+                raise ValueError(
+                    f"{self.kind} {name!r} has another {field} than the registered one, which no config can hold: "
+                    "give it an own name and register it"
+                )
+        return {"name": name, **changes} if changes else name
+
+    def __getitem__(self, name: str) -> P:
+        if name not in self._parts:
+            raise unknown(self.kind, name, self._parts)
+        return self._parts[name]
+
+    def __iter__(self):
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)

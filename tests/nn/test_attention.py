@@ -1,0 +1,381 @@
+"""Formulas are written here on their own, from the papers: float64, one row at a time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmpc import secure
+from flaxmpc.nn.attention import ATTENTION, Constant, Keys, PerHead, RowSum, grouped_conv, matmul
+
+BATCH, HEADS, TOKENS, DEPTH = 2, 3, 8, 4
+LENGTHS = (8, 5)
+
+
+def _per_head(*names):
+    return PerHead(tuple(ATTENTION[name] for name in names))
+
+
+PARTS = {
+    **ATTENTION,
+    "mix of row sum and constant": _per_head("softmax", "2quad_freediv", "softmax"),
+    "mix in another order": _per_head("2quad_freediv", "softmax", "softmax"),
+    "mix of constants": _per_head("scaling", "relu_freediv", "scaling"),
+    "mix of one": _per_head("2quad", "2quad", "2quad"),
+}
+every_part = pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+every_product = pytest.mark.parametrize("product", [matmul, grouped_conv])
+
+SHIFT = np.array([5.0, 3.0, 4.0])
+SCALE = np.array([0.02, 1.5, 0.7])
+
+
+# ---------------------------------------------------------------- numpy: scores of one row of valid keys -> weights
+
+
+def _softmax(s, c, r):
+    e = np.exp(s - s.max())
+    return e / e.sum()
+
+
+def _softmax_puma(s, c, r):
+    x = s - s.max()
+    e = np.where(x > -14, (1 + x / 2**5) ** 2**5, 0.0)
+    return e / e.sum()
+
+
+def _two_relu(s, c, r):
+    relu = s * (s > 0)
+    return (relu + 1e-12 / len(s)) / (relu.sum() + 1e-12)
+
+
+def _two_quad(s, c, r):
+    return (s + c) ** 2 / ((s + c) ** 2).sum()
+
+
+def _softmax_freediv(s, c, r):
+    s = np.minimum(s, 8.0)
+    return r / len(s) * np.where(s > -14, (1 + s / 2**5) ** 2**5, 0.0)
+
+
+FORMULAS = {
+    "softmax": _softmax,
+    "softmax_puma": _softmax_puma,
+    "2relu": _two_relu,
+    "2quad": _two_quad,
+    "softmax_freediv": _softmax_freediv,
+    "2quad_freediv": lambda s, c, r: r / len(s) * (s + c) ** 2,
+    "relu_freediv": lambda s, c, r: r / len(s) * s * (s > 0),
+    "scaling": lambda s, c, r: r / len(s) * s,
+}
+
+
+def formula(part, scores, value, mask, shift, scale):
+    """Attention's output, for the scores, values and per-head scalars of all heads."""
+    parts = part.parts if isinstance(part, PerHead) else (part,) * scores.shape[1]
+    out = np.zeros(value.shape)
+    for b, h, q in np.ndindex(scores.shape[:3]):
+        valid = mask[b].astype(bool)
+        weights = FORMULAS[parts[h].name](scores[b, h, q, valid].astype(np.float64), shift[h], scale[h])
+        out[b, h, q] = weights @ value[b, h, valid].astype(np.float64)
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------- inputs
+
+
+def score_range(part):
+    ranges = [own.score_range for own in (part.parts if isinstance(part, PerHead) else (part,))]
+    return max(low for low, _ in ranges), min(high for _, high in ranges)
+
+
+def padding(lengths, tokens):
+    return np.array([[t < length for t in range(tokens)] for length in lengths], np.float32)
+
+
+def inputs(part, *, lengths=LENGTHS, tokens=TOKENS, seed=0):
+    """Scores spread over the part's range, its ends included; values of unit size; the mask."""
+    rng = np.random.default_rng(seed)
+    low, high = score_range(part)
+    scores = rng.uniform(low, high, (len(lengths), HEADS, tokens, tokens))
+    scores[..., 0, :] = high
+    scores[..., 1, 0] = low
+    scores[..., 2, :] = np.linspace(low, high, tokens)
+    value = rng.uniform(-1, 1, (len(lengths), HEADS, tokens, DEPTH))
+    return scores.astype(np.float32), value.astype(np.float32), padding(lengths, tokens)
+
+
+def scalars(part, shift=SHIFT, scale=SCALE):
+    """The trainable scalars, None where the part has none."""
+    return (
+        None if part.initial_shift(HEADS) is None else jnp.asarray(shift, jnp.float32),
+        None if part.initial_scale(HEADS) is None else jnp.asarray(scale, jnp.float32),
+    )
+
+
+def layer(part, product=matmul):
+    """What a layer runs on its scores."""
+
+    def run(scores, value, keys, shift, scale):
+        return part.normalise(part.numerator(scores, keys, shift), value, keys, scale, product)
+
+    return run
+
+
+def apply(part, scores, value, mask, shift, scale, product=matmul):
+    keys = Keys.from_mask(jnp.asarray(mask))
+    return np.asarray(layer(part, product)(jnp.asarray(scores), jnp.asarray(value), keys, shift, scale))
+
+
+def close(ours, theirs, tolerance=1e-5):
+    """Within the tolerance, relative to the largest."""
+    assert ours.shape == theirs.shape
+    assert np.isfinite(theirs).all()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1.0, np.abs(theirs).max()))
+
+
+# --------------------------------------------------------------------------------------------------------- tests
+
+
+def test_every_part_has_a_formula_here():
+    assert set(FORMULAS) == set(ATTENTION)
+
+
+@every_part
+@every_product
+def test_values_are_those_of_the_formula(part, product):
+    scores, value, mask = inputs(part)
+    close(
+        apply(part, scores, value, mask, *scalars(part), product),
+        formula(part, scores, value, mask, SHIFT, SCALE),
+        2e-5,
+    )
+
+
+@every_part
+def test_trainable_scalars_start_as_published(part):
+    shift, scale = part.initial_shift(HEADS), part.initial_scale(HEADS)
+    parts = part.parts if isinstance(part, PerHead) else (part,) * HEADS
+    if shift is not None:
+        np.testing.assert_array_equal(shift, [5.0 if own.name.startswith("2quad") else 0.0 for own in parts])
+    if scale is not None:
+        np.testing.assert_array_equal(scale, np.ones(HEADS))
+    assert (shift is not None) == any(own.name.startswith("2quad") for own in parts)
+    assert (scale is not None) == any(own.name.endswith(("freediv", "scaling")) for own in parts)
+
+
+def test_keys_sum_to_one_and_survive_an_empty_sentence():
+    keys = Keys.from_mask(jnp.array([[1, 1, 1, 0], [0, 0, 0, 0]]))
+    np.testing.assert_allclose(keys.weight, [[1 / 3, 1 / 3, 1 / 3, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(keys.mask, [[1, 1, 1, 0], [0, 0, 0, 0]])
+
+
+def test_products_are_equal():
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(2, 3, 5, 4), (2, 3, 4, 6)])
+    expected = np.einsum("bhmk,bhkn->bhmn", a, b)
+    close(np.asarray(matmul(a, b)), expected)
+    close(np.asarray(grouped_conv(a, b)), expected)
+
+
+@every_part
+@every_product
+def test_padding_changes_nothing(part, product):
+    """A batch padded to 8 and, further, to 11 tokens gives what each sentence gives alone."""
+    for tokens in (8, 11):
+        scores, value, mask = inputs(part, tokens=tokens)
+        padded = apply(part, scores, value, mask, *scalars(part), product)
+        for b, n in enumerate(LENGTHS):
+            one = slice(b, b + 1)
+            alone = apply(part, scores[one, :, :n, :n], value[one, :, :n], np.ones((1, n)), *scalars(part), product)
+            close(padded[one, :, :n], alone)
+
+
+@every_part
+def test_what_padding_holds_is_never_read(part):
+    scores, value, mask = inputs(part)
+    before = apply(part, scores, value, mask, *scalars(part))
+    scores[1, :, :, LENGTHS[1] :] = score_range(part)[1]
+    value[1, :, LENGTHS[1] :] = 7.0
+    np.testing.assert_array_equal(apply(part, scores, value, mask, *scalars(part)), before)
+
+
+@every_part
+def test_the_order_of_the_keys_does_not_matter(part):
+    scores, value, mask = inputs(part)
+    order = np.random.default_rng(1).permutation(TOKENS)
+    shuffled = apply(part, scores[..., order], value[:, :, order], mask[:, order], *scalars(part))
+    close(shuffled, apply(part, scores, value, mask, *scalars(part)))
+
+
+@every_part
+@pytest.mark.parametrize("kind", ["spread", "zero", "low", "high"])
+def test_gradients_are_finite(part, kind):
+    scores, value, mask = inputs(part)
+    if kind != "spread":
+        scores[:] = {"zero": 0.0, "low": score_range(part)[0], "high": score_range(part)[1]}[kind]
+    keys = Keys.from_mask(jnp.asarray(mask))
+    shift, scale = scalars(part)
+
+    def loss(scores, value, shift, scale):
+        return jnp.square(layer(part)(scores, value, keys, shift, scale)).sum()
+
+    grads = jax.grad(loss, argnums=(0, 1, 2, 3))(jnp.asarray(scores), jnp.asarray(value), shift, scale)
+    for grad in jax.tree.leaves(grads):
+        assert np.isfinite(grad).all()
+    np.testing.assert_array_equal(grads[0][1, :, :, LENGTHS[1] :], 0.0)
+    np.testing.assert_array_equal(grads[1][1, :, LENGTHS[1] :], 0.0)
+    if kind == "spread":
+        assert all(np.abs(grad).max() > 0 for grad in jax.tree.leaves(grads))
+
+
+@every_product
+def test_every_part_traces_to_a_program_of_its_own(product):
+    def program(part):
+        shift, scale = part.initial_shift(HEADS), part.initial_scale(HEADS)
+        scores, value, mask = map(jnp.asarray, inputs(part))
+        return jax.jit(layer(part, product)).lower(scores, value, Keys.from_mask(mask), shift, scale).as_text()
+
+    parts = {name: part for name, part in PARTS.items() if name != "mix of one"}
+    programs = {name: program(part) for name, part in parts.items()}
+    assert {name: program(part) for name, part in parts.items()} == programs  # the text is that of the program alone
+    assert len(set(programs.values())) == len(parts)
+
+
+def test_products_trace_to_different_programs():
+    part = ATTENTION["2quad_freediv"]
+    args = (*map(jnp.asarray, inputs(part)[:2]), Keys.from_mask(jnp.ones((BATCH, TOKENS))), *scalars(part))
+    assert "convolution" in jax.jit(layer(part, grouped_conv)).lower(*args).as_text()
+    assert "convolution" not in jax.jit(layer(part, matmul)).lower(*args).as_text()
+
+
+@every_part
+def test_dropout_acts_on_the_weights_and_keeps_their_mean(part):
+    scores, value, mask = inputs(part)
+    keys, (shift, scale) = Keys.from_mask(jnp.asarray(mask)), scalars(part)
+    numerator = part.numerator(jnp.asarray(scores), keys, shift)
+
+    def run(dropout):
+        return np.asarray(part.normalise(numerator, jnp.asarray(value), keys, scale, matmul, dropout))
+
+    close(run(lambda weights: 2.0 * weights), 2.0 * run(None))
+    np.testing.assert_array_equal(run(lambda weights: 0.0 * weights), 0.0)
+
+
+@every_part
+def test_calibration_is_the_mean_of_the_inverse_mean_numerator(part):
+    scores, _, mask = inputs(part)
+    expected = np.ones(HEADS)
+    parts = part.parts if isinstance(part, PerHead) else (part,) * HEADS
+    for h, own in enumerate(parts):
+        if own.name in ("softmax_freediv", "2quad_freediv", "relu_freediv"):
+            rows = [scores[b, h, q, : LENGTHS[b]] for b in range(BATCH) for q in range(LENGTHS[b])]
+            means = [FORMULAS[own.name](row.astype(np.float64), SHIFT[h], 1.0).sum() for row in rows]
+            expected[h] = np.mean([1.0 / mean for mean in means if mean >= 1e-3])
+    scale = part.calibrated_scale(jnp.asarray(scores), Keys.from_mask(jnp.asarray(mask)), scalars(part)[0])
+    if all(own.name in ("softmax", "softmax_puma", "2relu", "2quad", "scaling") for own in parts):
+        assert scale is None or isinstance(part, PerHead)
+    else:
+        assert scale is not None
+        np.testing.assert_allclose(scale, expected, rtol=1e-4)
+
+
+def test_calibration_leaves_out_rows_without_weight():
+    part, keys = ATTENTION["relu_freediv"], Keys.from_mask(jnp.ones((1, 4)))
+    scores = np.full((1, HEADS, 4, 4), 2.0, np.float32)
+    scores[0, 0, 1:] = -1.0
+    scores[0, 1:] = -1.0
+    scale = part.calibrated_scale(jnp.asarray(scores), keys, None)
+    assert scale is not None
+    np.testing.assert_allclose(scale, [0.5, 1.0, 1.0])
+
+
+def test_a_constant_without_length_is_off_for_other_lengths():
+    part = dataclasses.replace(ATTENTION["2quad_freediv"], normaliser=Constant(per_length=False))
+    scores, value, mask = inputs(part)
+    ours = apply(part, scores, value, mask, *scalars(part))
+    close(
+        ours, formula(ATTENTION["2quad_freediv"], scores, value, mask, SHIFT, SCALE) * np.reshape(LENGTHS, (2, 1, 1, 1))
+    )
+
+
+@pytest.mark.parametrize("part", ATTENTION.values(), ids=ATTENTION)
+def test_the_stated_degree_is_the_numerators(part):
+    """f(a s; a c) = a^k f(s; c): so factors fold into the weights."""
+    scores, _, mask = inputs(part)
+    keys, (shift, _) = Keys.from_mask(jnp.asarray(mask)), scalars(part)
+    once = part.numerator(jnp.asarray(scores), keys, shift)
+    twice = part.numerator(2.0 * jnp.asarray(scores), keys, None if shift is None else 2.0 * shift)
+    if part.degree is not None:
+        close(np.asarray(twice), 2.0**part.degree * np.asarray(once))
+    else:
+        assert all(np.abs(twice - 2.0**k * once).max() > 1e-6 for k in range(4)) or part.name == "2relu"
+
+
+@every_part
+@pytest.mark.parametrize("scale", [(0.02, 1.5, 1.0), (0.0, -2.0, 3.0)])
+def test_split_scale_folds_the_constant_into_scores_and_values(part, scale):
+    if part.initial_scale(HEADS) is None:
+        return
+    scores, value, mask = inputs(part)
+    shift, scale = scalars(part, scale=np.array(scale))
+    before, after = part.split_scale(scale)
+    folded_scores, folded_value = scores * before[:, None, None], value * after[:, None, None]
+    ours = apply(part, folded_scores, folded_value, mask, None if shift is None else shift * before, None)
+    for own in part.parts if isinstance(part, PerHead) else ():
+        if isinstance(own.normaliser, RowSum):  # nothing of it folds, nor does it look at its r_h
+            return
+    close(ours, apply(part, scores, value, mask, shift, scale))
+
+
+# ------------------------------------------------------------------------------------------------------- on shares
+
+SECURE_LENGTHS = (8, 5, 3, 1)
+
+
+@pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])
+@every_part
+def test_secure_result_is_within_a_hundredth_on_the_stated_range(part, protocol, group):
+    scores, value, mask = inputs(part, lengths=SECURE_LENGTHS)
+    shift, scale = part.initial_shift(HEADS), part.initial_scale(HEADS)
+    keys = Keys.from_mask(jnp.asarray(mask))
+    plain = apply(part, scores, value, mask, shift, scale)
+
+    # The exception that `score_range` states. It must stay one.
+    usual = np.ones(scores.shape[:3], bool)
+    for h, own in enumerate(part.parts if isinstance(part, PerHead) else (part,) * HEADS):
+        if isinstance(own.normaliser, RowSum):
+            numerator = np.asarray(part.numerator(jnp.asarray(scores), keys, shift))[:, h]
+            usual[:, h] = (numerator * mask[:, None]).sum(-1) >= 0.01
+    assert usual[0].all()
+    assert usual.mean() > 0.8
+
+    for product in (matmul, grouped_conv):
+        ours = secure.jit(layer(part, product), parties=group(protocol))(scores, value, keys, shift, scale)
+        assert np.abs(ours - plain)[usual].max() < 0.01
+
+
+@pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])
+@pytest.mark.parametrize(("name", "root"), [("2quad", lambda total: np.sqrt(total / TOKENS) - 5.0), ("2relu", None)])
+def test_a_row_sum_of_a_hundredth_is_enough_and_of_thousands_not_too_much(name, root, protocol, group):
+    part = ATTENTION[name]
+    _, value, mask = inputs(part, lengths=(8,) * 6)
+    totals = np.array([0.01, 0.1, 1.0, 10.0, 100.0, 160.0 if root is None else 5000.0])
+    scores = np.broadcast_to(
+        (root(totals) if root else totals / TOKENS)[:, None, None, None], (6, HEADS, TOKENS, TOKENS)
+    )
+    scores = scores.astype(np.float32)
+    shift = part.initial_shift(HEADS)
+    plain = apply(part, scores, value, mask, shift, None)
+    keys = Keys.from_mask(jnp.asarray(mask))
+    ours = secure.jit(layer(part), parties=group(protocol))(scores, value, keys, shift, None)
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=0.01)
+
+
+def test_grouped_conv_takes_fewer_rounds_for_many_heads(group):
+    a, b = np.ones((1, 12, 4, 4), np.float32), np.ones((1, 12, 4, 4), np.float32)
+    rounds = [secure.jit(product, parties=group("ABY3")).run(a, b).cost.rounds for product in (matmul, grouped_conv)]
+    print(f"12 heads, ABY3: {rounds[0]:.1f} rounds with matmul, {rounds[1]:.1f} with grouped_conv")
+    assert rounds[1] < rounds[0] / 4

@@ -1,0 +1,211 @@
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmpc import secure
+from flaxmpc.nn.normalization import NORMALIZATIONS, LayerNorm, Newton, Unit, square_mean_by_product
+
+HIDDEN = 384
+NARROW, WIDE = Newton(low=0.5, high=2.0, steps=2), Newton().calibrated(jnp.array([0.28, 45.0]))
+PARTS = {**NORMALIZATIONS, "narrow": NARROW, "wide": WIDE}
+every_part = pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+every_newton = pytest.mark.parametrize(
+    "part",
+    [part for part in PARTS.values() if isinstance(part, Newton)],
+    ids=lambda part: f"{part.low:g}-{part.high:g}",
+)
+
+
+def variance_range(part):
+    return getattr(part, "low", 1e-2), getattr(part, "high", 1e3)
+
+
+def inputs(part, rows=20):
+    """Rows with variances all over the part's range, the ends included, and means of about a third of a deviation."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, HIDDEN))
+    x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    x = (x + 0.3 * rng.normal(size=(rows, 1))) * np.sqrt(np.geomspace(*variance_range(part), rows))[:, None]
+    params = {"scale": rng.uniform(0.5, 1.5, HIDDEN), "bias": rng.normal(size=HIDDEN)}
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
+
+
+def formula(params, x, epsilon):
+    x = x.astype(np.float64)
+    variance = ((x - x.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True)
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + epsilon) * params["scale"] + params["bias"]
+
+
+def layer(part, epsilon=1e-12):
+    def run(params, x) -> Any:
+        return LayerNorm(part, epsilon).apply({"params": params}, x)
+
+    return run
+
+
+@pytest.mark.parametrize("epsilon", [1e-12, 0.1])
+def test_exact_values_are_those_of_the_formula(epsilon):
+    params, x = inputs(NORMALIZATIONS["layer_norm"])
+    ours = layer(NORMALIZATIONS["layer_norm"], epsilon)(params, jnp.asarray(x))
+    np.testing.assert_allclose(ours, formula(params, x, epsilon), atol=2e-5)
+
+
+@every_part
+def test_values_are_within_the_stated_error_of_the_formula(part):
+    params, x = inputs(part)
+    error = part.relative_error() if isinstance(part, Newton) else 0.0
+    assert error < 2e-3
+    expected = formula(params, x, 1e-12)
+    ours = layer(part)(params, jnp.asarray(x))
+    bound = error * np.abs(expected - params["bias"]) + 3e-5
+    assert (np.abs(ours - expected) <= bound).all()
+
+
+def test_fresh_parameters_change_nothing_but_mean_and_variance():
+    _, x = inputs(NORMALIZATIONS["layer_norm"])
+    y, variables = LayerNorm().init_with_output(jax.random.key(0), jnp.asarray(x))
+    np.testing.assert_allclose(y.mean(-1), 0.0, atol=1e-5)
+    np.testing.assert_allclose(y.var(-1), 1.0, atol=1e-4)
+    assert jax.tree.map(jnp.shape, variables["params"]) == {"scale": (HIDDEN,), "bias": (HIDDEN,)}
+
+
+def test_the_variances_can_be_collected():
+    params, x = inputs(NORMALIZATIONS["layer_norm"])
+    seen: Any = LayerNorm().apply({"params": params}, jnp.asarray(x), mutable="statistics")[1]
+    np.testing.assert_allclose(np.ravel(seen["statistics"]["variance"][0]), x.astype(np.float64).var(-1), rtol=1e-4)
+
+
+@every_newton
+def test_newton_is_the_inverse_square_root_within_its_stated_error(part):
+    variance = np.geomspace(part.low, part.high, 5001, dtype=np.float32)
+    seen = np.abs(
+        np.asarray(part(jnp.asarray(variance)), np.float64) * np.sqrt(variance.astype(np.float64)) - 1.0
+    ).max()
+    assert seen <= part.relative_error() + 2e-6
+    assert seen >= 0.5 * part.relative_error() - 2e-6
+    assert part.relative_error() < 2e-3
+
+
+def test_more_steps_are_more_exact():
+    errors = [Newton(steps=steps).relative_error() for steps in (2, 3, 4, 5, 6)]
+    assert all(later < earlier / 2 for earlier, later in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.14, 1.9), (0.9, 1.1), (5.0, 50.0), (0.3, 50.0)])
+def test_calibrated_covers_the_variances_with_a_margin_and_no_step_too_many(low, high):
+    part = Newton(steps=9).calibrated(jnp.array([[high], [low], [(low * high) ** 0.5]]))
+    assert part.low == pytest.approx(low / 2)
+    assert part.high == pytest.approx(high * 2)
+    assert part.relative_error() < 1e-3
+    assert part.steps == 1 or dataclasses.replace(part, steps=part.steps - 1).relative_error() >= 1e-3
+
+
+def test_calibrated_takes_margin_and_tolerance():
+    part = Newton().calibrated(jnp.array([1.0, 2.0]), margin=1.0, tolerance=1e-5)
+    assert (part.low, part.high) == (1.0, 2.0)
+    assert part.relative_error() < 1e-5
+
+
+@pytest.mark.parametrize("bad", [[1.0, 0.0], [1.0, -2.0], [1.0, np.nan], [np.inf]])
+def test_calibrated_refuses_what_is_no_variance(bad):
+    with pytest.raises(ValueError, match="variances must be positive and finite"):
+        Newton().calibrated(jnp.array(bad))
+
+
+def test_calibrated_refuses_a_range_too_wide():
+    with pytest.raises(ValueError, match=r"from 0.01 to 10000 are too wide for layer_norm_newton"):
+        Newton().calibrated(jnp.array([0.01, 10_000.0]))
+
+
+@pytest.mark.parametrize("fields", [{"low": 0.0}, {"low": -1.0}, {"low": 2.0, "high": 2.0}, {"steps": 0}])
+def test_newton_refuses_bad_fields(fields):
+    with pytest.raises(ValueError, match="layer_norm_newton needs"):
+        Newton(**fields)
+
+
+@every_part
+def test_gradients_are_finite_and_those_of_layer_norm(part):
+    params, x = inputs(part)
+
+    def loss(part):
+        return lambda params, x: jnp.sin(layer(part)(params, x)).sum()
+
+    ours, exact = (
+        jax.grad(loss(part), argnums=(0, 1))(params, jnp.asarray(x)) for part in (part, NORMALIZATIONS["layer_norm"])
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), ours, exact)
+
+
+@every_part
+def test_gradients_at_a_constant_row_are_finite(part):
+    grad = jax.grad(lambda x: layer(part)({"scale": jnp.ones(4), "bias": jnp.zeros(4)}, x)[0, 0])(jnp.full((1, 4), 2.0))
+    assert np.isfinite(grad).all()
+
+
+def test_every_part_traces_to_a_program_of_its_own():
+    params, x = inputs(NARROW)
+
+    def programs():
+        return {name: jax.jit(layer(part)).lower(params, x).as_text() for name, part in PARTS.items()}
+
+    first = programs()
+    assert programs() == first  # the text is that of the program alone
+    assert len(set(first.values())) == len(PARTS)
+
+
+@pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])
+@every_part
+def test_secure_result_is_within_a_hundredth_on_the_stated_range(part, protocol, group):
+    params, x = inputs(part)
+    plain = layer(part)(params, jnp.asarray(x))
+    ours = secure.jit(layer(part), parties=group(protocol))(params, x)
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=0.01)
+
+
+@every_newton
+def test_newton_takes_fewer_rounds_than_the_exact_part(part, group):
+    exact, newton = (
+        secure.jit(layer(p), parties=group("ABY3")).run(*inputs(NARROW)).cost
+        for p in (NORMALIZATIONS["layer_norm"], part)
+    )
+    print(f"LayerNorm, ABY3: {exact.rounds:.1f} rounds exact, {newton.rounds:.1f} with {part.steps} Newton steps")
+    assert newton.rounds < exact.rounds
+    assert newton.bytes_sent < exact.bytes_sent
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (5, 16), (2, 3, 16), (2, 20, 16), (7, 24)])
+def test_square_mean_divides_by_the_next_power_of_two(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    expected = (x.astype(np.float64) ** 2).sum(-1, keepdims=True) / (16 if shape[-1] == 16 else 32)
+    np.testing.assert_allclose(square_mean_by_product(jnp.asarray(x)), expected, rtol=1e-5)
+
+
+def test_square_mean_by_product_sends_fewer_bytes_where_rows_are_few(group):
+    x = np.ones((8, HIDDEN), np.float32)
+    apart, product = (
+        secure.jit(squares, parties=group("ABY3")).run(x).cost
+        for squares in (lambda x: jnp.square(x).mean(-1, keepdims=True), square_mean_by_product)
+    )
+    print(f"mean square of 8 x {HIDDEN}, ABY3: {apart.bytes_sent} bytes, by product {product.bytes_sent}")
+    assert product.bytes_sent < apart.bytes_sent / 4
+
+
+@every_part
+def test_scale_and_unit_are_factors(part, group):
+    low, high = variance_range(part)
+    variance = jnp.geomspace(low, high, 16)[:, None]
+    u = jnp.linspace(0.3, 2.0, 16)[:, None]
+    scale = jnp.linspace(-1.0, 1.0, 16)[:, None]
+
+    def run(variance, scale, u):
+        unit = Unit(1.0 / u, 1.0 / u**2)
+        return part(variance, scale), part(variance * u**2, unit=unit), part(variance * u**2, scale, unit)
+
+    expected = scale * part(variance), part(variance) / u, scale * part(variance) / u
+    for ours, theirs in zip(run(variance, scale, u), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,116 @@
+import dataclasses
+
+import pytest
+
+from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.nn.attention import ATTENTION, Constant
+from flaxmpc.nn.embedding import EMBEDDINGS
+from flaxmpc.nn.normalization import NORMALIZATIONS, Newton
+from flaxmpc.nn.parts import Registry
+
+REGISTRIES = [ATTENTION, ACTIVATIONS, NORMALIZATIONS, EMBEDDINGS]
+by_kind = pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
+
+
+def test_every_published_part_is_registered():
+    assert set(ATTENTION) >= {
+        *("softmax", "softmax_puma", "2relu", "2quad", "softmax_freediv", "2quad_freediv", "relu_freediv", "scaling")
+    }
+    assert set(ACTIVATIONS) >= {
+        *("gelu", "gelu_tanh", "relu", "quad", "gelu_puma", "gelu_bumblebee", "gelu_bolt"),
+        *("gelu_secformer", "gelu_shaft", "gelu_nimbus"),
+    }
+    assert set(NORMALIZATIONS) >= {"layer_norm", "layer_norm_newton"}
+    assert set(EMBEDDINGS) >= {"public", "secret"}
+
+
+@by_kind
+def test_a_part_is_found_under_its_own_name(registry):
+    assert len(registry) > 1
+    for name, part in registry.items():
+        assert part.name == name
+        assert isinstance(part, registry.part_type)
+        assert registry.resolve(name) is part
+
+
+@by_kind
+def test_an_object_of_the_kind_is_taken_as_it_is(registry):
+    for part in registry.values():
+        own = dataclasses.replace(part, name="own")
+        assert registry.resolve(own) is own
+
+
+def test_an_own_object_needs_no_base_class():
+    class Mine:
+        name = "mine"
+
+        def __call__(self, variance):
+            return 1.0 / variance**0.5
+
+    mine = Mine()
+    assert NORMALIZATIONS.resolve(mine) is mine
+
+
+@by_kind
+def test_an_unknown_name_gets_the_known_ones_and_the_closest(registry):
+    for name in registry:
+        with pytest.raises(ValueError, match="unknown") as error:
+            registry.resolve(name + "x")
+        message = str(error.value)
+        assert registry.kind in message
+        assert f"Did you mean {name!r}?" in message
+        assert all(known in message for known in registry)
+
+
+@by_kind
+def test_a_name_like_no_other_gets_no_guess(registry):
+    with pytest.raises(ValueError, match="Known: ") as error:
+        registry.resolve("@@@@")
+    assert "Did you mean" not in str(error.value)
+
+
+@by_kind
+@pytest.mark.parametrize("spec", [None, 3, object(), ["softmax"], {}, {"name": 3}])
+def test_what_is_no_part_is_refused(registry, spec):
+    with pytest.raises(TypeError, match=registry.kind):
+        registry.resolve(spec)
+
+
+@by_kind
+def test_every_part_survives_spec_and_resolve(registry):
+    for name, part in registry.items():
+        assert registry.spec(part) == name
+        assert registry.resolve(registry.spec(part)) is part
+
+
+def test_fields_of_a_registered_part_are_changed_by_a_mapping():
+    part = NORMALIZATIONS.resolve({"name": "layer_norm_newton", "low": 0.5, "steps": 3})
+    assert part == Newton(low=0.5, steps=3)
+    assert NORMALIZATIONS.spec(part) == {"name": "layer_norm_newton", "low": 0.5, "steps": 3}
+    assert NORMALIZATIONS["layer_norm_newton"] == Newton()
+
+    part = ATTENTION.resolve({"name": "2quad", "shift": 3.0, "score_range": [-1.0, 1.0]})
+    assert part == dataclasses.replace(ATTENTION["2quad"], shift=3.0, score_range=(-1.0, 1.0))
+    assert ATTENTION.resolve(ATTENTION.spec(part)) == part
+
+
+def test_an_unknown_field_gets_the_known_ones_and_the_closest():
+    with pytest.raises(ValueError, match="field of layer_norm 'layer_norm_newton' 'step'") as error:
+        NORMALIZATIONS.resolve({"name": "layer_norm_newton", "step": 3})
+    assert "Did you mean 'steps'?" in str(error.value)
+
+
+def test_what_no_config_can_hold_has_no_spec():
+    with pytest.raises(ValueError, match="'mine' is not registered"):
+        ACTIVATIONS.spec(dataclasses.replace(ACTIVATIONS["quad"], name="mine"))
+    with pytest.raises(ValueError, match="another normaliser"):
+        ATTENTION.spec(dataclasses.replace(ATTENTION["2quad_freediv"], normaliser=Constant(per_length=False)))
+
+
+def test_a_taken_name_is_refused_and_the_part_kept():
+    registry = Registry("norm", Newton)
+    first = registry.register(Newton("a"))
+    assert registry.register(first) is first
+    with pytest.raises(ValueError, match="norm 'a' is registered already"):
+        registry.register(Newton("a", steps=2))
+    assert dict(registry) == {"a": first}
