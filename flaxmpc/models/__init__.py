@@ -1,0 +1,1 @@
+"""Architectures built from the parts, their configs, weights and folders."""

@@ -1,0 +1,234 @@
+"""BertConfig: HF's field names, plus the parts."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax import Array
+
+from flaxmpc.errors import unknown
+from flaxmpc.nn.activation import ACTIVATIONS, Activation
+from flaxmpc.nn.attention import ATTENTION, AttentionPart, Keys, PerHead, common
+from flaxmpc.nn.embedding import EMBEDDINGS, EmbeddingPart
+from flaxmpc.nn.normalization import NORMALIZATIONS, InverseSqrt
+
+# HF's names for activations that have another name here.
+_HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# Fields of HF's config.json that say something this model cannot do when they have another value.
+_HF_REQUIRED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
+
+
+def _attention(spec: Any) -> AttentionPart:
+    """A name, an object, or a list with one for every head."""
+    if isinstance(spec, (list, tuple)):
+        return PerHead(tuple(ATTENTION.resolve(head) for head in spec))
+    return ATTENTION.resolve(spec)
+
+
+def _attention_spec(part: AttentionPart) -> Any:
+    return [ATTENTION.spec(head) for head in part.parts] if isinstance(part, PerHead) else ATTENTION.spec(part)
+
+
+def _layer_norms(spec: Any) -> Any:
+    """One for both LayerNorms of a layer, or a pair: after attention, after the feed-forward."""
+    if isinstance(spec, (list, tuple)):
+        if len(spec) != 2:
+            raise ValueError(f"a layer has two LayerNorms, not {len(spec)}: {spec!r}")
+        return tuple(NORMALIZATIONS.resolve(part) for part in spec)
+    return NORMALIZATIONS.resolve(spec)
+
+
+def _layer_norms_spec(part: Any) -> Any:
+    return [NORMALIZATIONS.spec(p) for p in part] if isinstance(part, tuple) else NORMALIZATIONS.spec(part)
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """The shape of a BERT and its parts. Fields up to `id2label` are HF's.
+
+    A part is a name, an object, or `{"name": ..., field: value}`; `attention`, `hidden_act` and `layer_norm` also
+    take a list with one entry for every layer. An entry of `attention` may be a list with one for every head, and
+    an entry of `layer_norm` a pair: after attention, after the feed-forward. The LayerNorm of the embeddings is
+    always exact.
+
+    Attributes:
+        id2label: the names of the labels, in order of their ids.
+        attention: see `flaxmpc.nn.attention.ATTENTION`.
+        hidden_act: see `flaxmpc.nn.activation.ACTIVATIONS`.
+        layer_norm: see `flaxmpc.nn.normalization.NORMALIZATIONS`.
+        embedding: see `flaxmpc.nn.embedding.EMBEDDINGS`.
+        folded: whether the parameters are those that `flaxmpc.convert.fold` returns.
+
+    Raises:
+        ValueError: an unknown part (the message lists the known ones), a list of the wrong length, or a
+            hidden_size that the heads do not divide.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: Any = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    classifier_dropout: float | None = None
+    id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    attention: Any = "softmax"
+    layer_norm: Any = "layer_norm"
+    embedding: Any = "public"
+    folded: bool = False
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        self._resolve("attention", _attention)
+        if isinstance(self.attention, PerHead):  # on its own it would be written as a list, and read as one per layer
+            object.__setattr__(self, "attention", (self.attention,) * self.num_hidden_layers)
+        self._resolve("hidden_act", ACTIVATIONS.resolve)
+        self._resolve("layer_norm", _layer_norms)
+        object.__setattr__(self, "embedding", EMBEDDINGS.resolve(self.embedding))
+        for layer in range(self.num_hidden_layers):
+            part = self.attention_of(layer)
+            if isinstance(part, PerHead) and len(part.parts) != self.num_attention_heads:
+                raise ValueError(
+                    f"attention of layer {layer} names {len(part.parts)} heads, "
+                    f"num_attention_heads is {self.num_attention_heads}"
+                )
+
+    def _resolve(self, field: str, resolve: Callable[[Any], Any]) -> None:
+        spec = getattr(self, field)
+        if isinstance(spec, (list, tuple)):
+            if len(spec) != self.num_hidden_layers:
+                raise ValueError(f"{field} lists {len(spec)} parts, num_hidden_layers is {self.num_hidden_layers}")
+            object.__setattr__(self, field, tuple(resolve(part) for part in spec))
+        else:
+            object.__setattr__(self, field, resolve(spec))
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def attention_of(self, layer: int) -> AttentionPart:
+        return self.attention[layer] if isinstance(self.attention, tuple) else self.attention
+
+    def hidden_act_of(self, layer: int) -> Activation:
+        return self.hidden_act[layer] if isinstance(self.hidden_act, tuple) else self.hidden_act
+
+    def layer_norms_of(self, layer: int) -> tuple[InverseSqrt, InverseSqrt]:
+        """After attention, after the feed-forward."""
+        part = self.layer_norm[layer] if isinstance(self.layer_norm, tuple) else self.layer_norm
+        return part if isinstance(part, tuple) else (part, part)
+
+    @property
+    def score_degree(self) -> int | None:
+        """The degree that the numerators of all layers have, so that mask and 1/n fold into the state; or None."""
+        return common({self.attention_of(layer).score_degree for layer in range(self.num_hidden_layers)})
+
+    def keys(self, attention_mask: Array) -> Keys:
+        """What the client sends of HF's attention_mask (batch, token) to a model of this config."""
+        return Keys.from_mask(attention_mask, self.score_degree if self.folded else None)
+
+    @property
+    def embedding_part(self) -> EmbeddingPart:
+        return self.embedding
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "BertConfig":
+        """From the content of a config.json, HF's or ours. Fields of HF's that do not matter here are passed over.
+
+        Raises:
+            ValueError: a field that asks for what this model cannot do, or a bad value.
+        """
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"a config is a JSON object, not {type(fields).__name__}")
+        for name, allowed in _HF_REQUIRED.items():
+            if fields.get(name, allowed) != allowed:
+                raise ValueError(f"config.json has {name}={fields[name]!r}; only {allowed!r} is supported")
+        own = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in fields.items() if name in own}
+        if isinstance(values.get("hidden_act"), str):
+            values["hidden_act"] = _HF_ACTIVATIONS.get(values["hidden_act"], values["hidden_act"])
+        labels = values.get("id2label")
+        if labels is not None:
+            by_id = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else labels
+            values["id2label"] = tuple(by_id)
+        return cls(**values)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "BertConfig":
+        """Reads `folder`/config.json.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not JSON, or see `from_dict`; the message names the file.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json and model.safetensors")
+        try:
+            return cls.from_dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: `from_dict` gives the config back, and HF reads its own fields.
+
+        Raises:
+            ValueError: a part that is not registered.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+        def spec(value: Any, of: Callable[[Any], Any]) -> Any:
+            return [of(part) for part in value] if isinstance(value, tuple) else of(value)
+
+        hidden_act = spec(self.hidden_act, ACTIVATIONS.spec)
+
+        return {
+            "model_type": "bert",
+            **fields,
+            "id2label": {str(i): label for i, label in enumerate(self.id2label)},
+            "label2id": {label: i for i, label in enumerate(self.id2label)},
+            "attention": spec(self.attention, _attention_spec),
+            "hidden_act": "gelu_new" if hidden_act == "gelu_tanh" else hidden_act,
+            "layer_norm": spec(self.layer_norm, _layer_norms_spec),
+            "embedding": EMBEDDINGS.spec(self.embedding),
+        }
+
+
+# Turc et al., arXiv 1908.08962 (tiny to medium); Devlin et al., arXiv 1810.04805 (base, large); Wang et al.,
+# arXiv 2002.10957 (MiniLM, whose six-layer version is every second layer of MiniLM-L12-H384).
+PRESETS: dict[str, BertConfig] = {
+    "tiny": BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512),
+    "mini": BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024),
+    "small": BertConfig(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048),
+    "medium": BertConfig(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=2048),
+    "base": BertConfig(),
+    "large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    "minilm-l6": BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+}
+
+
+def preset(name: str, **changes: Any) -> BertConfig:
+    """A preset by name, with fields changed: `preset("base", attention="2quad_freediv", hidden_act="quad")`.
+
+    Raises:
+        ValueError: an unknown preset; the message lists the known ones and the closest.
+    """
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return dataclasses.replace(PRESETS[name], **changes)

@@ -1,0 +1,16 @@
+"""Parameters by path: {"bert/layer_0/attention/query/kernel": array}, the form that renaming and folding work on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import traverse_util
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested parameters as one dict from path to leaf."""
+    return dict(traverse_util.flatten_dict(dict(params), sep="/"))  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")

@@ -1,0 +1,49 @@
+"""The zoo: a folder per trained model, found by name."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from flaxmpc.errors import unknown
+
+DEFAULT = "movie-minilm-l6-2quad-freediv"
+
+
+def zoo_folder() -> Path:
+    """The zoo: $FLAXMPC_ZOO, or models/ of the checkout that flaxmpc is imported from, or ./models."""
+    if own := os.environ.get("FLAXMPC_ZOO"):
+        return Path(own)
+    checkout = Path(__file__).parents[2] / "models"
+    return checkout if checkout.is_dir() else Path("models")
+
+
+def entries() -> dict[str, Path]:
+    """The zoo's models by name; each folder has a config.json."""
+    return {path.parent.name: path.parent for path in sorted(zoo_folder().glob("*/config.json"))}
+
+
+def find(name_or_folder: str | Path) -> Path:
+    """The folder of a model given by its name in the zoo or by its path.
+
+    Raises:
+        FileNotFoundError: a path to no folder.
+        ValueError: an unknown name; the message lists the known ones and the closest.
+    """
+    folder = Path(name_or_folder)
+    if str(name_or_folder) and folder.is_dir():  # Path("") is the current folder
+        return folder
+    known = entries()
+    if str(name_or_folder) in known:
+        return known[str(name_or_folder)]
+    if len(folder.parts) > 1:
+        raise FileNotFoundError(f"{folder} is no folder")
+    if not known:
+        raise FileNotFoundError(f"there is no folder {folder}, and no model in the zoo {zoo_folder()} (FLAXMPC_ZOO)")
+    raise unknown("model", str(name_or_folder), known)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """The measured results of an entry, empty where it has none."""
+    path = folder / "results.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

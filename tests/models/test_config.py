@@ -1,0 +1,226 @@
+import dataclasses
+import json
+import re
+
+import jax.numpy as jnp
+import pytest
+
+from flaxmpc.models.config import PRESETS, BertConfig, preset
+from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.nn.attention import ATTENTION, PerHead
+from flaxmpc.nn.embedding import EMBEDDINGS
+from flaxmpc.nn.normalization import NORMALIZATIONS, Newton
+
+TINY = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+
+def written_and_read(config):
+    return BertConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+
+
+def test_a_hf_folder_is_read_as_it_is(minilm):
+    config = BertConfig.from_folder(minilm)
+    assert config == PRESETS["minilm-l6"]
+    assert config.attention is ATTENTION["softmax"]
+    assert config.hidden_act is ACTIVATIONS["gelu"]
+    assert config.head_size == 32
+    assert config.num_labels == 2
+
+
+def test_hf_fields_are_read_and_those_that_do_not_matter_passed_over():
+    config = BertConfig.from_dict(
+        {
+            "model_type": "bert",
+            "architectures": ["BertForSequenceClassification"],
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-6,
+            "classifier_dropout": 0.3,
+            "id2label": {"10": "k", "2": "c", "0": "a", "1": "b"},
+            "label2id": {"a": 0},
+            "position_embedding_type": "absolute",
+            "is_decoder": False,
+            "transformers_version": "9.9",
+            "a_field_of_the_future": {"nested": [1]},
+        }
+    )
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (32, 4, 3)
+    assert config.hidden_act is ACTIVATIONS["gelu_tanh"]
+    assert config.id2label == ("a", "b", "c", "k")
+    assert config.classifier_dropout == 0.3
+    assert config.layer_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_tanh"])
+def test_hf_names_of_the_tanh_gelu_are_known_and_written(name):
+    config = BertConfig.from_dict({"hidden_act": name})
+    assert config.hidden_act is ACTIVATIONS["gelu_tanh"]
+    assert config.to_dict()["hidden_act"] == "gelu_new"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("position_embedding_type", "relative_key"), ("is_decoder", True), ("model_type", "roberta")],
+)
+def test_what_the_model_cannot_do_is_refused(field, value):
+    with pytest.raises(ValueError, match=re.escape(f"config.json has {field}={value!r}; only")):
+        BertConfig.from_dict({field: value})
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="hidden_size 16 is not a multiple of num_attention_heads 3"):
+        dataclasses.replace(TINY, num_attention_heads=3)
+
+
+def test_one_part_serves_every_layer():
+    config = dataclasses.replace(TINY, attention="2quad", hidden_act="quad", layer_norm="layer_norm_newton")
+    for layer in range(2):
+        assert config.attention_of(layer) is ATTENTION["2quad"]
+        assert config.hidden_act_of(layer) is ACTIVATIONS["quad"]
+        assert config.layer_norms_of(layer) == (NORMALIZATIONS["layer_norm_newton"],) * 2
+
+
+def test_a_list_names_a_part_for_every_layer_head_and_layer_norm():
+    newton = Newton(low=0.5)
+    config = dataclasses.replace(
+        TINY,
+        attention=["softmax", ["scaling", "2relu"]],
+        hidden_act=["gelu", "quad"],
+        layer_norm=["layer_norm", ["layer_norm", newton]],
+    )
+    assert config.attention_of(0) is ATTENTION["softmax"]
+    assert config.attention_of(1) == PerHead((ATTENTION["scaling"], ATTENTION["2relu"]))
+    assert [config.hidden_act_of(layer).name for layer in range(2)] == ["gelu", "quad"]
+    exact = NORMALIZATIONS["layer_norm"]
+    assert [config.layer_norms_of(layer) for layer in range(2)] == [(exact, exact), (exact, newton)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention": ["softmax"]}, "attention lists 1 parts, num_hidden_layers is 2"),
+        ({"hidden_act": ["quad"] * 3}, "hidden_act lists 3 parts, num_hidden_layers is 2"),
+        ({"layer_norm": []}, "layer_norm lists 0 parts, num_hidden_layers is 2"),
+        ({"layer_norm": ["layer_norm", ["layer_norm"]]}, "a layer has two LayerNorms, not 1"),
+        (
+            {"attention": ["softmax", ["softmax"] * 3]},
+            "attention of layer 1 names 3 heads, num_attention_heads is 2",
+        ),
+        (
+            {"attention": PerHead((ATTENTION["softmax"],))},
+            "attention of layer 0 names 1 heads, num_attention_heads is 2",
+        ),
+    ],
+)
+def test_a_list_of_the_wrong_length_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "closest"),
+    [
+        ("attention", "2quad_freedif", "2quad_freediv"),
+        ("hidden_act", "gelu_pumma", "gelu_puma"),
+        ("layer_norm", "layernorm", "layer_norm"),
+        ("embedding", "secrets", "secret"),
+    ],
+)
+def test_an_unknown_part_gets_the_known_ones_and_the_closest(field, name, closest, tmp_path):
+    with pytest.raises(ValueError, match=f"Did you mean {closest!r}") as error:
+        dataclasses.replace(TINY, **{field: name})
+    registry = {
+        "attention": ATTENTION,
+        "hidden_act": ACTIVATIONS,
+        "layer_norm": NORMALIZATIONS,
+        "embedding": EMBEDDINGS,
+    }
+    assert all(known in str(error.value) for known in registry[field])
+
+    (tmp_path / "config.json").write_text(json.dumps({field: name}))
+    with pytest.raises(ValueError, match=f"Did you mean {closest!r}") as error:
+        BertConfig.from_folder(tmp_path)
+    assert "config.json" in str(error.value)
+
+
+def test_a_config_survives_json():
+    config = dataclasses.replace(
+        TINY,
+        attention=[["softmax", {"name": "2quad_freediv", "shift": 3.0}], "scaling"],
+        hidden_act=["gelu_puma", "gelu_tanh"],
+        layer_norm=["layer_norm", ("layer_norm", Newton().calibrated(jnp.array([0.3, 2.0])))],
+        embedding="secret",
+        id2label=("a", "b", "c"),
+        classifier_dropout=0.2,
+        folded=True,
+    )
+    assert written_and_read(config) == config
+    assert config.to_dict()["id2label"] == {"0": "a", "1": "b", "2": "c"}
+    assert config.to_dict()["label2id"] == {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize(
+    ("field", "registry"), [("attention", ATTENTION), ("hidden_act", ACTIVATIONS), ("layer_norm", NORMALIZATIONS)]
+)
+def test_every_part_survives_json(field, registry):
+    for name in registry:
+        config = dataclasses.replace(TINY, **{field: name})
+        assert getattr(written_and_read(config), field) is registry[name]
+        config = dataclasses.replace(TINY, **{field: [name, next(iter(registry))]})
+        assert written_and_read(config) == config
+
+
+def test_every_preset_survives_json():
+    for config in PRESETS.values():
+        assert written_and_read(config) == config
+
+
+def test_heads_given_for_the_whole_model_survive_json():
+    """With as many heads as layers, heads must not be read back as layers."""
+    heads = PerHead((ATTENTION["softmax"], ATTENTION["scaling"]))
+    config = dataclasses.replace(TINY, attention=heads)
+    assert [written_and_read(config).attention_of(layer) for layer in range(2)] == [heads, heads]
+    assert written_and_read(config) == config
+
+
+def test_an_own_part_is_taken_and_refused_only_where_it_would_be_written():
+    own = dataclasses.replace(ACTIVATIONS["quad"], name="mine")
+    config = dataclasses.replace(TINY, hidden_act=own)
+    assert config.hidden_act_of(1) is own
+    with pytest.raises(ValueError, match="'mine' is not registered"):
+        config.to_dict()
+
+
+def test_a_config_can_be_a_key():
+    assert hash(dataclasses.replace(TINY, attention=["2quad", ["softmax", "scaling"]])) is not None
+    assert hash(BertConfig.from_dict({"id2label": ["no", "yes"]})) is not None
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", '"bert"', '{"hidden_size": "wide"}', '{"id2label": {"a": "b"}}', '{"attention": null}']
+)
+def test_a_bad_file_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        BertConfig.from_folder(tmp_path)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'{"hidden_act": "\xff"}')
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        BertConfig.from_folder(tmp_path)
+
+
+def test_a_folder_without_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist: a model folder holds"):
+        BertConfig.from_folder(tmp_path)
+
+
+def test_a_preset_is_found_and_changed():
+    config = preset("base", attention="2quad_freediv", hidden_act="quad")
+    assert config == dataclasses.replace(PRESETS["base"], attention="2quad_freediv", hidden_act="quad")
+    with pytest.raises(ValueError, match=r"unknown preset 'bas'\. Did you mean 'base'") as error:
+        preset("bas")
+    assert all(name in str(error.value) for name in PRESETS)

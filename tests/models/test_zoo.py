@@ -1,0 +1,83 @@
+import json
+
+import pytest
+
+from flaxmpc.models import zoo
+from flaxmpc.models.config import BertConfig
+
+
+@pytest.fixture
+def own_zoo(tmp_path, monkeypatch):
+    """A zoo of two models, and a folder that is none."""
+    for name in ("movie-tiny", "movie-base"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    monkeypatch.setenv("FLAXMPC_ZOO", str(tmp_path))
+    return tmp_path
+
+
+def test_the_zoo_is_every_folder_with_a_config(own_zoo):
+    assert zoo.entries() == {"movie-base": own_zoo / "movie-base", "movie-tiny": own_zoo / "movie-tiny"}
+
+
+def test_a_model_is_found_by_name_and_by_folder(own_zoo, tmp_path_factory):
+    assert zoo.find("movie-tiny") == own_zoo / "movie-tiny"
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    assert zoo.find(elsewhere) == zoo.find(str(elsewhere)) == elsewhere
+
+
+def test_a_folder_goes_before_a_name(own_zoo, tmp_path_factory, monkeypatch):
+    here = tmp_path_factory.mktemp("here")
+    (here / "movie-tiny").mkdir()
+    monkeypatch.chdir(here)
+    assert zoo.find("movie-tiny").resolve() == here / "movie-tiny"
+
+
+def test_an_unknown_name_gets_the_known_ones_and_the_closest(own_zoo):
+    with pytest.raises(
+        ValueError, match=r"^unknown model 'movie-tyni'\. Did you mean 'movie-tiny'\? Known: movie-base, movie-tiny$"
+    ):
+        zoo.find("movie-tyni")
+
+
+def test_a_path_to_nothing_is_no_misspelt_name(own_zoo):
+    with pytest.raises(FileNotFoundError, match=r"^some/where is no folder$"):
+        zoo.find("some/where")
+
+
+def test_an_empty_zoo_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLAXMPC_ZOO", str(tmp_path / "none"))
+    assert zoo.entries() == {}
+    with pytest.raises(FileNotFoundError, match=r"no model in the zoo .*none \(FLAXMPC_ZOO\)"):
+        zoo.find("movie")
+
+
+def test_an_empty_name_is_no_folder(own_zoo):
+    with pytest.raises(ValueError, match="unknown model ''"):
+        zoo.find("")
+
+
+def test_a_model_without_results_has_none(own_zoo):
+    folder = own_zoo / "movie-tiny"
+    assert zoo.results(folder) == {}
+    (folder / "results.json").write_text(json.dumps({"accuracy": 0.9}))
+    assert zoo.results(folder) == {"accuracy": 0.9}
+
+
+# ------------------------------------------------------------------------------------------------- what is shipped
+
+
+def test_the_default_is_in_the_zoo():
+    assert zoo.DEFAULT in zoo.entries()
+
+
+@pytest.mark.parametrize("name", zoo.entries() or [zoo.DEFAULT])
+def test_every_entry_is_whole_small_and_measured(name):
+    folder = zoo.find(name)
+    config = BertConfig.from_folder(folder)
+    assert config.embedding.name in (folder / "README.md").read_text("utf-8")  # the card says which mode it is for
+    assert (folder / "model.safetensors").stat().st_size <= 20e6
+    results = zoo.results(folder)
+    assert 0.5 < results["accuracy"] <= 1
+    assert 0.5 < results["ref2k_accuracy"] <= 1
