@@ -1,0 +1,1 @@
+"""Replace, distil, fold."""

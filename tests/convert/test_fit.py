@@ -1,0 +1,198 @@
+"""The training loop on a least-squares problem: y = x W, x given as the attention mask."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmpc.convert.data import Batch
+from flaxmpc.convert.fit import Schedule, fit, merge, partition
+
+PARAMS = {
+    "bert": {"embeddings": {"table": np.full((4, 1), 0.5, np.float32)}, "layer": {"w": np.zeros((4, 1), np.float32)}},
+    "head": {"b": np.zeros(1, np.float32)},
+}
+SCHEDULE = Schedule(epochs=4, learning_rate=0.3, batch_size=6, checkpoint_every=5)
+
+
+def loss(params, teacher, batch, key):
+    table, w = params["bert"]["embeddings"]["table"], params["bert"]["layer"]["w"]
+    noise = 0.01 * jax.random.normal(key)  # so that a resumed run needs the right key of each step
+    output = (batch.input_ids @ (w + table) + params["head"]["b"])[:, 0] + noise
+    value = jnp.square(output - batch.label).mean()
+    return value, {"error": jnp.sqrt(value)}
+
+
+def epoch_batches(epoch):
+    """Four batches, others in every epoch."""
+    rng = np.random.default_rng(epoch)
+    for _ in range(4):
+        x = rng.integers(0, 3, (6, 4)).astype(np.int32)
+        yield Batch(x, np.ones_like(x), x @ np.array([1, -2, 3, 0]) + 1, np.ones(6, np.float32))
+
+
+def train(folder, schedule=SCHEDULE, **options):
+    return fit(loss, PARAMS, epoch_batches, schedule, folder, **{"name": "toy", "seed": 0, **options})
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder and the parameters of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train(folder, evaluate=lambda params: {"bias": float(params["head"]["b"][0])})
+
+
+def test_the_loss_falls(run):
+    losses = [record["loss"] for record in records(run[0])]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_what_is_frozen_stays_as_it_was(run):
+    _, params = run
+    np.testing.assert_array_equal(params["bert"]["embeddings"]["table"], PARAMS["bert"]["embeddings"]["table"])
+    assert (params["bert"]["layer"]["w"] != 0).all()
+    assert (params["head"]["b"] != 0).all()
+
+
+def test_every_epoch_is_a_line_of_metrics(run):
+    folder, params = run
+    lines = records(folder)
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert all(line.keys() == {"name", "epoch", "seconds", "loss", "error", "bias"} for line in lines)
+    assert lines[-1]["bias"] == pytest.approx(params["head"]["b"][0])
+
+
+def test_a_finished_run_is_not_run_again(run):
+    folder, params = run
+    before = records(folder)
+    assert same(train(folder), params)
+    assert records(folder) == before
+
+
+def test_the_seed_of_dropout_counts(run, tmp_path):
+    assert not same(train(tmp_path, seed=1), run[1])
+
+
+# Runs until the loss is asked for step `kill_at`, then gets a signal that nothing can catch.
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import jax
+import test_fit
+folder, kill_at = Path(sys.argv[1]), int(sys.argv[2])
+steps = []
+
+def count(epoch):
+    for batch in batches(epoch):
+        steps.append(epoch)
+        if len(steps) > 4 + kill_at:  # `fit` counts the batches of one epoch first
+            while not list(folder.glob("checkpoints/[0-9]")):  # it is written in the background
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+batches, test_fit.epoch_batches = test_fit.epoch_batches, count
+test_fit.train(folder)
+"""
+
+
+@pytest.mark.parametrize("kill_at", [7, 13])
+def test_a_killed_run_goes_on_to_the_same_parameters(kill_at, run, tmp_path):
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(kill_at)]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert kept
+    assert kept[-1] <= kill_at
+    assert not (tmp_path / "metrics.jsonl").read_text().count('"epoch": 4')
+
+    steps = []
+
+    def spy(params, teacher, batch, key):
+        jax.debug.callback(lambda: steps.append(1))
+        return loss(params, teacher, batch, key)
+
+    params = fit(spy, PARAMS, epoch_batches, SCHEDULE, tmp_path, name="toy", seed=0)
+    jax.effects_barrier()
+    assert len(steps) == 16 - kept[-1]
+    assert same(params, run[1])
+    assert [record["epoch"] for record in records(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    def diverges(params, teacher, batch, key):
+        value, metrics = loss(params, teacher, batch, key)
+        return jnp.where((batch.input_ids == third).all(), jnp.nan, value), metrics
+
+    third = list(epoch_batches(0))[2].input_ids
+    with pytest.raises(FloatingPointError, match=r"^toy: the loss is nan at step 2; a lower learning rate than 0\.3"):
+        fit(diverges, PARAMS, epoch_batches, SCHEDULE, tmp_path, name="toy", seed=0)
+
+
+def test_the_teacher_is_given_to_the_loss_and_left_as_it_is(tmp_path):
+    teacher = {"w": np.array([7.0], np.float32)}
+
+    def to_teacher(params, teacher, batch, key):
+        return jnp.square(params["head"]["b"] - teacher["w"]).sum(), {}
+
+    params = fit(
+        to_teacher,
+        PARAMS,
+        epoch_batches,
+        SCHEDULE,
+        tmp_path,
+        name="toy",
+        seed=0,
+        teacher_params=teacher,
+        frozen="bert/",
+    )
+    assert params["head"]["b"][0] > 0.5
+    assert teacher["w"] == 7
+    assert same(params["bert"], PARAMS["bert"])
+
+
+def test_the_rate_warms_up_and_goes_to_zero():
+    """AdamW moves a parameter by the rate itself where every gradient is the same."""
+    optimizer: Any = Schedule(epochs=1, learning_rate=0.1, warmup=0.25, weight_decay=0.0).optimizer(20)
+    params = {"b": jnp.zeros(1)}
+    state, rates = optimizer.init(params), []
+    for _ in range(20):
+        updates, state = optimizer.update({"b": jnp.ones(1)}, state, params)
+        rates.append(-float(updates["b"][0]))
+    cosine = [0.05 * (1 + np.cos(np.pi * step / 15)) for step in range(15)]
+    np.testing.assert_allclose(rates, [0, 0.02, 0.04, 0.06, 0.08, *cosine], atol=1e-4)
+
+
+def test_only_matrices_decay():
+    optimizer: Any = Schedule(epochs=1, learning_rate=0.1, weight_decay=0.5).optimizer(2)
+    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
+    zero, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
+    _, state = optimizer.update(zero, state, params)  # at rate 0
+    updates, _ = optimizer.update(zero, state, params)
+    assert (updates["matrix"] < 0).all()
+    assert (updates["vector"] == 0).all()
+
+
+def test_partition_and_merge_are_inverse():
+    trainable, frozen = partition(PARAMS, "bert/embeddings/")
+    assert set(trainable) == {"bert/layer/w", "head/b"}
+    assert set(frozen) == {"bert/embeddings/table"}
+    assert same(merge(trainable, frozen), PARAMS)
