@@ -1,0 +1,35 @@
+"""Run any JAX function of pytrees on secret shares with SPU, and know what it cost.
+
+Importing this does not import spu: it loads with the first function that is compiled or the first parties.
+"""
+
+from flaxmpc.secure._spu import SecureError
+from flaxmpc.secure.client import Cluster
+from flaxmpc.secure.cost import Cost, OpCost
+from flaxmpc.secure.jit import Program, Run, SecureFunction, cache_dir, jit
+from flaxmpc.secure.network import LAN, WAN, Network
+from flaxmpc.secure.party import InProcess, Parties, Party, Resident
+from flaxmpc.secure.protocol import PROTOCOLS, Config, Protocol, get_protocol
+
+__all__ = [
+    "LAN",
+    "PROTOCOLS",
+    "WAN",
+    "Cluster",
+    "Config",
+    "Cost",
+    "InProcess",
+    "Network",
+    "OpCost",
+    "Parties",
+    "Party",
+    "Program",
+    "Protocol",
+    "Resident",
+    "Run",
+    "SecureError",
+    "SecureFunction",
+    "cache_dir",
+    "get_protocol",
+    "jit",
+]

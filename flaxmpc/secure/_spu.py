@@ -1,0 +1,103 @@
+"""The one place that touches what SPU keeps per process: its import, its log and its errors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+
+class SecureError(RuntimeError):
+    """What went wrong inside SPU, in one line; SPU's own exception is its `__cause__`."""
+
+    @classmethod
+    def wrap(cls, doing: str, error: BaseException, diagnostics: str = "") -> SecureError:
+        """`error` while `doing` something, without SPU's stack trace.
+
+        `diagnostics` is what the compiler printed meanwhile: its first error names the operation.
+        """
+        found = re.search(r"error: (.+)", diagnostics) or re.search(r"^\s*\[[^\]]*\]\s*(.+)", str(error), re.MULTILINE)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return cls(f"{doing} failed: {found.group(1) if found else lines[0]}")
+
+
+_load_lock = threading.Lock()
+
+
+@functools.cache
+def load_spu() -> ModuleType:
+    """The module spu, imported without its warnings and with its log off the terminal."""
+    with _load_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import spu
+
+        _log()
+    return spu
+
+
+@functools.cache
+def _log() -> int:
+    """File descriptor of SPU's log, set up on the first call.
+
+    The file has no name any more, so nothing is left behind however the process ends.
+    """
+    from spu import libspu
+
+    fd, path = tempfile.mkstemp(prefix="flaxmpc-spu-", suffix=".log")
+    options = libspu.logging.LogOptions()
+    options.enable_console_logger = False
+    options.system_log_path = path
+    options.max_log_file_size = 1 << 60  # never rotated: a rotation would go by the name
+    libspu.logging.setup_logging(options)
+    os.unlink(path)
+    return fd
+
+
+class LogReader:
+    """Reads what SPU logged since `recorded_log` was entered."""
+
+    def __init__(self, fd: int):
+        self._fd = fd
+
+    def text(self) -> str:
+        """All that was logged since; SPU flushes every line."""
+        return os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode(errors="replace")
+
+
+_log_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def recorded_log() -> Iterator[LogReader]:
+    """Owns SPU's log: it is one per process and does not say which runtime wrote a line, so runs take turns."""
+    with _log_lock:
+        fd = _log()
+        os.ftruncate(fd, 0)  # SPU appends, so that its next line starts at 0 again
+        yield LogReader(fd)
+
+
+_stderr_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[LogReader]:
+    """Catches what SPU's compiler prints about a program that it refuses: it writes to file descriptor 2 itself.
+
+    If all goes well it prints nothing; what came meanwhile is then another thread's, and is passed on.
+    """
+    with _stderr_lock, tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        reader = LogReader(file.fileno())
+        try:
+            yield reader
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        os.write(2, reader.text().encode())

@@ -1,0 +1,282 @@
+"""cluster.toml: the one file that describes a cluster, the same at every party, owner and client."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from flaxmpc.errors import unknown
+from flaxmpc.secure.protocol import PROTOCOLS, Config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+FILE_NAME = "cluster.toml"
+
+Address = Annotated[str, Meta(pattern=r"^[^\s:/]+:[0-9]{1,5}$")]
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class PartyEntry(_Table, frozen=True):
+    """One computing host.
+
+    Attributes:
+        rank: 0, 1, 2; rank 0 decides the order of the requests.
+        control: HOST:PORT of its gRPC server, for owner, clients and the other parties.
+        link: HOST:PORT of its tunnel, for the other parties only.
+        metrics: loopback HOST:PORT of /health and /metrics; none by default.
+        certificate: file; others accept just this one as the party's.
+        key: file of the private key, on the party's own host only.
+        listen: address that control and link listen on where it is not their host: "0.0.0.0" behind a NAT.
+    """
+
+    rank: Annotated[int, Meta(ge=0)]
+    control: Address
+    link: Address
+    certificate: str
+    key: str
+    metrics: Address | None = None
+    listen: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The common name of its certificate."""
+        return f"party{self.rank}"
+
+
+class Identity(_Table, frozen=True):
+    """Certificate and private key file of the owner or a client, where they are at hand."""
+
+    certificate: str
+    key: str
+
+
+class Limits(_Table, frozen=True):
+    """What a party accepts.
+
+    Attributes:
+        max_batch: sentences in a request.
+        max_length: tokens of a sentence.
+        max_request_bytes: shares of a request, or of one value of a model.
+        queue: requests that wait or run.
+    """
+
+    max_batch: Positive = 32
+    max_length: Positive = 512
+    max_request_bytes: Positive = 256 << 20
+    queue: Positive = 64
+
+
+class ClusterFile(_Table, frozen=True):
+    """What cluster.toml says. File names in it are relative to it.
+
+    Attributes:
+        protocol, ring, fraction_bits: see Config.
+        ca: the authority that signed every certificate.
+        party: the computing hosts, by rank.
+        owner, client: identities, on the hosts that have them.
+        models: names that an owner may put; None allows any.
+        timeout_seconds: the bound on waiting for a party that is absent or silent.
+        allow_insecure_dealer: whether SEMI2K, which hides nothing from party 0, is allowed.
+        path: where the file was read.
+    """
+
+    protocol: str
+    ca: str
+    party: tuple[PartyEntry, ...]
+    ring: str = "FM64"
+    fraction_bits: int = 18
+    owner: Identity | None = None
+    client: Identity | None = None
+    models: tuple[str, ...] | None = None
+    timeout_seconds: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+    allow_insecure_dealer: bool = False
+    limits: Limits = Limits()
+    path: Path = Path(FILE_NAME)
+
+    @classmethod
+    def read(cls, path: str | Path) -> ClusterFile:
+        """Reads a cluster.toml, or that of a directory.
+
+        Raises:
+            ValueError: it does not exist, is no TOML, or says something that is not allowed: file, key, value.
+        """
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        try:
+            content = tomllib.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not TOML: {error}") from error
+        if "path" in content:
+            raise ValueError(f"{path}: Object contains unknown field `path`")
+        try:
+            self = msgspec.convert(content, cls)
+            self = msgspec.structs.replace(self, path=path, party=tuple(sorted(self.party, key=lambda p: p.rank)))
+            self._check()
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{path}: {_with_value(str(error), content)}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return self
+
+    def _check(self) -> None:
+        if self.protocol == "REF2K":
+            raise ValueError("protocol REF2K is one party that sees everything: not for a cluster")
+        ranks = [entry.rank for entry in self.party]
+        if ranks != list(range(self.config.world_size)):
+            raise ValueError(f"protocol {self.protocol} takes party ranks 0..{self.config.world_size - 1}, not {ranks}")
+        seen: dict[str, str] = {}
+        for entry in self.party:
+            for field in ("control", "link", "metrics"):
+                address = getattr(entry, field)
+                if address is None:
+                    continue
+                where = f"party {entry.rank}: {field}"
+                if not 1 <= int(address.rpartition(":")[2]) <= 65535:
+                    raise ValueError(f"{where} {address!r} has no port in 1..65535")
+                if field == "metrics":  # of each host's own loopback
+                    continue
+                if address in seen:
+                    raise ValueError(f"{where} {address!r} is also {seen[address]}")
+                seen[address] = where
+            if entry.metrics is not None and not is_loopback(entry.metrics):
+                raise ValueError(f"party {entry.rank}: metrics {entry.metrics!r} must be 127.0.0.1:PORT: it has no TLS")
+
+    @property
+    def config(self) -> Config:
+        """The settings of the secure computation."""
+        return Config(self.protocol, self.ring, self.fraction_bits, len(self.party))
+
+    def file(self, name: str) -> Path:
+        """A file that cluster.toml names."""
+        return self.path.parent / name
+
+    def read_file(self, name: str) -> bytes:
+        """Its content; ValueError if it is not there."""
+        try:
+            return self.file(name).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.path} names {self.file(name)}: {error.strerror}") from error
+
+    def identity(self, role: str) -> Identity:
+        """Files of "owner" or "client"; ValueError if the file names none."""
+        if role not in ("owner", "client"):
+            raise unknown("role", role, ("owner", "client"))
+        identity: Identity | None = getattr(self, role)
+        if identity is None:
+            raise ValueError(f"{self.path} names no certificate and key for the {role}: add [{role}]")
+        return identity
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT can only be reached from this machine."""
+    return address.rpartition(":")[0] in ("127.0.0.1", "localhost")
+
+
+def split(address: str) -> tuple[str, int]:
+    """Host and port."""
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+def _with_value(message: str, content: Any) -> str:
+    """msgspec's message with the value that it is about."""
+    found = re.search(r" - at `\$(.*)`$", message)
+    if not found:
+        return message
+    value = content
+    for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", found.group(1)):
+        try:
+            value = value[int(index)] if index else value[key]
+        except (KeyError, IndexError, TypeError):
+            return message
+    shown = f", not {value!r}" if not isinstance(value, (dict, list)) else ""
+    return f"{found.group(1).lstrip('.')}: {message[: found.start()]}{shown}"
+
+
+def write_local(
+    directory: str | Path,
+    protocol: str = "ABY3",
+    *,
+    timeout_seconds: float = 30.0,
+    allow_insecure_dealer: bool = False,
+) -> ClusterFile:
+    """Writes a cluster of this machine that works: cluster.toml, an authority, a certificate for every role.
+
+    Args:
+        directory: made if need be.
+        protocol: a name in PROTOCOLS; it says how many parties there are.
+        timeout_seconds, allow_insecure_dealer: see ClusterFile.
+
+    Raises:
+        FileExistsError: there is a cluster already.
+        ValueError: an unknown protocol, or one that makes no cluster.
+    """
+    from flaxmpc.secure.certificates import Authority
+
+    directory = Path(directory)
+    path = directory / FILE_NAME
+    num_parties = Config(protocol).world_size
+    if protocol == "REF2K":
+        raise ValueError("protocol REF2K is one party that sees everything: not for a cluster")
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    directory.mkdir(parents=True, exist_ok=True)
+    os.chmod(directory, 0o700)
+    authority = Authority()
+    authority.write(directory)
+    for name in ("owner", "client"):
+        authority.issue(directory, name, server=False)
+    ports = iter(_free_ports(3 * num_parties))
+    lines = [
+        "# The same file at every party, owner and client. Each host has only its own .key file;",
+        "# ca.key signs further certificates and belongs on none of them.",
+        f'protocol = "{protocol}"  # {", ".join(name for name in PROTOCOLS if name != "REF2K")}',
+        'ring = "FM64"',
+        "fraction_bits = 18",
+        f"timeout_seconds = {timeout_seconds:g}  # how long a party that is absent or silent is waited for",
+        'ca = "ca.pem"',
+        '# models = ["NAME"]  # what an owner may put; without this line anything',
+        f"allow_insecure_dealer = {str(allow_insecure_dealer).lower()}",
+        "",
+        "[limits]",
+        *(f"{field} = {value}" for field, value in msgspec.structs.asdict(Limits()).items()),
+        "",
+    ]
+    for role in ("owner", "client"):
+        lines += [f"[{role}]", f'certificate = "{role}.pem"', f'key = "{role}.key"', ""]
+    for rank in range(num_parties):
+        authority.issue(directory, f"party{rank}", server=True)
+        lines += ["[[party]]", f"rank = {rank}"]
+        lines += [f'{field} = "127.0.0.1:{next(ports)}"' for field in ("control", "link", "metrics")]
+        lines += [f'certificate = "party{rank}.pem"', f'key = "party{rank}.key"', ""]
+    path.write_text("\n".join(lines), "utf-8")
+    return ClusterFile.read(path)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Free now, and outside the range that systems take outgoing connections' ports from."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+        if len(ports) == count:
+            break
+    return ports

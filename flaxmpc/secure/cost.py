@@ -1,0 +1,153 @@
+"""What a secure run cost: seconds, bytes, rounds, per operation, as one record."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from typing import Any
+
+from flaxmpc.secure.protocol import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class OpCost:
+    """One kind of operation in a run.
+
+    Attributes:
+        count: how often each party executed it.
+        seconds: time in it, averaged over the parties.
+        bytes_sent: sum over the parties.
+        rounds: send actions, averaged over the parties.
+    """
+
+    count: int
+    seconds: float
+    bytes_sent: int
+    rounds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One run. Seconds differ from run to run; bytes and rounds do not (CHEETAH: by 0.01 %, its first run adds set-up).
+
+    Attributes:
+        protocol: name of the protocol.
+        ring: ring of the shares.
+        fraction_bits: bits after the binary point.
+        parties: number of computing parties.
+        seconds: wall-clock time of the program at the parties, until everything sent has arrived. Making the shares
+            and opening the result are not in it.
+        compile_seconds: what this call spent on compiling; 0 if the program was in memory.
+        bytes_sent: payload sent between the parties, sum over them. On the wire 0.4 to 8 % more.
+        bytes_sent_per_party: the same for each party, the busiest first (SPU's log does not say who is who). In ABY3
+            a party's share of the sum varies from run to run; the sum is exact.
+        rounds: send actions per party, averaged over the parties: the number of one-way latencies that a run waits
+            for (see Protocol.rounds_exact).
+        per_op: OpCost by operation, as SPU's compiled program names it ("pphlo.dot"), the most bytes first.
+        versions: of flaxmpc, spu, jax, numpy and python.
+        machine: {"platform", "cpus"}.
+        date: end of the run, UTC, ISO 8601.
+    """
+
+    protocol: str
+    ring: str
+    fraction_bits: int
+    parties: int
+    seconds: float
+    compile_seconds: float
+    bytes_sent: int
+    bytes_sent_per_party: tuple[int, ...]
+    rounds: float
+    per_op: dict[str, OpCost]
+    versions: dict[str, str]
+    machine: dict[str, str | int]
+    date: str
+
+    @classmethod
+    def from_profile(cls, config: Config, profile: Profile, seconds: float, compile_seconds: float) -> Cost:
+        """The record of a run of `seconds` with settings `config` that logged `profile`."""
+        n = config.world_size
+        per_op = {
+            name: OpCost(round(count / n), time / n, sent, actions / n)
+            for name, (count, time, sent, actions) in sorted(
+                profile.ops.items(), key=lambda item: (-item[1][2], -item[1][1])
+            )
+        }
+        sent = tuple(sorted((sent for sent, _ in profile.totals), reverse=True))
+        return cls(
+            protocol=config.protocol,
+            ring=config.ring,
+            fraction_bits=config.fraction_bits,
+            parties=n,
+            seconds=seconds,
+            compile_seconds=compile_seconds,
+            bytes_sent=sum(sent),
+            bytes_sent_per_party=sent,
+            rounds=sum(actions for _, actions in profile.totals) / n,
+            per_op=per_op,
+            versions=dict(_versions()),
+            machine={"platform": platform.platform(), "cpus": os.cpu_count() or 1},
+            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, in plain Python types."""
+        return dataclasses.asdict(self) | {"bytes_sent_per_party": list(self.bytes_sent_per_party)}
+
+    def to_json(self) -> str:
+        """`as_dict` as one line of JSON."""
+        return json.dumps(self.as_dict())
+
+
+_OP = re.compile(
+    r"- (pphlo\.\S+), executed (\d+) times, duration ([\d.e+-]+)s, send bytes (\d+) recv bytes \d+, send actions (\d+),"
+)
+_TOTAL = re.compile(r"Link details: total send bytes (\d+), recv bytes \d+, send actions (\d+),")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """SPU's profile of a run, read from the log of one or more parties.
+
+    The parties of one process write to one log, line by line in any order and without their rank, so operations are
+    only known summed.
+
+    Attributes:
+        totals: (bytes sent, send actions) of each party, in no order.
+        ops: (times executed, seconds, bytes sent, send actions) by operation, summed over the parties.
+    """
+
+    totals: tuple[tuple[int, int], ...]
+    ops: dict[str, tuple[int, float, int, int]]
+
+    @classmethod
+    def parse(cls, log: str, num_parties: int) -> Profile:
+        """Reads the lines of one run by `num_parties` parties; RuntimeError if the log has not so many summaries."""
+        totals = tuple((int(sent), int(actions)) for sent, actions in _TOTAL.findall(log))
+        if len(totals) != num_parties:
+            raise RuntimeError(
+                f"SPU's log has {len(totals)} run summaries for {num_parties} parties: "
+                "was libspu.logging set up anew by someone else in this process?"
+            )
+        ops: dict[str, tuple[int, float, int, int]] = {}
+        for name, count, seconds, sent, actions in _OP.findall(log):
+            old = ops.get(name, (0, 0.0, 0, 0))
+            ops[name] = (old[0] + int(count), old[1] + float(seconds), old[2] + int(sent), old[3] + int(actions))
+        return cls(totals, ops)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("flaxmpc", "spu", "jax", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # flaxmpc used from a source tree
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,283 @@
+"""`secure.jit`: compile a JAX function with SPU and run it on secret shares."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flaxmpc.secure._spu import SecureError, captured_stderr, load_spu
+from flaxmpc.secure.cost import Cost
+from flaxmpc.secure.party import InProcess, Parties, Resident, check_visibility, to_arrays
+from flaxmpc.secure.protocol import Config
+
+
+class Run(NamedTuple):
+    """A finished run: the output pytree (numpy arrays) and what it cost."""
+
+    output: Any
+    cost: Cost
+
+
+class Program(NamedTuple):
+    """A compiled function: SPU's code (text in its dialect pphlo) and the output's pytree of ShapeDtypeStructs."""
+
+    code: bytes
+    output: Any
+
+
+def jit(
+    fn: Callable[..., Any],
+    protocol: str | None = None,
+    *,
+    ring: str | None = None,
+    fraction_bits: int | None = None,
+    visibility: str | tuple[str, ...] = "secret",
+    parties: Parties | None = None,
+) -> SecureFunction:
+    """Makes `fn` run on secret shares.
+
+        secure_loss = secure.jit(loss, "ABY3")
+        value, cost = secure_loss.run(params, batch)
+
+    Args:
+        fn: any JAX function of pytrees (positional arguments) that returns a pytree; shapes are static.
+        protocol: a name in PROTOCOLS; "ABY3" unless `parties` are given.
+        ring: "FM32", "FM64" (default) or "FM128".
+        fraction_bits: bits after the binary point, 18 by default.
+        visibility: "secret" or "public", for all arguments or as a tuple with one for each. A resident argument has
+            its own.
+        parties: who computes. Functions that share the group share its resident values. By default the function
+            starts an InProcess group of its own on first use.
+
+    Raises:
+        ValueError: unknown names, or settings that are not those of `parties`.
+    """
+    given = {"protocol": protocol, "ring": ring, "fraction_bits": fraction_bits}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = Config(**given) if parties is None else parties.config
+    for name, value in given.items():
+        if value != getattr(config, name):
+            raise ValueError(f"{name} {value!r} was asked for, but the parties have {getattr(config, name)!r}")
+    for item in (visibility,) if isinstance(visibility, str) else visibility:
+        check_visibility(item)
+    return SecureFunction(fn, config, visibility, parties)
+
+
+class SecureFunction:
+    """A JAX function that runs on secret shares; made by `jit`.
+
+    It is compiled once for each combination of pytree structure, shapes, dtypes and visibilities. Compiled programs
+    are kept on disk too, in $FLAXMPC_CACHE, $XDG_CACHE_HOME/flaxmpc/programs or ~/.cache/flaxmpc/programs.
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], config: Config, visibility: str | tuple[str, ...], parties: Parties | None
+    ):
+        self.fn = fn
+        self.config = config
+        self._visibility = visibility
+        self._parties = parties
+        self._programs: dict[Any, Program] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def parties(self) -> Parties:
+        """The parties that compute, started if need be; `parties.put(tree)` makes values resident there."""
+        with self._lock:
+            if self._parties is None:
+                self._parties = InProcess(
+                    self.config.protocol, ring=self.config.ring, fraction_bits=self.config.fraction_bits
+                )
+            return self._parties
+
+    def __call__(self, *args: Any) -> Any:
+        """The output pytree of `fn(*args)`, computed on shares, as numpy arrays."""
+        return self.run(*args).output
+
+    def run(self, *args: Any) -> Run:
+        """Shares the arguments, runs `fn` on them and opens the result.
+
+        Args:
+            *args: pytrees of arrays or scalars, or `Resident` values of the same parties in place of whole arguments.
+
+        Raises:
+            ValueError, TypeError: an argument that has no fixed-point encoding (the message has the leaf's path).
+            SecureError: SPU cannot compile or run the function; the message says why.
+        """
+        args = self._encodable(args)
+        visibilities = self._visibilities(args)
+        program, compile_seconds = self._compiled(args, visibilities)
+        structs, treedef = jax.tree.flatten(program.output)
+
+        parties = self.parties
+        inputs = [
+            arg if isinstance(arg, Resident) else parties.put(arg, visibility)
+            for arg, visibility in zip(args, visibilities, strict=True)
+        ]
+        for resident in inputs:
+            resident.check(parties)
+        stem = secrets.token_hex(8)
+        outputs = [f"{stem}.{i}" for i in range(len(structs))]
+        executable = load_spu().Executable(
+            name="run",
+            input_names=[name for resident in inputs for name in resident.names],
+            output_names=outputs,
+            code=program.code,
+        )
+        try:
+            seconds, profile = parties.run(executable)
+            opened = [
+                np.asarray(parties.open(name), struct.dtype).reshape(struct.shape)
+                for name, struct in zip(outputs, structs, strict=True)
+            ]
+        finally:
+            parties.delete(outputs)
+            for arg, resident in zip(args, inputs, strict=True):
+                if arg is not resident:
+                    resident.delete()
+        cost = Cost.from_profile(self.config, profile, seconds, compile_seconds)
+        return Run(jax.tree.unflatten(treedef, opened), cost)
+
+    def estimate(self, *args: Any) -> Cost:
+        """What a run would cost, without secrets: measured on a run, as cost does not depend on secret values.
+
+        Args:
+            *args: as for `run`, where a jax.ShapeDtypeStruct leaf stands for zeros.
+        """
+        return self.run(*jax.tree.map(_zeros, args)).cost
+
+    def compile(self, *args: Any) -> Program:
+        """The compiled program, without running it; arguments as for `estimate`."""
+        args = self._encodable(jax.tree.map(_zeros, args))
+        return self._compiled(args, self._visibilities(args))[0]
+
+    def program(self, *args: Any) -> str:
+        """The same in pphlo, SPU's dialect, as text."""
+        return self.compile(*args).code.decode()
+
+    def _encodable(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            arg if isinstance(arg, Resident) else to_arrays(arg, self.config, f"argument {i}")
+            for i, arg in enumerate(args)
+        )
+
+    def _visibilities(self, args: tuple[Any, ...]) -> tuple[str, ...]:
+        given = (self._visibility,) * len(args) if isinstance(self._visibility, str) else self._visibility
+        if len(given) != len(args):
+            raise ValueError(f"{len(given)} visibilities were given for {len(args)} arguments")
+        return tuple(arg.visibility if isinstance(arg, Resident) else one for arg, one in zip(args, given, strict=True))
+
+    def _compiled(self, args: tuple[Any, ...], visibilities: tuple[str, ...]) -> tuple[Program, float]:
+        """The program for such arguments, and the seconds that it took if it was not in memory yet."""
+        structs = tuple(arg.struct if isinstance(arg, Resident) else jax.tree.map(_struct, arg) for arg in args)
+        leaves, treedef = jax.tree.flatten(structs)
+        key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves), visibilities)
+        with self._lock:
+            if key in self._programs:
+                return self._programs[key], 0.0
+            start = time.perf_counter()
+            per_leaf = [
+                visibility
+                for struct, visibility in zip(structs, visibilities, strict=True)
+                for _ in jax.tree.leaves(struct)
+            ]
+            program = self._programs[key] = _compile(self.fn, structs, per_leaf)
+            return program, time.perf_counter() - start
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _zeros(leaf: Any) -> Any:
+    return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+
+
+# SPU's compiler does not refuse these: it ends the process.
+_FATAL = re.compile(r"stablehlo\.(?:cbrt|fft|rng_bit_generator)\b")
+
+
+def _compile(fn: Callable[..., Any], structs: tuple[Any, ...], visibilities: Sequence[str]) -> Program:
+    """Traces `fn` on pytrees of ShapeDtypeStructs and compiles it, or takes the code from disk."""
+    spu = load_spu()
+    from spu import libspu
+
+    lowered = _lower(fn, structs)
+    output = jax.tree.map(_struct, lowered.out_info)
+    if not jax.tree.leaves(output):
+        raise ValueError("the function returns no array, so there is nothing to compute")
+    # Unlike the serialized HLO the text has no source locations: another caller, or an edit above, is the same program.
+    text = lowered.as_text()
+    fatal = _FATAL.search(text)
+    if fatal:
+        raise SecureError(f"compiling failed: SPU does not support {fatal.group()}")
+
+    path = cache_dir() / hashlib.sha256("\n".join([spu.__version__, *visibilities, text]).encode()).hexdigest()
+    code = _read(path)
+    if code is None:
+        source = libspu.CompilationSource(
+            libspu.SourceIRType.XLA,
+            lowered.compiler_ir("hlo").as_serialized_hlo_module_proto(),
+            [spu.parse_visibility(f"VIS_{visibility.upper()}") for visibility in visibilities],
+        )
+        with captured_stderr() as diagnostics:
+            try:
+                code = libspu.compile(source, libspu.CompilerOptions())
+            except RuntimeError as error:
+                raise SecureError.wrap("compiling", error, diagnostics.text()) from error
+        _write(path, code)
+    return Program(code, output)
+
+
+def _lower(fn: Callable[..., Any], structs: tuple[Any, ...]) -> Any:
+    """Lowers `fn` for no device in particular; SPU's patch keeps `sort` from looking at the bits of a float."""
+    from spu.utils import frontend
+
+    with frontend._jax_lock:
+        patches = frontend._patch_jax()
+        try:
+            return jax.jit(fn, keep_unused=True).trace(*structs).lower(lowering_platforms=("interpreter",))
+        finally:
+            frontend._restore_jax_patch(patches)
+
+
+def cache_dir() -> Path:
+    if own := os.environ.get("FLAXMPC_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxmpc" / "programs"
+
+
+def _read(path: Path) -> bytes | None:
+    """The code in a cache file: its sha256, then itself. None if there is none or it is not whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Keeps code on disk; a cache that can't be written to is no reason to fail."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise

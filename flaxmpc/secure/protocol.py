@@ -1,0 +1,137 @@
+"""The MPC protocols, what each protects against, and the settings of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from flaxmpc.errors import unknown
+
+if TYPE_CHECKING:
+    import spu
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """A protocol as SPU implements it. All are semi-honest: the parties follow the program but may look.
+
+    Attributes:
+        name: SPU's name of it.
+        num_parties: how many computing parties it takes.
+        threat_model: who learns what, in plain words.
+        rounds_exact: whether the send actions that a run counts are network rounds (measured as the slope of the run
+            time against the latency). Where not, the round count and a modelled latency are only indicative.
+    """
+
+    name: str
+    num_parties: int
+    threat_model: str
+    rounds_exact: bool
+
+
+PROTOCOLS = MappingProxyType(
+    {
+        protocol.name: protocol
+        for protocol in (
+            Protocol(
+                "ABY3",
+                3,
+                "Three semi-honest parties, at most one of them corrupt: no single party learns anything but the "
+                "shapes and the program. Two that collude learn everything.",
+                rounds_exact=True,
+            ),
+            Protocol(
+                "SEMI2K",
+                2,
+                "Two semi-honest parties with Beaver triples from the first party. That party can compute every secret "
+                "from the triples' seeds, so nothing is hidden from it: for development and measurement only.",
+                rounds_exact=True,
+            ),
+            Protocol(
+                "CHEETAH",
+                2,
+                "Two semi-honest parties without a helper: neither learns anything but the shapes and the program. "
+                "Homomorphic encryption and oblivious transfer make it slow: for small models.",
+                rounds_exact=False,
+            ),
+            Protocol(
+                "REF2K",
+                1,
+                "One party that sees everything: no secrecy at all. It is the same fixed-point arithmetic, fast, for "
+                "accuracy over whole test sets (and more lenient on overflow than the others).",
+                rounds_exact=True,
+            ),
+        )
+    }
+)
+
+RING_BITS = MappingProxyType({"FM32": 32, "FM64": 64, "FM128": 128})
+
+
+def get_protocol(name: str) -> Protocol:
+    """The protocol called `name` (one of PROTOCOLS); ValueError, with the closest name, if there is none."""
+    if name not in PROTOCOLS:
+        raise unknown("protocol", name, PROTOCOLS)
+    return PROTOCOLS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What all parties of a run must agree on.
+
+    Attributes:
+        protocol: a name in PROTOCOLS.
+        ring: "FM32", "FM64" or "FM128": secrets are integers modulo 2^32, 2^64 or 2^128.
+        fraction_bits: bits after the binary point of the fixed-point encoding.
+        num_parties: by default what the protocol takes; another number is an error.
+
+    Raises:
+        ValueError: an unknown protocol or ring, a number of parties that the protocol cannot have, or fraction bits
+            that leave a product of two small numbers no room in the ring.
+    """
+
+    protocol: str = "ABY3"
+    ring: str = "FM64"
+    fraction_bits: int = 18
+    num_parties: int | None = None
+
+    def __post_init__(self):
+        needed = get_protocol(self.protocol).num_parties
+        if self.ring not in RING_BITS:
+            raise unknown("ring", self.ring, RING_BITS)
+        # A product carries twice the fraction bits until it is truncated; SPU would return garbage without a word.
+        most = RING_BITS[self.ring] // 2 - 2
+        if not 1 <= self.fraction_bits <= most:
+            raise ValueError(f"fraction_bits must be in 1..{most} with ring {self.ring}, not {self.fraction_bits}")
+        if self.num_parties is None:
+            object.__setattr__(self, "num_parties", needed)
+        if self.num_parties != needed:
+            raise ValueError(f"protocol {self.protocol} takes {needed} parties, not {self.num_parties}")
+
+    @property
+    def world_size(self) -> int:
+        """The number of parties."""
+        return get_protocol(self.protocol).num_parties
+
+    @property
+    def limit(self) -> float:
+        """Magnitude at which the encoding of a number saturates: 2^(ring bits - 2 - fraction bits)."""
+        return 2.0 ** (RING_BITS[self.ring] - 2 - self.fraction_bits)
+
+    def runtime_config(self) -> spu.RuntimeConfig:
+        """The same as SPU's RuntimeConfig, with its profile on and its operations one after another.
+
+        SPU's inter- and intra-op parallelism stay off: on, they took the same time on two cores, and added up to 84 %
+        to the counted send actions.
+        """
+        from flaxmpc.secure._spu import load_spu
+
+        spu = load_spu()
+        config = spu.RuntimeConfig(
+            protocol=spu.parse_protocol_kind(self.protocol),
+            field=spu.parse_field_type(self.ring),
+            fxp_fraction_bits=self.fraction_bits,
+        )
+        config.enable_pphlo_profile = True
+        return config

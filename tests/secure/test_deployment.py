@@ -1,0 +1,590 @@
+"""Real party processes on loopback: what they compute, whom they serve, and how every fault ends."""
+
+import base64
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from flaxmpc import secure
+from flaxmpc.secure import messages as m
+from flaxmpc.secure import rpc
+from flaxmpc.secure.certificates import Authority
+from flaxmpc.secure.cluster import ClusterFile, split, write_local
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 6.0  # of the clusters; every fault must end within a small multiple of it
+X = np.arange(8, dtype=np.float32).reshape(2, 4)
+W = np.eye(4, dtype=np.float32) * 3
+
+
+def affine(w, x):
+    return x @ w + 1
+
+
+def long(x):
+    for _ in range(400):
+        x = x @ x * 0.001
+    return x
+
+
+def publish(owner: secure.Cluster, name: str = "affine", w: np.ndarray = W) -> None:
+    """Puts `affine` as a model of one program."""
+    weights = owner.put(w)
+    program = secure.jit(affine, parties=owner).compile(weights, X)
+    array = m.Array(X.shape, "float32")
+    owner.publish(name, weights, {"2x4": m.Program(program.code, (array,), (array,), 2, 4)}, b"public " * 3)
+
+
+def ask(client: secure.Cluster, x: np.ndarray = X) -> np.ndarray:
+    name, model = client.find("affine")
+    return client.infer(name, model, "2x4", x).outputs[0]
+
+
+def check_served(parties) -> None:
+    """Puts and asks anew, as after a repair."""
+    with parties.connect() as owner:
+        publish(owner)
+    with parties.connect("client") as client:
+        np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def parties(running, tmp_path_factory):
+    """A cluster that tests leave as they found it, or heal."""
+    with running(tmp_path_factory.mktemp("cluster") / "c", timeout=TIMEOUT) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def owner(parties):
+    with parties.connect() as connected:
+        publish(connected)
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def client(parties, owner):
+    with parties.connect("client") as connected:
+        yield connected
+
+
+def party_process(cluster: ClusterFile, rank: int) -> subprocess.CompletedProcess:
+    """A party that is expected to end at once."""
+    command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(cluster.path), "--rank", str(rank)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+# ------------------------------------------------------------------------------------------------------- what it is for
+
+
+def test_jit_runs_on_a_cluster(owner):
+    f = secure.jit(affine, parties=owner)
+    weights = owner.put(W)
+    y, cost = f.run(weights, X)
+    np.testing.assert_allclose(y, X * 3 + 1, atol=1e-3)
+    in_process = secure.jit(affine, "ABY3").run(W, X).cost
+    assert (cost.bytes_sent, cost.rounds) == (in_process.bytes_sent, in_process.rounds)
+    assert len(cost.bytes_sent_per_party) == 3
+
+
+def test_a_client_asks_a_model(client):
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+def test_the_bundle_is_what_the_owner_gave(client):
+    assert client.bundle(*client.find(None)) == b"public " * 3
+
+
+def test_a_warm_request_sends_the_inputs_shares_and_little_more(client):
+    ask(client)
+    before = client.bytes_sent
+    ask(client)
+    shares = 3 * 2 * 8 * X.size  # ABY3: two of three 64-bit parts at each party
+    assert shares < client.bytes_sent - before < shares + 65536
+
+
+def test_clients_at_once_get_their_own_answers(parties, owner):
+    results: dict[int, np.ndarray] = {}
+
+    def work(number: int) -> None:
+        with parties.connect("client") as own:
+            for i in range(5):
+                results[number * 5 + i] = ask(own, X + number * 5 + i)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 20
+    for number, y in results.items():
+        np.testing.assert_allclose(y, (X + number) * 3 + 1, atol=1e-3)
+
+
+def test_dropped_values_are_freed_with_the_next_use(owner):
+    resident = owner.put(np.ones(3, np.float32))
+    name = resident.names[0]
+    np.testing.assert_allclose(owner.open(name), 1, atol=1e-4)
+    del resident
+    owner.put(1.0)
+    with pytest.raises(secure.SecureError, match="not found"):
+        owner.open(name)
+
+
+def test_a_model_keeps_its_weights_when_the_owner_drops_them(parties, client):
+    with parties.connect() as other:
+        publish(other)
+        other.put(1.0)
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+def test_health_and_metrics(parties, client):
+    ask(client)
+    for entry in parties.cluster.party:
+        with urllib.request.urlopen(f"http://{entry.metrics}/health", timeout=5) as response:
+            assert json.load(response) == {"state": "ready"}
+        with urllib.request.urlopen(f"http://{entry.metrics}/metrics", timeout=5) as response:
+            values = dict(line.split() for line in response.read().decode().splitlines() if line[0] != "#")
+        assert float(values["flaxmpc_requests_total"]) >= 1
+        assert float(values["flaxmpc_rounds_total"]) > 0
+        assert values["flaxmpc_ready"] == "1"
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"http://{entry.metrics}/other", timeout=5)
+
+
+def test_a_program_that_fails_everywhere_leaves_the_shares(owner, client):
+    import jax
+
+    loop = secure.jit(lambda x: jax.lax.while_loop(lambda v: v.sum() < 100, lambda v: v * 2, x), parties=owner)
+    session = owner.session
+    with pytest.raises(secure.SecureError, match="While with secret condition is not supported"):
+        loop(X)
+    assert owner.session == session
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- who may what
+
+
+@pytest.mark.parametrize("method", ["store", "fetch", "delete", "publish", "run", "form", "step"])
+def test_a_client_may_only_ask(client, method):
+    messages = {
+        "store": m.Stored(client.session),
+        "fetch": m.Names(client.session, ["x"]),
+        "delete": m.Names(client.session, ["x"]),
+        "publish": m.Publish(client.session, "x", "h", [], {}),
+        "run": m.Run(client.session, "x", b"", [], []),
+        "form": m.Form("s", {}),
+        "step": m.Step("s", "x"),
+    }
+    peer = client._peers[0]
+    if rpc.METHODS[method].stream:
+        future = peer.send_later(method, messages[method], ())
+    else:
+        future = peer.ask_later(method, messages[method])
+    with pytest.raises(Exception, match=f"a client may not ask for '{method}'"):
+        future.result()
+
+
+def test_the_owner_does_not_order_the_parties(owner):
+    with pytest.raises(Exception, match="a owner may not ask for 'form'"):
+        owner._peers[0].ask("form", m.Form("s", {}), m.Empty)
+
+
+def test_what_is_not_of_the_schema_is_refused(client):
+    channel = client._peers[0]._channel
+    for content in (b"", b"\x00\xff garbage", msgspec.msgpack.encode({"session": 3}), os.urandom(1000)):
+        with pytest.raises(Exception, match="not of the schema"):
+            channel.unary_unary("/flaxmpc.Party/infer")(content)
+
+
+def test_more_than_the_limit_is_refused(owner, client, parties):
+    name, model = client.find("affine")
+    with pytest.raises(ValueError, match="takes"):
+        client.infer(name, model, "2x4", np.ones((3, 4), np.float32))
+    message = m.Infer(client.session, "a", name, model.hash, "9x9", [])
+    with pytest.raises(secure.SecureError, match=r"has no program '9x9': more sentences or tokens than it was put for"):
+        client._all("infer", [message] * 3, m.Answer)
+    weights = owner.put(W)
+    too_long = {"1x4096": m.Program(b"", (), (), 1, 4096)}
+    with pytest.raises(secure.SecureError, match="program 1x4096 is for 1 x 4096 tokens, the limit is 32 x 512"):
+        owner.publish("big", weights, too_long, b"")
+    limits = msgspec.structs.replace(parties.cluster.limits, max_request_bytes=1 << 30)
+    careless = msgspec.structs.replace(parties.cluster, limits=limits)
+    peer = rpc.Peer(careless, careless.identity("client"), careless.party[1])
+    large = m.Infer(client.session, "b", name, model.hash, "2x4", [m.Share(b"", [bytes(258 << 20)])])
+    with pytest.raises(Exception, match="Received message larger than max"):
+        peer.ask("infer", large, m.Answer)
+    peer.close()
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- disagreement of parties
+
+
+def test_another_program_at_one_party_is_refused_with_the_difference(owner, client):
+    weights = owner.put(W)
+    programs = [secure.jit(f, parties=owner).compile(weights, X) for f in (affine, lambda w, x: x @ w - 1)]
+    array = m.Array(X.shape, "float32")
+    for rank, peer in enumerate(owner._peers):
+        program = m.Program(programs[rank == 2].code, (array,), (array,), 2, 4)
+        header = m.Publish(owner.session, "affine", "same", weights.names, {"2x4": program})
+        peer.send_later("publish", header, rpc.pieces("bundle", b"")).result()
+    model = m.Model("same", "", 0, {"2x4": m.Signature((array,), (array,), 2, 4)})
+    with pytest.raises(
+        secure.SecureError, match=r"party 2 differs from party 0: program '[0-9a-f]+' against '[0-9a-f]+'"
+    ):
+        client.infer("affine", model, "2x4", X)
+    publish(owner)
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+def test_another_model_at_one_party_is_refused(owner, client):
+    weights = owner.put(W)
+    program = secure.jit(affine, parties=owner).compile(weights, X)
+    array = m.Array(X.shape, "float32")
+    header = m.Publish(
+        owner.session, "affine", "another", weights.names, {"2x4": m.Program(program.code, (array,), (array,), 2, 4)}
+    )
+    owner._peers[1].send_later("publish", header, rpc.pieces("bundle", b"")).result()
+    with pytest.raises(secure.SecureError, match="do not hold model 'affine'"):
+        ask(client)
+    publish(owner)
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+def test_a_request_that_one_party_was_not_sent_ends(owner, client):
+    name, model = client.find("affine")
+    start = time.monotonic()
+    message = m.Run(owner.session, "lonely", b"", [], [])
+    answer = owner._peers[0].ask("run", message, m.Answer, timeout=60)
+    assert answer.error is not None
+    assert "was not sent this request" in answer.error
+    assert time.monotonic() - start < TIMEOUT
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+    assert client.find("affine") == (name, model)
+
+
+@pytest.mark.parametrize(
+    ("how", "difference"),
+    [
+        ("config", "fraction_bits '17' against '18'"),
+        ("version", "spu '0.0.1' against '[0-9.a-z]+'"),
+    ],
+)
+def test_another_config_or_version_at_one_party_is_refused(running, tmp_path, how, difference):
+    with running(tmp_path / "c", 0, 1, timeout=3) as parties:
+        if how == "config":
+            other = parties.changed("other.toml", ("fraction_bits = 18", "fraction_bits = 17"))
+            parties.start(2, path=other.path)
+        else:
+            code = "import flaxmpc.secure.host as h; real = h.versions; h.versions = lambda: real() | {'spu': '0.0.1'}"
+            parties.start(2, code=code)
+        parties.wait_for(2, "serving")
+        with pytest.raises(secure.SecureError, match=f"party 2 differs from party 0: {difference}"):
+            secure.Cluster(parties.cluster, "owner")
+        parties.kill(2, signal.SIGTERM)
+        parties.start(2)
+        check_served(parties)
+
+
+# --------------------------------------------------------------------------------------------------- parties that fail
+
+
+def test_a_party_that_is_absent_at_start_is_named_and_waited_for(running, tmp_path):
+    with running(tmp_path / "c", 0, 1, timeout=2) as parties:
+        parties.wait_for(0, "waiting")
+        start = time.monotonic()
+        with pytest.raises(secure.SecureError, match=r"^party 2 at 127.0.0.1:\d+ can't be reached"):
+            secure.Cluster(parties.cluster, "owner")
+        assert time.monotonic() - start < 10
+        parties.start(2)
+        check_served(parties)
+
+
+def run_long(owner: secure.Cluster) -> tuple[threading.Thread, list[Exception]]:
+    """A run of some seconds in a thread, and what it raised."""
+    f = secure.jit(long, parties=owner)
+    x = np.full((96, 96), 0.1, np.float32)
+    f.compile(x)
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            f(x)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(1.5)
+    return thread, errors
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("what", ["worker", "party"])
+def test_a_kill_in_the_middle_of_a_run_ends_it_and_put_heals(running, tmp_path, rank, what):
+    with running(tmp_path / "c", timeout=4) as parties, parties.connect() as owner:
+        publish(owner)
+        resident = owner.put(W)
+        thread, errors = run_long(owner)
+        assert thread.is_alive()
+        start = time.monotonic()
+        if what == "worker":
+            os.kill(parties.worker_of(rank), signal.SIGKILL)
+        else:
+            parties.kill(rank)
+        thread.join(30)
+        assert not thread.is_alive()
+        assert time.monotonic() - start < 3 * 4
+        (error,) = errors
+        assert isinstance(error, secure.SecureError)
+        assert "\n" not in str(error)
+        assert f"party {rank}" in str(error)
+        if what == "party":
+            parties.start(rank)
+        again = r"was a party restarted\? The owner puts it again"
+        with parties.connect("client") as client, pytest.raises(secure.SecureError, match=again):
+            ask(client)
+        with pytest.raises((ValueError, secure.SecureError), match=r"started anew.* put them again"):
+            secure.jit(affine, parties=owner)(resident, X)
+        check_served(parties)
+
+
+def test_a_party_that_is_frozen_is_bounded(running, tmp_path):
+    with running(tmp_path / "c", timeout=3) as parties, parties.connect() as owner:
+        publish(owner)
+        os.kill(parties.worker_of(1), signal.SIGSTOP)
+        start = time.monotonic()
+        with parties.connect("client") as client, pytest.raises(secure.SecureError, match=r"[Tt]imeout|in time|lost"):
+            ask(client)
+        assert time.monotonic() - start < 15
+        with parties.connect() as owner:
+            os.kill(parties.worker_of(1), signal.SIGSTOP)
+            with pytest.raises(secure.SecureError, match=r"put them again|can't be reached|in time"):
+                owner.put(np.zeros((256, 256), np.float32))
+        check_served(parties)
+
+
+def test_a_slow_party_is_waited_for(parties, client):
+    worker = parties.worker_of(1)
+    os.kill(worker, signal.SIGSTOP)
+    timer = threading.Timer(2.0, os.kill, (worker, signal.SIGCONT))
+    timer.start()
+    try:
+        np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+    finally:
+        timer.join()
+
+
+def test_sigterm_finishes_the_running_request_first(running, tmp_path):
+    x = np.full((96, 96), 0.1, np.float32)
+    array = m.Array(x.shape, "float32")
+    with running(tmp_path / "c") as parties, parties.connect() as owner:
+        weights = owner.put(x)
+        program = secure.jit(lambda w, x: long(x + w), parties=owner).compile(weights, x)
+        owner.publish("long", weights, {"f": m.Program(program.code, (array,), (array,), 1, 1)}, b"")
+        answers = []
+        with parties.connect("client") as client:
+            thread = threading.Thread(target=lambda: answers.append(client.infer(*client.find("long"), "f", x)))
+            thread.start()
+            time.sleep(1)
+            assert thread.is_alive()
+            for process in parties.processes.values():
+                process.terminate()
+            thread.join(60)
+        assert len(answers) == 1
+        assert [process.wait(20) for process in parties.processes.values()] == [0, 0, 0]
+        for rank in range(3):
+            assert parties.events(rank, "stopped")
+
+
+@pytest.mark.parametrize("port", ["control", "link", "metrics"])
+def test_a_port_that_is_taken_is_named(tmp_path, port):
+    cluster = write_local(tmp_path / "c")
+    address = getattr(cluster.party[1], port)
+    with socket.create_server(split(address)):
+        ended = party_process(cluster, 1)
+    assert ended.returncode == 2
+    assert f"party 1 can't listen on its {port} {address}" in ended.stderr
+
+
+# --------------------------------------------------------------------------------------------------- clients that fail
+
+
+def test_a_client_that_is_killed_costs_the_others_nothing(parties, client):
+    script = (
+        "import sys, threading, numpy as np; from flaxmpc import secure\n"
+        "c = secure.Cluster(sys.argv[1], 'client'); name, model = c.find('affine')\n"
+        "ask = lambda: [c.infer(name, model, '2x4', np.ones((2, 4), np.float32)) for _ in range(1000)]\n"
+        "[threading.Thread(target=ask).start() for _ in range(3)]; print('asking', flush=True)"
+    )
+    command = [sys.executable, "-c", script, str(parties.cluster.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"asking\n"
+        time.sleep(1)
+        process.kill()
+    start = time.monotonic()
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+    assert time.monotonic() - start < TIMEOUT
+
+
+def brpc_push() -> bytes:
+    """What SPU's link takes as a message of rank 1, as JSON over HTTP."""
+    body = json.dumps(
+        {"sender_rank": 1, "key": "root:0:ALLGATHER", "value": base64.b64encode(b"forged").decode(), "trans_type": 1}
+    )
+    return (
+        "POST /yacl.link.transport.internal.ReceiverService/Push HTTP/1.1\r\nHost: x\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
+
+
+@pytest.mark.parametrize("port", ["control", "link"])
+@pytest.mark.parametrize("content", [b"\x00" * 64, os.urandom(4096), b"GET / HTTP/1.1\r\n\r\n", brpc_push()])
+def test_garbage_plain_text_and_a_forged_push_get_no_answer(parties, client, port, content):
+    for entry in parties.cluster.party:
+        answer = b""
+        address = split(getattr(entry, port))
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=5) as connection:
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(65536)
+        assert not answer or answer[0] == 0x15  # a TLS alert, nothing else
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+def tls(cluster: ClusterFile, certificate: Path, key: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(cluster.file(cluster.ca))
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+@pytest.fixture(scope="module")
+def strangers(parties, tmp_path_factory):
+    """Certificates that are no party's: of another authority, expired, a client's, and the party's own."""
+    directory = tmp_path_factory.mktemp("strangers")
+    other = directory / "other"
+    other.mkdir()
+    authority = Authority()
+    authority.write(other)
+    authority.issue(other, "party1", server=True)
+    authority.issue(other, "client", server=False)
+    return {
+        "wrong CA": other / "party1",
+        "a client": parties.directory / "client",
+        "the owner": parties.directory / "owner",
+        "itself": parties.directory / "party0",
+    }
+
+
+@pytest.mark.parametrize("who", ["wrong CA", "a client", "the owner", "itself"])
+def test_the_tunnel_takes_only_another_partys_certificate(parties, client, strangers, who):
+    stem = strangers[who]
+    context = tls(parties.cluster, stem.with_suffix(".pem"), stem.with_suffix(".key"))
+    answer = b""
+    plain = socket.create_connection(split(parties.cluster.party[0].link), 5)
+    with contextlib.suppress(OSError), plain, context.wrap_socket(plain) as connection:
+        connection.sendall(brpc_push())
+        answer = connection.recv(65536)
+    assert answer == b""
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+def test_without_a_certificate_there_is_no_way_in(parties):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    for port in ("control", "link"):
+        answer = b""
+        plain = socket.create_connection(split(getattr(parties.cluster.party[0], port)), 5)
+        # In TLS 1.3 the refusal comes after the client's handshake.
+        with contextlib.suppress(OSError), plain, context.wrap_socket(plain) as connection:
+            connection.sendall(brpc_push())
+            answer = connection.recv(100)
+        assert answer == b""
+
+
+@pytest.mark.parametrize("how", ["wrong CA", "expired"])
+def test_a_client_with_a_wrong_certificate_is_refused(parties, owner, strangers, tmp_path, how):
+    short = msgspec.structs.replace(parties.cluster, timeout_seconds=1.0)
+    if how == "wrong CA":
+        stem = strangers["wrong CA"].with_name("client")
+    else:
+        authority = Authority.read(parties.directory)
+        authority.issue(tmp_path, "client", server=False, valid=-datetime.timedelta(minutes=5))
+        stem = tmp_path / "client"
+    identity = msgspec.structs.replace(
+        short.identity("client"), certificate=str(stem.with_suffix(".pem")), key=str(stem.with_suffix(".key"))
+    )
+    start = time.monotonic()
+    with pytest.raises(secure.SecureError, match=r"^party \d at 127.0.0.1:\d+ can't be reached"):
+        secure.Cluster(msgspec.structs.replace(short, client=identity), "client")
+    assert time.monotonic() - start < 10
+
+
+def test_a_party_with_another_partys_certificate_is_refused(running, tmp_path):
+    with running(tmp_path / "c", 0, 1, timeout=2) as parties:
+        other = parties.changed("other.toml", ('"party2.pem"', '"party1.pem"'), ('"party2.key"', '"party1.key"'))
+        parties.start(2, path=other.path)
+        parties.wait_for(2, "serving")
+        with pytest.raises(
+            secure.SecureError, match=r"party 2 at \S+ can't be reached: its TLS certificate or ours is refused"
+        ):
+            secure.Cluster(parties.cluster, "owner")
+        parties.kill(2, signal.SIGTERM)
+        parties.start(2)
+        check_served(parties)
+
+
+def test_another_authority_at_a_client_is_noticed(parties, strangers):
+    other = msgspec.structs.replace(
+        parties.cluster, timeout_seconds=1.0, ca=str(strangers["wrong CA"].with_name("ca.pem"))
+    )
+    with pytest.raises(secure.SecureError, match=r"can't be reached: its TLS certificate or ours is refused"):
+        secure.Cluster(other, "client")
+
+
+def test_a_missing_key_is_named(parties, tmp_path):
+    for name in ("cluster.toml", "ca.pem", "client.pem"):
+        shutil.copy(parties.directory / name, tmp_path / name)
+    with pytest.raises(ValueError, match=r"names .*client.key: No such file"):
+        secure.Cluster(tmp_path, "client")
+
+
+# --------------------------------------------------------------------------------------------------------- two parties
+
+
+def test_semi2k_demands_to_be_allowed(tmp_path):
+    ended = party_process(write_local(tmp_path / "c", "SEMI2K"), 0)
+    assert ended.returncode == 2
+    assert "That party can compute every secret" in ended.stderr
+    assert "--allow-insecure-dealer" in ended.stderr
+
+
+@pytest.mark.parametrize("protocol", ["SEMI2K", "CHEETAH"])
+def test_two_parties(running, tmp_path, protocol):
+    with running(tmp_path / "c", protocol=protocol, timeout=20) as parties:
+        check_served(parties)
+        if protocol == "SEMI2K":
+            assert "can compute every secret" in parties.wait_for(0, "insecure_dealer")["meaning"]
+    assert not Path("BeaverCache").exists()

@@ -1,0 +1,157 @@
+import gc
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmpc import secure
+from flaxmpc.secure import party
+
+
+def held(parties: secure.InProcess) -> list[int]:
+    return [len(member.names) for member in parties.members]
+
+
+def test_parties_is_an_interface():
+    with pytest.raises(TypeError, match="abstract"):
+        secure.Parties(secure.Config())  # pyright: ignore[reportAbstractUsage]
+    assert secure.Parties.__abstractmethods__ == {"session", "store", "fetch", "delete", "run"}
+
+
+def test_put_open_delete():
+    parties = secure.InProcess("ABY3")
+    tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [True, 7, ()]}
+    resident = parties.put(tree)
+    assert held(parties) == [3, 3, 3]
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), resident.struct) == {
+        "a": ((2, 3), "float32"),
+        "b": [((), "bool"), ((), "int32"), ()],
+    }
+    np.testing.assert_allclose(parties.open(resident.names[0]), tree["a"], atol=1e-5)
+    resident.delete()
+    assert held(parties) == [0, 0, 0]
+    with pytest.raises(ValueError, match="deleted"):
+        secure.jit(lambda t: t["a"], parties=parties)(resident)
+
+
+def test_no_share_shows_the_value(monkeypatch):
+    parties = secure.InProcess("ABY3")
+    given = []
+    monkeypatch.setattr(parties, "store", lambda name, shares: given.extend(shares))
+    parties.put(np.full(64, 3.0, np.float32))
+    chunks = [share.share_chunks[0] for share in given]
+    assert len(set(chunks)) == 3
+    encoded = (3 << 18).to_bytes(8, "little")
+    assert not any(encoded in chunk for chunk in chunks)
+
+
+def test_dropped_handles_free_the_parties_memory():
+    parties = secure.InProcess("SEMI2K")
+    resident = parties.put([1.0, 2.0])
+    assert held(parties) == [2, 2]
+    del resident
+    gc.collect()
+    assert held(parties) == [0, 0]
+
+
+def test_a_handle_dropped_while_the_group_is_busy_is_freed_later():
+    parties = secure.InProcess("REF2K")
+    resident = parties.put(1.0)
+    with parties._lock:
+        del resident
+        gc.collect()
+        assert held(parties) == [1]
+    parties.put(2.0).delete()
+    assert held(parties) == [0]
+
+
+def test_no_growth_and_no_threads_over_twenty_runs():
+    f = secure.jit(lambda x: x * x, "ABY3")
+    x = np.ones(8, np.float32)
+    f(x)
+    threads = threading.active_count()
+    for _ in range(20):
+        f(x)
+    assert isinstance(f.parties, secure.InProcess)
+    assert held(f.parties) == [0, 0, 0]
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    ("leaf", "error", "message"),
+    [
+        (np.float32("nan"), ValueError, r"value\['w'\]\[1\] holds nan, which is not finite"),
+        (np.array([1, -np.inf]), ValueError, r"value\['w'\]\[1\] holds -inf, which is not finite"),
+        (
+            2.0**44,
+            ValueError,
+            r"value\['w'\]\[1\] holds 17592186044416.0, which is beyond ±1.75922e\+13, the range of FM64",
+        ),
+        (2**31, ValueError, r"value\['w'\]\[1\] holds 2147483648, which is beyond int32"),
+        ("text", TypeError, r"value\['w'\]\[1\] has dtype <U4"),
+        (np.float16(1), TypeError, r"value\['w'\]\[1\] has dtype float16"),
+        (jnp.bfloat16(1), TypeError, r"value\['w'\]\[1\] has dtype bfloat16"),
+        (1j, TypeError, r"value\['w'\]\[1\] has dtype complex128"),
+        (object(), TypeError, r"value\['w'\]\[1\] has dtype object"),
+    ],
+)
+def test_what_has_no_encoding_is_refused_by_path(group, leaf, error, message):
+    with pytest.raises(error, match=message):
+        group("REF2K").put({"w": [1.0, leaf]})
+
+
+def test_the_largest_encodable_value_survives(group):
+    value = np.float32(2**44 - 2**20)
+    f = secure.jit(lambda x: -x, parties=group("REF2K"))
+    assert f(value) == -value
+
+
+def test_float64_is_computed_as_float32(group):
+    run = secure.jit(lambda x: x + 1, parties=group("REF2K"))(np.ones((2, 2)))
+    assert run.dtype == np.float32
+
+
+def test_an_error_of_all_parties_leaves_the_group_in_use():
+    parties = secure.InProcess("ABY3")
+    resident = parties.put(np.ones(3, np.float32))
+    loop = secure.jit(lambda x: jax.lax.while_loop(lambda v: v.sum() < 100, lambda v: v * 2, x), parties=parties)
+    with pytest.raises(
+        secure.SecureError, match=r"^the secure run failed: While with secret condition is not supported$"
+    ) as e:
+        loop(resident)
+    assert isinstance(e.value.__cause__, RuntimeError)
+    np.testing.assert_allclose(secure.jit(lambda x: x * 2, parties=parties)(resident), [2, 2, 2], atol=1e-4)
+    assert held(parties) == [1, 1, 1]
+
+
+def test_an_error_of_one_party_ends_and_the_group_starts_anew(monkeypatch):
+    monkeypatch.setattr(party, "_RECV_TIMEOUT_MS", 3000)
+    parties = secure.InProcess("ABY3")
+    resident = parties.put(np.ones(3, np.float32))
+    square = secure.jit(lambda x: x * x, parties=parties)
+    threads = threading.active_count()
+    parties.members[1].delete(resident.names)
+    with pytest.raises(secure.SecureError, match=r"^the secure run failed: .*symbol \S+ not found$"):
+        square(resident)
+    assert threading.active_count() == threads
+    with pytest.raises(ValueError, match="started anew after an error, without these values: put them again"):
+        square(resident)
+    resident = parties.put(np.full(3, 2.0, np.float32))
+    np.testing.assert_allclose(square(resident), [4, 4, 4], atol=1e-4)
+
+
+def test_two_threads_may_share_a_group(group):
+    f = secure.jit(lambda x: x * 3, parties=group("ABY3"))
+    results = {}
+
+    def ask(i):
+        results[i] = float(f(np.float32(i)))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: pytest.approx(3 * i, abs=1e-3) for i in range(6)}

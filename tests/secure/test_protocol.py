@@ -1,0 +1,56 @@
+import dataclasses
+
+import pytest
+
+from flaxmpc import secure
+
+
+@pytest.mark.parametrize(("name", "parties"), [("REF2K", 1), ("SEMI2K", 2), ("CHEETAH", 2), ("ABY3", 3)])
+def test_every_protocol_states_its_parties_and_its_threat_model(name, parties):
+    protocol = secure.get_protocol(name)
+    assert (protocol.name, protocol.num_parties) == (name, parties)
+    assert protocol.threat_model.endswith(".")
+    assert secure.Config(name).num_parties == parties
+
+
+def test_semi2k_says_that_the_first_party_sees_all():
+    assert "nothing is hidden from it" in secure.get_protocol("SEMI2K").threat_model
+
+
+def test_unknown_protocol_names_the_closest():
+    with pytest.raises(ValueError, match=r"unknown protocol 'aby-3'. Did you mean 'ABY3'\? Known: ABY3, CHEETAH"):
+        secure.get_protocol("aby-3")
+    with pytest.raises(ValueError, match=r"unknown protocol 'x'\. Known: ABY3,"):
+        secure.get_protocol("x")
+
+
+def test_wrong_number_of_parties_names_both_numbers():
+    with pytest.raises(ValueError, match="protocol ABY3 takes 3 parties, not 2"):
+        secure.Config("ABY3", num_parties=2)
+    with pytest.raises(ValueError, match="protocol CHEETAH takes 2 parties, not 3"):
+        secure.InProcess("CHEETAH", num_parties=3)
+
+
+def test_unknown_ring_and_useless_fraction_bits():
+    with pytest.raises(ValueError, match=r"unknown ring 'FM63'.*Did you mean 'FM64'\?"):
+        secure.Config(ring="FM63")
+    with pytest.raises(ValueError, match=r"fraction_bits must be in 1\.\.30 with ring FM64, not 31"):
+        secure.Config(fraction_bits=31)
+    with pytest.raises(ValueError, match=r"fraction_bits must be in 1\.\.14 with ring FM32, not 18"):
+        secure.Config(ring="FM32")
+
+
+def test_config_is_frozen_and_reaches_spu():
+    config = secure.Config("SEMI2K", "FM128", 26)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.ring = "FM64"  # pyright: ignore[reportAttributeAccessIssue]
+    runtime = config.runtime_config()
+    assert (runtime.protocol.name, runtime.field.name, runtime.fxp_fraction_bits) == ("SEMI2K", "FM128", 26)
+    assert runtime.enable_pphlo_profile
+    assert not runtime.experimental_enable_inter_op_par
+    assert not runtime.experimental_enable_intra_op_par
+
+
+def test_limit_of_the_encoding():
+    assert secure.Config().limit == 2**44
+    assert secure.Config(ring="FM32", fraction_bits=8).limit == 2**22
