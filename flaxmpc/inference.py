@@ -1,0 +1,224 @@
+"""Sentences classified on secret shares: where the models meet the secure runtime."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxmpc import secure
+from flaxmpc.convert.data import encode
+from flaxmpc.convert.fold import fold
+from flaxmpc.models import folder as folders
+from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.nn.attention import Keys
+
+# A sentence is padded to the first of these that holds it, see `Client.bucket`.
+LENGTHS = (16, 32, 64, 128, 256, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One sentence's answer.
+
+    Attributes:
+        text: as it was given.
+        label: of the largest secure logit.
+        score: its probability, in [0, 1].
+        logits: opened from the shares.
+        logits_plaintext: of the model as it was trained, in the clear.
+        truncated: whether the sentence was longer than the model's positions.
+    """
+
+    text: str
+    label: str
+    score: float
+    logits: list[float]
+    logits_plaintext: list[float]
+    truncated: bool
+
+    @property
+    def difference(self) -> float:
+        """The largest |secure - plaintext| of the logits."""
+        return float(np.abs(np.subtract(self.logits, self.logits_plaintext)).max())
+
+
+class Inference(NamedTuple):
+    """Predictions of one secure run, in the order of the sentences, and what it cost."""
+
+    predictions: list[Prediction]
+    cost: secure.Cost
+
+
+def split_at_shares(model: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """What the client computes, and what runs on shares: (secure function, client's params, secret params).
+
+    The secure function is (secret params, what the client shares, keys) -> the head's output. With a client-side
+    embedding the client shares embeddings, and keeps their table; else it shares one-hot tokens, and has nothing.
+    """
+    if model.config.embedding.client_embeds:
+        encoder = {name: dict(tree) if name == "bert" else tree for name, tree in params.items()}
+        table = encoder["bert"].pop("embeddings")
+
+        def from_embeddings(params: dict[str, Any], embeddings: jax.Array, keys: Keys) -> Any:
+            return model.apply({"params": params}, embeddings, keys, method="from_embeddings")
+
+        return from_embeddings, {"bert": {"embeddings": table}}, encoder
+
+    def from_tokens(params: dict[str, Any], tokens: jax.Array, keys: Keys) -> Any:
+        embeddings = model.apply({"params": params}, tokens, method="embed")
+        return model.apply({"params": params}, embeddings, keys, method="from_embeddings")
+
+    return from_tokens, {}, params
+
+
+def buckets(most: int) -> list[int]:
+    """The lengths that sentences of up to `most` tokens are padded to."""
+    return [*(length for length in LENGTHS if length < most), most]
+
+
+class Client:
+    """The client's half of a classifier: sentences to what becomes secret shares. It holds no secret of the model."""
+
+    def __init__(
+        self,
+        model: BertForSequenceClassification,
+        tokenizer: Any,
+        params: dict[str, Any],
+        lengths: Sequence[int] | None = None,
+    ):
+        """What a client needs of a model.
+
+        Args:
+            model: as it runs on shares (folded).
+            tokenizer: see `flaxmpc.models.folder.load_tokenizer`.
+            params: the embedding's, if the client embeds; see `split_at_shares`.
+            lengths: that sentences are padded to; by default `buckets`.
+        """
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.client_params = params
+        self.lengths = sorted(lengths or buckets(self.config.max_position_embeddings))
+        self._embed = jax.jit(partial(model.apply, method="embed"))
+
+    def bucket(self, num_tokens: int) -> int:
+        """The length that a sentence of `num_tokens` tokens is padded to, which the computing parties see."""
+        found = next((length for length in self.lengths if num_tokens <= length), None)
+        if found is None:
+            raise ValueError(f"a sentence has {num_tokens} tokens; the model is served for at most {self.lengths[-1]}")
+        return found
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[bool]]:
+        """Ids and mask (sentence, token), padded to the length bucket, and which sentences were cut.
+
+        Raises:
+            ValueError: no sentence, or an empty one; says which. Or a tokenizer that is not the model's.
+        """
+        if not texts:
+            raise ValueError("there is no sentence to classify")
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                raise ValueError(f"sentence {number} of {len(texts)} is empty")
+        most = self.config.max_position_embeddings
+        truncated = [len(row) > most for row in encode(self.tokenizer, texts, most + 1)]
+        rows = encode(self.tokenizer, texts, most)
+        largest = max(map(max, rows))
+        if largest >= self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {largest}, but the model has {self.config.vocab_size}: "
+                "they do not belong together"
+            )
+        ids = np.full((len(rows), self.bucket(max(map(len, rows)))), self.config.pad_token_id, np.int32)
+        mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+        return ids, mask, truncated
+
+    def share(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Keys]:
+        """The client's part: what of its sentences becomes secret shares (embeddings or one-hot tokens, and keys)."""
+        tokens = self._tokens(ids)
+        if self.config.embedding.client_embeds:
+            tokens = self._embed({"params": self.client_params}, tokens)
+        return jax.device_get((tokens, self.config.keys(jnp.asarray(mask))))
+
+    def _tokens(self, ids: np.ndarray) -> jax.Array:
+        """What enters the embedding's lookup."""
+        return self.config.embedding.encode(jnp.asarray(ids), self.config.vocab_size)
+
+
+class SecureClassifier(Client):
+    """A sequence classifier whose folded form runs on secret shares; its weights stay resident between calls."""
+
+    def __init__(self, loaded: folders.LoadedModel, parties: secure.Parties):
+        """Folds the model and shares its weights.
+
+        Args:
+            loaded: see `flaxmpc.models.folder.load`.
+            parties: who computes.
+
+        Raises:
+            ValueError: the model is no sequence classifier.
+        """
+        if not isinstance(loaded.model, BertForSequenceClassification):
+            raise ValueError(f"{loaded.folder} holds a {type(loaded.model).__name__}, not a sequence classifier")
+        self.plain, self.plain_params, tokenizer, _ = loaded
+        config = self.plain.config
+        params, config = fold(self.plain_params, config)
+        self.model = BertForSequenceClassification(config)
+        function, client_params, secret_params = split_at_shares(self.model, params)
+        super().__init__(self.model, tokenizer, client_params)
+        self._secure = secure.jit(function, parties=parties)
+        self.weights = parties.put(secret_params)
+        self._apply = jax.jit(self.plain.apply)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, parties: secure.Parties) -> "SecureClassifier":
+        return cls(folders.load(folder), parties)
+
+    def classify(self, texts: Sequence[str]) -> Inference:
+        """All sentences in one secure run.
+
+        Raises:
+            ValueError: see `encode`.
+            secure.SecureError: the run failed.
+        """
+        ids, mask, truncated = self.encode(texts)
+        logits, cost = self._secure.run(self.weights, *self.share(ids, mask))
+        plain = np.asarray(self._apply({"params": self.plain_params}, self._tokens(ids), mask))
+        scores = np.asarray(jax.nn.softmax(logits))
+        predictions = [
+            Prediction(
+                text=text,
+                label=self.config.id2label[int(row.argmax())],
+                score=float(score.max()),
+                logits=row.tolist(),
+                logits_plaintext=in_clear.tolist(),
+                truncated=cut,
+            )
+            for text, row, score, in_clear, cut in zip(texts, logits, scores, plain, truncated, strict=True)
+        ]
+        return Inference(predictions, cost)
+
+    def estimate(self, num_tokens: int, batch_size: int) -> secure.Cost:
+        """What classifying `batch_size` sentences of up to `num_tokens` tokens costs; measured on zeros.
+
+        Raises:
+            ValueError: more tokens than the model has positions, or fewer than one of either.
+        """
+        most = self.config.max_position_embeddings
+        if not 1 <= num_tokens <= most or batch_size < 1:
+            raise ValueError(
+                f"the model takes 1 to {most} tokens and at least one sentence, not {num_tokens} and {batch_size}"
+            )
+        ids = np.zeros((batch_size, self.bucket(num_tokens)), np.int32)
+        return self._secure.estimate(self.weights, *self.share(ids, np.ones_like(ids)))
+
+    def compile(self, num_tokens: int, batch_size: int) -> secure.Program:
+        """The program of (weights, what the client shares) for `batch_size` sentences of `num_tokens` tokens."""
+        ids = np.zeros((batch_size, num_tokens), np.int32)
+        return self._secure.compile(self.weights, *self.share(ids, np.ones_like(ids)))

@@ -1,0 +1,141 @@
+"""The commands of a deployment: cluster, party, put, and infer on a cluster."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+Cluster = Annotated[Path, tyro.conf.arg(metavar="PATH")]
+Flag = tyro.conf.FlagCreatePairsOff
+
+
+def cluster(
+    action: Annotated[Literal["init", "up"], tyro.conf.Positional],
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
+    /,
+    parties: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None,
+    protocol: Annotated[str, tyro.conf.arg(metavar="ABY3|CHEETAH|SEMI2K")] = "ABY3",
+    timeout: float = 30.0,
+    allow_insecure_dealer: Annotated[bool, Flag] = False,
+) -> None:
+    """A cluster on this machine: `cluster init DIR` writes it, `cluster up DIR` runs all its parties.
+
+    Args:
+        action: init or up.
+        folder: that holds cluster.toml and the certificates.
+        parties: init: how many; by default what the protocol takes.
+        protocol: init: of the secure computation.
+        timeout: init: seconds that a party that is absent or silent is waited for.
+        allow_insecure_dealer: init: allow SEMI2K, which hides nothing from party 0.
+    """
+    from flaxmpc.secure.cluster import ClusterFile, write_local
+    from flaxmpc.secure.protocol import Config
+
+    if action == "init":
+        Config(protocol, num_parties=parties)  # says how many it takes
+        written = write_local(folder, protocol, timeout_seconds=timeout, allow_insecure_dealer=allow_insecure_dealer)
+        print(
+            f"wrote {written.path}: {protocol}, {len(written.party)} parties; start them: flaxmpc cluster up {folder}"
+        )
+        return
+    read = ClusterFile.read(folder)
+    command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(read.path), "--rank"]
+    processes = [subprocess.Popen([*command, str(entry.rank)]) for entry in read.party]
+
+    def stop(number: int, _: Any) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise SystemExit(1)
+
+
+def party(
+    cluster: Cluster,
+    rank: int,
+    allow_insecure_dealer: Annotated[bool, Flag] = False,
+) -> None:
+    """One computing host, until SIGTERM; it finishes the running request first. Logs JSON lines.
+
+    Args:
+        cluster: cluster.toml, or its folder.
+        rank: which of its parties this is.
+        allow_insecure_dealer: run SEMI2K, which hides nothing from party 0.
+    """
+    from flaxmpc.secure.cluster import ClusterFile
+    from flaxmpc.secure.host import Host
+
+    Host(ClusterFile.read(cluster), rank, allow_insecure_dealer=allow_insecure_dealer).serve()
+
+
+def put(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FOLDER")],
+    /,
+    cluster: Cluster,
+    name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
+    lengths: tuple[int, ...] = (16, 32, 64),
+    batches: tuple[int, ...] = (1,),
+) -> None:
+    """The model's owner shares its weights among the parties: each gets its own shares only.
+
+    Args:
+        model: a name of the zoo or a model folder.
+        cluster: cluster.toml, or its folder.
+        name: for the clients; by default the folder's.
+        lengths: of tokens that sentences are padded to, of 16, 32, 64, 128, 256, 512.
+        batches: numbers of sentences in a run.
+    """
+    from flaxmpc import secure, serving
+    from flaxmpc.models import folder, zoo
+
+    loaded = folder.load(zoo.find(model))
+    start = time.perf_counter()
+    with secure.Cluster(cluster, "owner") as parties:
+        served = serving.put(loaded, parties, name=name, lengths=lengths, batches=batches)
+        seconds, sent = time.perf_counter() - start, parties.bytes_sent
+    print(
+        f"{name or loaded.folder.resolve().name}: {len(served.programs)} programs ({', '.join(served.programs)}), "
+        f"hash {served.hash[:16]}, {sent / 1e6:.1f} MB of shares to {len(parties.cluster.party)} parties "
+        f"in {seconds:.1f} s"
+    )
+
+
+def infer(sentences: Sequence[str], cluster: Path, model: str | None, *, as_json: bool) -> None:
+    """Asks a model on a cluster; what it prints was opened here and is known to nobody else."""
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from flaxmpc import secure, serving
+
+    with secure.Cluster(cluster, "client") as parties:
+        classifier = serving.RemoteClassifier(parties, model)
+        before = parties.bytes_sent
+        start = time.perf_counter()
+        predictions = classifier.classify(sentences)
+        seconds, sent = time.perf_counter() - start, parties.bytes_sent - before
+    if as_json:
+        results = [dataclasses.asdict(prediction) | {"cost": prediction.cost.as_dict()} for prediction in predictions]
+        print(json.dumps({"results": results, "model": classifier.name, "seconds": seconds, "bytes_sent": sent}))
+        return
+    table = Table("text", "label", "probability")
+    for prediction in predictions:
+        table.add_row(prediction.text, prediction.label, f"{prediction.score:.3f}")
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(table)
+    console.print(
+        f"{classifier.name}, {parties.config.protocol}, {parties.config.world_size} parties: {seconds:.1f} s, "
+        f"{sent / 1e6:.1f} MB of shares sent by this client"
+    )

@@ -1,0 +1,374 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flaxmpc import cli, secure
+from flaxmpc.models import zoo
+from flaxmpc.nn.activation import ACTIVATIONS, Activation
+
+ROOT = Path(__file__).parent.parent
+REF2K = ("--protocol", "REF2K")
+
+
+@pytest.fixture(scope="module")
+def shipped(write_classifier, tmp_path_factory):
+    """A zoo of one model, "movie-tiny", with its card and results."""
+    folder = tmp_path_factory.mktemp("zoo")
+    model = write_classifier(tmp_path_factory.mktemp("made")).rename(folder / "movie-tiny")
+    (model / "README.md").write_text("# movie-tiny\n\nA card with *two* numbers.\n")
+    (model / "results.json").write_text(json.dumps({"accuracy": 0.8765, "ref2k_accuracy": 0.875}))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def own_zoo(shipped, monkeypatch):
+    monkeypatch.setenv("FLAXMPC_ZOO", str(shipped.parent))
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def model(shipped, tmp_path):
+    """A copy of the model to damage."""
+    return Path(shutil.copytree(shipped, tmp_path / "copy"))
+
+
+@pytest.fixture
+def run(capfd):
+    """run(*arguments) -> exit code, standard output, standard error."""
+
+    def call(*arguments):
+        capfd.readouterr()
+        try:
+            cli.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """refused(*arguments) -> the one line on standard error."""
+
+    def call(*arguments):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("flaxmpc: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        assert "Traceback" not in err
+        return err.removeprefix("flaxmpc: ").rstrip("\n")
+
+    return call
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+# -------------------------------------------------------------------------------------------------------------- infer
+
+
+def test_infer_prints_a_table_that_fits_80_columns(run):
+    texts = ["A gripping film.", "a [b]bad[/b] :smile: movie [/]", "very " * 20]
+    code, out, err = run("infer", *texts, "--model", "movie-tiny", *REF2K)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    for heading in ("text", "label", "probability", "|secure - plaintext|"):
+        assert heading in out.splitlines()[1]
+    assert "A gripping film." in out
+    assert "a [b]bad[/b] :smile: movie" in out  # as it was given: no markup, no emoji
+    assert len(re.findall(r"│ (?:positive|negative) *│ [01]\.\d{3} *│ 0\.\d{4} *│", out)) == 3
+    assert re.fullmatch(r"movie-tiny, REF2K, 1 party: \d+\.\d s, 0\.0 MB in all, 0 rounds", out.splitlines()[-1])
+
+
+def test_a_long_text_does_not_fill_the_screen(run):
+    code, out, err = run("infer", "good " * 2000, "--model", "movie-tiny", *REF2K)
+    assert code == 0
+    assert len(out.splitlines()) < 20
+    assert re.fullmatch(r"cut at 24 tokens, the model's positions: 'good good .*'\.\.\.\n", err)
+
+
+def test_infer_json_is_one_object(run, tmp_path):
+    file = tmp_path / "sentences.txt"
+    file.write_bytes("good\r\n\nA tédious mess.\n".encode())
+    code, out, err = run("infer", "A film.", "--file", file, "--model", "movie-tiny", "--json", "--protocol", "ABY3")
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+    record = json.loads(out)
+    assert record.keys() == {"results", "cost", "model", "versions"}
+    assert [result["text"] for result in record["results"]] == ["A film.", "good", "A tédious mess."]
+    for result in record["results"]:
+        assert {"text", "label", "score", "logits", "logits_plaintext"} <= result.keys()
+        assert result["label"] == ["negative", "positive"][int(np.argmax(result["logits"]))]
+        assert 0.5 <= result["score"] <= 1
+        np.testing.assert_allclose(result["logits"], result["logits_plaintext"], atol=0.02)
+    cost = record["cost"]
+    assert {"protocol", "parties", "seconds", "bytes_sent", "rounds", "per_op"} <= cost.keys()
+    assert (cost["protocol"], cost["parties"]) == ("ABY3", 3)
+    assert cost["bytes_sent"] > 0
+    assert sum(op["bytes_sent"] for op in cost["per_op"].values()) <= cost["bytes_sent"]
+    assert record["model"] == "movie-tiny"
+    assert {"spu", "jax", "flaxmpc"} <= record["versions"].keys()
+
+
+def test_a_file_may_start_with_a_byte_order_mark(run, tmp_path):
+    file = tmp_path / "sentences.txt"
+    file.write_bytes(b"\xef\xbb\xbfgood\n")
+    _, out, _ = run("infer", "--file", file, "--model", "movie-tiny", "--json", *REF2K)
+    assert [result["text"] for result in json.loads(out)["results"]] == ["good"]
+
+
+def test_the_current_folder_has_a_name_too(run, shipped, monkeypatch):
+    monkeypatch.chdir(shipped)
+    _, out, _ = run("infer", "good", "--model", ".", "--json", *REF2K)
+    assert json.loads(out)["model"] == "movie-tiny"
+
+
+# ------------------------------------------------------------------------------------------------------- cost and zoo
+
+
+def test_cost_prints_operations_and_the_whole(run):
+    code, out, err = run("cost", "movie-tiny", "--tokens", 16)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "movie-tiny, 1 x 16 tokens, ABY3, 3 parties"
+    assert max(map(len, out.splitlines())) <= 80
+    assert "pphlo.dot" in out
+    assert "whole run" in out
+    assert re.search(r"modelled: LAN \(3 Gbit/s, 1 ms\) \d+\.\d s, WAN \(100 Mbit/s, 80 ms\) \d+\.\d s", out)
+
+
+def test_cost_json_is_what_a_run_costs(run):
+    _, out, err = run("cost", "movie-tiny", "--tokens", 16, "--sentences", 2, "--json")
+    assert err == ""
+    assert out.count("\n") == 1
+    record = json.loads(out)
+    assert (record["model"], record["tokens"], record["sentences"]) == ("movie-tiny", 16, 2)
+    assert record["seconds"] < record["lan_seconds"] < record["wan_seconds"]
+    cost = json.loads(run("infer", "good", "bad film", "--model", "movie-tiny", "--json")[1])["cost"]
+    assert (record["bytes_sent"], record["rounds"]) == (cost["bytes_sent"], cost["rounds"])
+
+
+def test_zoo_list_is_readable_at_80_columns(run, shipped, monkeypatch):
+    longest = shipped.parent / zoo.DEFAULT
+    shutil.copytree(shipped, longest)
+    try:
+        code, out, err = run("zoo", "list")
+    finally:
+        shutil.rmtree(longest)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    assert re.search(r"movie-tiny +│ 2quad_freediv │ 2 x 32 +│ 87\.6% +│ 87\.5% │", out)
+    assert re.search(r"│ quad +│ 0\.\d MB", out)
+    assert f"│ {zoo.DEFAULT} │" in out
+
+
+def test_zoo_show_prints_the_card(run, model):
+    code, out, err = run("zoo", "show", "movie-tiny")
+    assert (code, err) == (0, "")
+    assert "A card with two numbers." in out
+    (model / "README.md").unlink()
+    assert run("zoo", "show", model)[0] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_no_text(refused):
+    assert refused("infer") == "there is no sentence to classify: give some, or --file"
+
+
+def test_empty_text(refused):
+    assert refused("infer", "good", " ", "--model", "movie-tiny", *REF2K) == "sentence 2 of 2 is empty"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"good\n\xff\xfe bad\n", "is not UTF-8: byte 5 is 0xff"),
+        (b"", "holds no sentence"),
+        (b"\n \n", "holds no sentence"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_without_sentences(refused, tmp_path, content, message):
+    file = tmp_path / "sentences.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert refused("infer", "--file", file, "--model", "movie-tiny") == f"{file} {message}"
+
+
+def test_a_folder_in_place_of_a_file(refused, tmp_path):
+    assert refused("infer", "--file", tmp_path) == f"{tmp_path} cannot be read: Is a directory"
+
+
+def test_an_unknown_model(refused):
+    message = "unknown model 'movie-tyni'. Did you mean 'movie-tiny'? Known: movie-tiny"
+    assert refused("infer", "good", "--model", "movie-tyni") == message
+    assert refused("cost", "movie-tyni") == message
+    assert refused("zoo", "show", "movie-tyni") == message
+    assert refused("cost", "no/folder") == "no/folder is no folder"
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_folder_without(file, refused, model):
+    (model / file).unlink()
+    message = refused("infer", "good", "--model", model, *REF2K)
+    assert message == f"{model / file} does not exist: a model folder holds config.json and model.safetensors"
+
+
+def test_a_folder_without_a_tokenizer(refused, model):
+    (model / "vocab.txt").unlink()
+    assert "has no tokenizer: tokenizer.json or vocab.txt" in refused("infer", "good", "--model", model, *REF2K)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_tokenizer(content, refused, model):
+    (model / "tokenizer.json").write_text(content)
+    assert str(model) in refused("infer", "good", "--model", model, *REF2K)
+
+
+def test_a_config_with_an_unknown_part(refused, model):
+    change_config(model, attention="2quad_freedive")
+    message = refused("infer", "good", "--model", model, *REF2K)
+    assert message.startswith(
+        f"{model / 'config.json'}: unknown attention '2quad_freedive'. Did you mean '2quad_freediv'?"
+    )
+    assert "Known: 2quad, " in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"bert"', "\xff"], ids=["cut", "list", "text", "not UTF-8"])
+def test_a_config_that_is_none(refused, model, content):
+    (model / "config.json").write_bytes(content.encode("latin-1"))
+    assert refused("infer", "good", "--model", model, *REF2K).startswith(f"{model / 'config.json'}: ")
+
+
+def test_an_unknown_protocol(refused):
+    message = refused("infer", "good", "--model", "movie-tiny", "--protocol", "ABY4")
+    assert message == "unknown protocol 'ABY4'. Did you mean 'ABY3'? Known: ABY3, CHEETAH, REF2K, SEMI2K"
+
+
+@pytest.mark.parametrize(("protocol", "parties", "right"), [("ABY3", 2, 3), ("SEMI2K", 3, 2), ("REF2K", 0, 1)])
+def test_a_protocol_with_the_wrong_number_of_parties(refused, protocol, parties, right):
+    message = refused("infer", "good", "--model", "movie-tiny", "--protocol", protocol, "--parties", parties)
+    assert message == f"protocol {protocol} takes {right} parties, not {parties}"
+
+
+def test_settings_out_of_range(refused):
+    model = ("--model", "movie-tiny")
+    assert "fraction_bits must be in 1..30" in refused("infer", "good", *model, "--fraction-bits", 40)
+    assert "unknown ring 'FM65'. Did you mean 'FM64'?" in refused("infer", "good", *model, "--ring", "FM65")
+    assert "the model takes 1 to 24 tokens" in refused("cost", "movie-tiny", "--tokens", 25, *REF2K)
+
+
+def test_weights_that_are_not_finite(refused, model):
+    change_weights(model, lambda tensors: tensors["classifier.weight"].fill(np.nan))
+    message = refused("infer", "good", "--model", model, *REF2K)
+    assert message == f"{model / 'model.safetensors'}: classifier.weight holds non-finite weights"
+
+
+def test_weights_beyond_the_ring(refused, model):
+    change_weights(model, lambda tensors: tensors["classifier.weight"].fill(1e30))
+    assert "classifier" in refused("infer", "good", "--model", model, *REF2K)
+
+
+def test_weights_that_do_not_fit(refused, model):
+    def change(tensors):
+        tensors["own.weight"] = tensors.pop("classifier.weight")
+        tensors["classifier.bias"] = np.zeros(3, np.float32)
+
+    change_weights(model, change)
+    message = refused("infer", "good", "--model", model, *REF2K)
+    assert message == (
+        f"{model / 'model.safetensors'} does not fit the model: missing: classifier.weight unexpected: own.weight "
+        "wrong shape: classifier.bias: (3,) in the file, (2,) in the model"
+    )
+
+
+def test_weights_that_are_no_safetensors(refused, model):
+    (model / "model.safetensors").write_bytes(b"\x00" * 20)
+    assert "model.safetensors cannot be read as safetensors" in refused("infer", "good", "--model", model, *REF2K)
+
+
+def test_a_model_that_is_no_sequence_classifier(refused, model):
+    change_config(model, architectures=["BertForTokenClassification"])
+    change_weights(model, lambda tensors: [tensors.pop(name) for name in list(tensors) if "pooler" in name])
+    message = refused("infer", "good", "--model", model, *REF2K)
+    assert message == f"{model} holds a BertForTokenClassification, not a sequence classifier"
+
+
+def test_what_spu_cannot_run(refused, model, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS._parts, "tan", Activation("tan", jnp.tan, "none", False))
+    change_config(model, hidden_act="tan")
+    message = refused("infer", "good", "--model", model, *REF2K)
+    assert re.match(r"(compiling|the secure run) failed: .*\btan\b", message)  # SPU's versions word it each its way
+
+
+def test_a_run_that_fails(refused, monkeypatch):
+    def fail(*_):
+        raise secure.SecureError("the secure run failed: a party\nis gone")
+
+    monkeypatch.setattr(secure.SecureFunction, "run", fail)
+    message = refused("infer", "good", "--model", "movie-tiny", *REF2K)
+    assert message == "the secure run failed: a party is gone"
+
+
+# --------------------------------------------------------------------------------------------------- a real process
+
+
+def python(*arguments, cwd):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    return subprocess.run([sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True)
+
+
+def test_nothing_but_the_answer_reaches_the_terminal(tmp_path):
+    done = python("-m", "flaxmpc.cli", "infer", "good", "--model", "movie-tiny", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    assert json.loads(done.stdout)["cost"]["parties"] == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_process_ends_with_2_and_one_line(tmp_path):
+    done = python("-m", "flaxmpc.cli", "infer", "good", "--model", "zzz", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "flaxmpc: unknown model 'zzz'. Known: movie-tiny\n"
+
+
+def test_importing_is_light(tmp_path):
+    check = "import flaxmpc, flaxmpc.cli, sys; print({'spu', 'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    done = python("-W", "error", "-c", check, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+# --------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["infer", "cost", "zoo", None])
+def test_help_names_what_to_give_and_fits_80_columns(run, command):
+    code, out, err = run(*([command] if command else []), "--help")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert not re.search(r"\{None\}|STR|\(default: (?:None|False|)\)|MISSING", out)
+    for word in {"infer": ("[TEXT ...]", "--file PATH"), "cost": ("[NAME|FOLDER]",)}.get(command or "", ("flaxmpc",)):
+        assert word in out
