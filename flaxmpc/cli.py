@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Column, Table
 
-from flaxmpc import serving_cli
+from flaxmpc import convert_cli, serving_cli
 from flaxmpc.models import zoo
 
 _DESCRIPTION = "Transformers that classify what they cannot see: Flax under secure MPC."
@@ -230,6 +230,9 @@ def main(arguments: list[str] | None = None) -> None:
     app.command(infer)
     app.command(cost)
     app.command(name="zoo")(zoo_)
+    app.command(convert_cli.finetune)
+    app.command(convert_cli.convert)
+    app.command(convert_cli.evaluate)
     app.command(serving_cli.cluster)
     app.command(serving_cli.party)
     app.command(serving_cli.put)
@@ -237,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         app.cli(prog="flaxmpc", description=_DESCRIPTION, args=arguments)
-    except (ValueError, OSError, SecureError) as error:
+    except (ValueError, OSError, FloatingPointError, SecureError) as error:
         message = " ".join(str(error).split())
         print(f"flaxmpc: {message}", file=sys.stderr)
         raise SystemExit(2) from error

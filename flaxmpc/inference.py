@@ -54,6 +54,14 @@ class Inference(NamedTuple):
     cost: secure.Cost
 
 
+class Logits(NamedTuple):
+    """Logits (sentence, label) of one secure run: opened from the shares, and in the clear; and what it cost."""
+
+    secret: np.ndarray
+    plain: np.ndarray
+    cost: secure.Cost
+
+
 def split_at_shares(model: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """What the client computes, and what runs on shares: (secure function, client's params, secret params).
 
@@ -69,8 +77,8 @@ def split_at_shares(model: Any, params: dict[str, Any]) -> tuple[Any, dict[str, 
 
         return from_embeddings, {"bert": {"embeddings": table}}, encoder
 
-    def from_tokens(params: dict[str, Any], tokens: jax.Array, keys: Keys) -> Any:
-        embeddings = model.apply({"params": params}, tokens, method="embed")
+    def from_tokens(params: dict[str, Any], tokens: tuple[jax.Array, ...], keys: Keys) -> Any:
+        embeddings = model.apply({"params": params}, *tokens, method="embed")
         return model.apply({"params": params}, embeddings, keys, method="from_embeddings")
 
     return from_tokens, {}, params
@@ -124,8 +132,7 @@ class Client:
             if not text.strip():
                 raise ValueError(f"sentence {number} of {len(texts)} is empty")
         most = self.config.max_position_embeddings
-        truncated = [len(row) > most for row in encode(self.tokenizer, texts, most + 1)]
-        rows = encode(self.tokenizer, texts, most)
+        rows, _, truncated = encode(self.tokenizer, texts, most)
         largest = max(map(max, rows))
         if largest >= self.config.vocab_size:
             raise ValueError(
@@ -137,18 +144,25 @@ class Client:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-        return ids, mask, truncated
+        return ids, mask, truncated.tolist()
 
-    def share(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Keys]:
-        """The client's part: what of its sentences becomes secret shares (embeddings or one-hot tokens, and keys)."""
-        tokens = self._tokens(ids)
+    def share(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> tuple[Any, Keys]:
+        """The client's part: what of its sentences becomes secret shares (embeddings or one-hot tokens, and keys).
+
+        Args:
+            ids, mask: (sentence, token).
+            types: HF's token_type_ids of pairs; None: all 0.
+        """
+        tokens: Any = self._tokens(ids, types)
         if self.config.embedding.client_embeds:
-            tokens = self._embed({"params": self.client_params}, tokens)
+            tokens = self._embed({"params": self.client_params}, *tokens)
         return jax.device_get((tokens, self.config.keys(jnp.asarray(mask))))
 
-    def _tokens(self, ids: np.ndarray) -> jax.Array:
-        """What enters the embedding's lookup."""
-        return self.config.embedding.encode(jnp.asarray(ids), self.config.vocab_size)
+    def _tokens(self, ids: np.ndarray, types: np.ndarray | None = None) -> tuple[jax.Array, ...]:
+        """What enters the embedding's lookups: of the words, and of the types where there are any."""
+        encode = self.config.embedding.encode
+        words = encode(jnp.asarray(ids), self.config.vocab_size)
+        return (words,) if types is None else (words, encode(jnp.asarray(types), self.config.type_vocab_size))
 
 
 class SecureClassifier(Client):
@@ -188,8 +202,7 @@ class SecureClassifier(Client):
             secure.SecureError: the run failed.
         """
         ids, mask, truncated = self.encode(texts)
-        logits, cost = self._secure.run(self.weights, *self.share(ids, mask))
-        plain = np.asarray(self._apply({"params": self.plain_params}, self._tokens(ids), mask))
+        logits, plain, cost = self.logits(ids, mask)
         scores = np.asarray(jax.nn.softmax(logits))
         predictions = [
             Prediction(
@@ -203,6 +216,12 @@ class SecureClassifier(Client):
             for text, row, score, in_clear, cut in zip(texts, logits, scores, plain, truncated, strict=True)
         ]
         return Inference(predictions, cost)
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> Logits:
+        """The logits of encoded sentences or pairs, see `share`; those in the clear are of the model as trained."""
+        secret, cost = self._secure.run(self.weights, *self.share(ids, mask, types))
+        words, *kinds = self._tokens(ids, types)
+        return Logits(secret, np.asarray(self._apply({"params": self.plain_params}, words, mask, *kinds)), cost)
 
     def estimate(self, num_tokens: int, batch_size: int) -> secure.Cost:
         """What classifying `batch_size` sentences of up to `num_tokens` tokens costs; measured on zeros.

@@ -1,19 +1,49 @@
 """Replace and distil: a student with other parts learns from the teacher, first its hidden states, then its logits."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
 
 from flaxmpc.convert import losses
-from flaxmpc.convert.data import Batch
-from flaxmpc.convert.finetune import Split, accuracy, epoch_batches, predict
+from flaxmpc.convert.calibrate import Ranges, variances_in
+from flaxmpc.convert.data import Batch, Split
+from flaxmpc.convert.finetune import Evaluate, epoch_batches, first_bad_layer, in_order
 from flaxmpc.convert.fit import Schedule, fit
-from flaxmpc.models.bert import BertForSequenceClassification, init_params
+from flaxmpc.models.bert import BertForSequenceClassification, Intermediates, init_params
 from flaxmpc.models.params import flatten, unflatten
-from flaxmpc.nn.attention import Keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage(Schedule):
+    """One stage of training a student: its schedule, and the weights of the losses that it sums.
+
+    Attributes:
+        hidden_weight: `hidden_loss`, the hidden states of all layers and the embeddings.
+        score_weight: `score_loss`, the attention scores.
+        logit_weight: `losses.logit_loss`, the teacher's logits.
+        label_weight: `losses.label_loss`, the true labels, which distillation does without.
+        range_weight: `range_loss`, LayerNorms' variances that leave their range.
+    """
+
+    hidden_weight: float = 0.0
+    score_weight: float = 0.0
+    logit_weight: float = 0.0
+    label_weight: float = 0.0
+    range_weight: float = 0.0
+
+
+class Targets(NamedTuple):
+    """What a batch is to be matched with, cut to its rows. The scores are None where no loss asks for them."""
+
+    batch: Batch
+    logits: Any
+    states: Intermediates | None
 
 
 def start_student(student: BertForSequenceClassification, teacher: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,73 +60,153 @@ def start_student(student: BertForSequenceClassification, teacher: Mapping[str, 
     return unflatten({path: given.get(path, leaf) for path, leaf in own.items()})
 
 
-def calibrate(student: BertForSequenceClassification, params: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
-    """Sets every constant normaliser r_h from a batch, layer after layer, since each changes what the next one sees."""
-    flat = flatten(jax.tree.map(jnp.asarray, dict(params)))
-    rows = batch.row_mask > 0
-    input_ids, attention_mask = jnp.asarray(batch.input_ids[rows]), jnp.asarray(batch.attention_mask[rows])
-    keys = Keys.from_mask(attention_mask)
+class Teacher:
+    """The teacher's logits and hidden states, without dropout: computed once and kept, if they fit in memory."""
 
-    @jax.jit
-    def scores_of(params: Mapping[str, Any]) -> tuple[jax.Array, ...]:
-        output: Any = student.apply({"params": params}, input_ids, attention_mask, return_intermediates=True)
-        return output[1].scores
+    def __init__(
+        self,
+        model: BertForSequenceClassification,
+        params: Mapping[str, Any],
+        split: Split,
+        *,
+        with_states: bool,
+        with_scores: bool,
+        memory: float,
+    ):
+        """Computes what fits.
 
-    for layer in range(student.config.num_hidden_layers):
-        path = f"bert/layer_{layer}/attention"
-        if f"{path}/scale" not in flat:
-            continue
-        scores = scores_of(unflatten(flat))[layer]
-        part = student.config.attention_of(layer)
-        scale = part.calibrated_scale(scores, keys, flat.get(f"{path}/shift"))
-        if scale is not None:
-            flat[f"{path}/scale"] = scale
-    return unflatten(jax.device_get(flat))
+        Args:
+            model, params: the fine-tuned exact model.
+            split: whose batches will be asked for.
+            with_states, with_scores: whether any loss asks for hidden states or scores.
+            memory: bytes that what is kept may take; if it takes more, each batch is computed when it is asked for.
+        """
+        self._with_states, self._with_scores = with_states, with_scores
+        self._params = jax.tree.map(jnp.asarray, dict(params))
+
+        @jax.jit
+        def apply(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+            inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+            output: Any = model.apply({"params": params}, *inputs, return_intermediates=True)
+            logits, states = output
+            if not (with_states or with_scores):
+                return logits, None
+            return logits, states if with_scores else states._replace(scores=())
+
+        self._apply = apply
+        config = model.config
+        lengths = np.array([len(row) for row in split.input_ids], np.float64)
+        numbers = lengths.sum() * config.hidden_size * (config.num_hidden_layers + 1)
+        numbers += with_scores * np.square(lengths).sum() * config.num_attention_heads * config.num_hidden_layers
+        self.kept = 4 * numbers <= memory
+        self._logits = np.zeros((len(lengths), config.num_labels), np.float32)
+        self._states: list[Any] = [None] * len(lengths)
+        if not self.kept:
+            return
+        for batch in track(list(in_order(split)), description="teacher"):
+            logits, states = jax.device_get(apply(self._params, batch))
+            for row in np.flatnonzero(batch.row_mask):
+                index, n = batch.index[row], int(batch.attention_mask[row].sum())
+                self._logits[index] = logits[row]
+                # A copy, since a view would keep the whole padded batch.
+                self._states[index] = jax.tree.map(lambda leaf, row=row, n=n: _cut(leaf[row], n).copy(), states)
+
+    def __call__(self, batch: Batch) -> Targets:
+        """Padded places are 0 where the teacher's outputs were kept; no loss looks at them."""
+        if not self.kept:
+            return Targets(batch, *self._apply(self._params, batch))
+        logits = np.where(batch.row_mask[:, None] > 0, self._logits[batch.index], np.float32(0))
+        if not (self._with_states or self._with_scores):
+            return Targets(batch, logits, None)
+        rows = [self._states[index] for index in batch.index]
+        tokens = batch.input_ids.shape[1]
+        return Targets(batch, logits, jax.tree.map(lambda *leaves: _padded(leaves, batch.row_mask, tokens), *rows))
+
+
+def _cut(leaf: np.ndarray, n: int) -> np.ndarray:
+    """One sentence's hidden state (token, hidden) or scores (head, token, token), without padding."""
+    return leaf[:n] if leaf.ndim == 2 else leaf[:, :n, :n]
+
+
+def _padded(leaves: tuple[np.ndarray, ...], row_mask: np.ndarray, tokens: int) -> np.ndarray:
+    first = leaves[0]
+    shape = (tokens, first.shape[-1]) if first.ndim == 2 else (first.shape[0], tokens, tokens)
+    out = np.zeros((len(leaves), *shape), np.float32)
+    for row in np.flatnonzero(row_mask):
+        _cut(out[row], leaves[row].shape[-2])[...] = leaves[row]
+    return out
 
 
 def distill(
     student: BertForSequenceClassification,
     params: Mapping[str, Any],
-    teacher: BertForSequenceClassification,
-    teacher_params: Mapping[str, Any],
+    teacher: Teacher,
     train: Split,
-    validation: Split,
-    schedule: Schedule,
+    evaluate: Evaluate,
+    stage: Stage,
     folder: Path,
     *,
-    hidden_weight: float,
-    logit_weight: float,
+    ranges: Ranges | None = None,
+    frozen: str = "bert/embeddings/",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """One stage of distillation; resumable, see `fit`. The teacher runs without dropout, and so does the student.
-
-    loss = hidden_weight x `hidden_loss` + logit_weight x `soft_cross_entropy`.
+    """One stage; resumable, see `fit`. The student has no dropout. Returns the parameters of its best epoch.
 
     Args:
-        student, params: what is trained, all but the embeddings.
-        teacher, teacher_params: the fine-tuned exact model.
-        hidden_weight, logit_weight: stage 1 is (1, 0), stage 2 mostly logits.
+        student, params: what is trained, all but what is frozen.
+        teacher: of the same training sentences.
+        train: the training split.
+        evaluate: figures of the validation split, see `fit`; the first chooses the epoch.
+        stage: the schedule and the weights of the losses.
+        folder: of the stage's checkpoints and metrics.
+        ranges: of the LayerNorms' variances, for the range loss.
+        frozen: the start of the paths that are not trained.
+        seed: of the order of the sentences.
+
+    Raises:
+        ValueError: a stage without a loss.
     """
+    if stage.epochs and not any((stage.hidden_weight, stage.score_weight, stage.logit_weight, stage.label_weight)):
+        raise ValueError(f"{folder.name} has no loss: all of its weights are 0")
 
-    def loss(params: Mapping[str, Any], teacher_params: Mapping[str, Any], batch: Batch, key: jax.Array):
-        inputs = (batch.input_ids, batch.attention_mask)
-        ours, our_states = student.apply({"params": params}, *inputs, return_intermediates=True)
-        theirs, their_states = teacher.apply({"params": teacher_params}, *inputs, return_intermediates=True)
-        hidden = losses.hidden_loss(our_states, their_states, batch.attention_mask * batch.row_mask[:, None])  # pyright: ignore[reportArgumentType]
-        logit = losses.soft_cross_entropy(ours, theirs, batch.row_mask)  # pyright: ignore[reportArgumentType]
-        return hidden_weight * hidden + logit_weight * logit, {"hidden_loss": hidden, "logit_loss": logit}
-
-    def evaluate(params: Mapping[str, Any]) -> dict[str, float]:
-        return {"validation_accuracy": accuracy(predict(student, params, validation), validation[1])}
+    def loss(params: Mapping[str, Any], targets: Targets, _: jax.Array):
+        batch, theirs, their_states = targets
+        (ours, states), collected = student.apply(
+            {"params": params},
+            batch.input_ids,
+            batch.attention_mask,
+            batch.token_type_ids,
+            return_intermediates=True,
+            mutable=["statistics"],
+        )
+        rows: Any = batch.row_mask
+        tokens: Any = batch.attention_mask * batch.row_mask[:, None]
+        terms = {}
+        if stage.hidden_weight:
+            terms["hidden_loss"] = stage.hidden_weight, losses.hidden_loss(states, their_states, tokens)  # pyright: ignore[reportArgumentType]
+        if stage.score_weight:
+            terms["score_loss"] = stage.score_weight, losses.score_loss(states, their_states, tokens)  # pyright: ignore[reportArgumentType]
+        if stage.logit_weight:
+            terms["logit_loss"] = stage.logit_weight, losses.logit_loss(ours, theirs, rows)
+        if stage.label_weight:
+            terms["label_loss"] = stage.label_weight, losses.label_loss(ours, batch.label, rows)
+        if stage.range_weight and ranges:
+            found = variances_in(collected["statistics"])
+            terms["range_loss"] = stage.range_weight, losses.range_loss(found, ranges, tokens)
+        total = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
+        return total, {name: value for name, (_, value) in terms.items()}
 
     return fit(
         loss,
         params,
-        epoch_batches(train, schedule, seed),
-        schedule,
+        epoch_batches(train, stage, seed),
+        stage,
         folder,
         name=folder.name,
         seed=seed,
-        teacher_params=teacher_params,
+        prepare=teacher,
+        frozen=frozen,
         evaluate=evaluate,
+        choose_by=evaluate.chooses,
+        locate=first_bad_layer(student),
     )

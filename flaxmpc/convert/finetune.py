@@ -1,6 +1,8 @@
 """Fine-tuning a classifier: the teacher of a conversion."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,72 +10,125 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.convert import losses
-from flaxmpc.convert.data import Batch, batches
+from flaxmpc.convert import losses, metrics
+from flaxmpc.convert.data import Batch, Split, batches
 from flaxmpc.convert.fit import Schedule, fit
 from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.models.params import flatten
 
 # Lengths that sentences are padded to while training: one program each.
 LENGTHS = (16, 24, 32, 48, 64, 128, 256, 512)
 
-Split = tuple[Sequence[Sequence[int]], Sequence[int]]
-"""Token ids of every sentence, and their labels."""
-
 
 def epoch_batches(split: Split, schedule: Schedule, seed: int) -> Callable[[int], Iterator[Batch]]:
     """What `fit` asks for its batches: shuffled anew in every epoch, the same for the same seed."""
-    ids, labels = split
-    return lambda epoch: batches(ids, labels, batch_size=schedule.batch_size, lengths=LENGTHS, seed=(seed, epoch))
+    return lambda epoch: batches(split, batch_size=schedule.batch_size, lengths=LENGTHS, seed=(seed, epoch))
+
+
+def in_order(split: Split, batch_size: int = 64) -> Iterator[Batch]:
+    """Batches of every sentence once, unshuffled."""
+    return batches(split, batch_size=batch_size, lengths=LENGTHS)
+
+
+@functools.lru_cache(maxsize=8)
+def _apply(model: BertForSequenceClassification) -> Callable[..., Any]:
+    return jax.jit(model.apply)  # pyright: ignore[reportReturnType]
 
 
 def predict(
     model: BertForSequenceClassification, params: Mapping[str, Any], split: Split, batch_size: int = 64
 ) -> np.ndarray:
     """Logits (sentence, label), in the order of the split."""
-    ids, _ = split
-    apply = jax.jit(model.apply)
-    logits = np.zeros((len(ids), model.config.num_labels), np.float32)
-    # The labels carry each sentence's place through the batches.
-    for batch in batches(ids, range(len(ids)), batch_size=batch_size, lengths=LENGTHS):
+    logits = np.zeros((len(split), model.config.num_labels), np.float32)
+    for batch in in_order(split, batch_size):
+        output = _apply(model)({"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids)
         rows = batch.row_mask > 0
-        output = apply({"params": params}, batch.input_ids, batch.attention_mask)
-        logits[batch.label[rows]] = np.asarray(output)[rows]
+        logits[batch.index[rows]] = np.asarray(output)[rows]
     return logits
 
 
-def accuracy(logits: np.ndarray, labels: Sequence[int]) -> float:
-    """The share of right labels, in [0, 1]."""
-    return float((logits.argmax(-1) == np.asarray(labels)).mean())
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluate:
+    """The figures of a model on a split, by the names of their metrics.
+
+    Attributes:
+        model, split: whose.
+        metrics: names in `flaxmpc.convert.metrics.METRICS`; the first chooses the best epoch.
+        prefix: of the figures' names.
+    """
+
+    model: BertForSequenceClassification
+    split: Split
+    metrics: tuple[str, ...]
+    prefix: str = "validation_"
+
+    @property
+    def chooses(self) -> str:
+        return self.prefix + self.metrics[0]
+
+    def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
+        figures = metrics.evaluate(self.metrics, predict(self.model, params, self.split), self.split.labels)
+        return {self.prefix + name: value for name, value in figures.items()}
+
+
+def first_bad_layer(model: BertForSequenceClassification) -> Callable[[Mapping[str, Any], Batch], str]:
+    """For `fit`: names the first place in the model where a number is not finite, or the layer of the largest."""
+
+    def locate(params: Mapping[str, Any], batch: Batch) -> str:
+        for path, leaf in flatten(params).items():
+            if not np.isfinite(leaf).all():
+                return f"the parameter {path}"
+        logits, states = apply_with_states(model)(params, batch)
+        outputs = {"bert/embeddings": states.embeddings}
+        outputs |= {f"bert/layer_{i}": hidden for i, hidden in enumerate(states.hidden_states)}
+        outputs["classifier"] = logits
+        rows = batch.row_mask > 0
+        for path, output in outputs.items():
+            if not np.isfinite(np.asarray(output)[rows]).all():
+                return f"the output of {path}"
+        scores = [float(np.abs(np.asarray(layer)[rows]).max()) for layer in states.scores]
+        largest = int(np.argmax(scores))
+        return f"the gradient: all outputs are finite, the largest score, {scores[largest]:.3g}, in layer_{largest}"
+
+    return locate
+
+
+@functools.lru_cache(maxsize=8)
+def apply_with_states(model: BertForSequenceClassification) -> Callable[..., Any]:
+    return jax.jit(
+        lambda params, batch: model.apply(
+            {"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids, return_intermediates=True
+        )
+    )
 
 
 def finetune(
     model: BertForSequenceClassification,
     params: Mapping[str, Any],
     train: Split,
-    validation: Split,
+    evaluate: Evaluate,
     schedule: Schedule,
     folder: Path,
     *,
+    frozen: str = "bert/embeddings/",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Trains all but the embeddings on labelled sentences; resumable, see `fit`. Returns the parameters."""
+    """Trains on labelled sentences; resumable, see `fit`. Returns the parameters of the best epoch."""
 
-    def loss(params: Mapping[str, Any], _: Mapping[str, Any], batch: Batch, key: jax.Array):
+    def loss(params: Mapping[str, Any], batch: Batch, key: jax.Array):
         logits = model.apply(
             {"params": params},
             batch.input_ids,
             batch.attention_mask,
+            batch.token_type_ids,
             deterministic=False,
             rngs={"dropout": key},
         )
+        value = losses.label_loss(logits, batch.label, batch.row_mask)  # pyright: ignore[reportArgumentType]
+        if model.config.num_labels == 1:
+            return value, {}
         hits = (jnp.argmax(logits, -1) == batch.label) * batch.row_mask  # pyright: ignore[reportArgumentType]
-        return (
-            losses.cross_entropy(logits, batch.label, batch.row_mask),  # pyright: ignore[reportArgumentType]
-            {"train_accuracy": hits.sum() / batch.row_mask.sum()},
-        )
-
-    def evaluate(params: Mapping[str, Any]) -> dict[str, float]:
-        return {"validation_accuracy": accuracy(predict(model, params, validation), validation[1])}
+        return value, {"train_accuracy": hits.sum() / batch.row_mask.sum()}
 
     return fit(
         loss,
@@ -83,5 +138,8 @@ def finetune(
         folder,
         name="fine-tuning",
         seed=seed,
+        frozen=frozen,
         evaluate=evaluate,
+        choose_by=evaluate.chooses,
+        locate=first_bad_layer(model),
     )

@@ -1,22 +1,26 @@
-"""The training loop of fine-tuning and distillation: AdamW, progress, metrics as JSONL, resumable checkpoints."""
+"""The training loop of fine-tuning and distillation: AdamW on all devices, progress, metrics, resumable checkpoints."""
 
+import contextlib
 import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flaxmpc.convert.data import Batch
 from flaxmpc.models.params import flatten, unflatten
 
 Params = Mapping[str, Any]
-Loss = Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +28,12 @@ class Schedule:
     """How long and how fast: AdamW, linear warm-up, then a cosine to zero.
 
     Attributes:
-        epochs: passes over the data.
+        epochs: passes over the data; 0 leaves the stage out.
         learning_rate: at the end of the warm-up.
         warmup: the share of all steps that warms up.
         weight_decay: of AdamW, on matrices only.
         clip_norm: the largest norm of the gradient of one step.
-        batch_size: sentences a step.
+        batch_size: sentences a step, over all devices.
         checkpoint_every: steps between checkpoints; a killed run goes on from the last.
     """
 
@@ -40,6 +44,13 @@ class Schedule:
     clip_norm: float = 1.0
     batch_size: int = 32
     checkpoint_every: int = 200
+
+    def __post_init__(self):
+        if self.epochs < 0 or self.batch_size < 1 or self.checkpoint_every < 1 or not self.learning_rate > 0:
+            raise ValueError(
+                "a schedule needs epochs >= 0, batch_size and checkpoint_every >= 1 and a learning_rate above 0, not "
+                f"{self.epochs}, {self.batch_size}, {self.checkpoint_every} and {self.learning_rate:g}"
+            )
 
     def optimizer(self, num_steps: int) -> optax.GradientTransformation:
         rate = optax.warmup_cosine_decay_schedule(
@@ -55,14 +66,74 @@ def partition(params: Params, frozen: str) -> tuple[dict[str, Any], dict[str, An
     """Splits into what is trained and what is frozen: everything whose path starts with `frozen`. Flat dicts."""
     flat = flatten(params)
     return (
-        {path: leaf for path, leaf in flat.items() if not path.startswith(frozen)},
-        {path: leaf for path, leaf in flat.items() if path.startswith(frozen)},
+        {path: leaf for path, leaf in flat.items() if not (frozen and path.startswith(frozen))},
+        {path: leaf for path, leaf in flat.items() if frozen and path.startswith(frozen)},
     )
 
 
 def merge(trainable: Params, frozen: Params) -> dict[str, Any]:
     """The nested parameters of the two parts that `partition` returned."""
     return unflatten({**trainable, **frozen})
+
+
+class _Devices:
+    """All devices of all hosts: each batch is split over them, parameters are on every one."""
+
+    def __init__(self, batch_size: int):
+        self.count = jax.device_count()
+        if batch_size % self.count:
+            raise ValueError(
+                f"batch_size {batch_size} is not a multiple of the {self.count} devices that share a batch"
+            )
+        mesh = Mesh(np.array(jax.devices()), ("batch",))
+        self._split, self._everywhere = (
+            NamedSharding(mesh, PartitionSpec("batch")),
+            NamedSharding(mesh, PartitionSpec()),
+        )
+
+    def own_rows(self, batch: Batch) -> Batch:
+        """The rows of a batch that this host's devices compute."""
+        rows = len(batch.row_mask) // jax.process_count()
+        start = jax.process_index() * rows
+        return Batch(*(array[start : start + rows] for array in batch))
+
+    def split(self, rows: Any) -> Any:
+        """Every host's rows as one global array."""
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self._split, np.asarray(leaf)), rows)
+
+    def everywhere(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._everywhere)
+
+
+# A run whose loss has grown this much over its own lowest, both as running means, does not come back.
+_DIVERGED = 20.0
+
+
+class _Divergence:
+    """Watches the loss. `bad` says what is wrong with a step's, or None."""
+
+    def __init__(self):
+        self._mean: float | None = None
+        self._lowest = float("inf")
+
+    def bad(self, loss: float) -> str | None:
+        if not np.isfinite(loss):
+            return f"the loss is {loss}"
+        self._mean = loss if self._mean is None else 0.98 * self._mean + 0.02 * loss
+        self._lowest = min(self._lowest, self._mean)
+        if self._mean > _DIVERGED * self._lowest + 1.0:
+            return f"the loss has grown from {self._lowest:.3g} to {self._mean:.3g}"
+        return None
+
+
+def _columns() -> list[Any]:
+    return [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(),
+    ]
 
 
 def fit(
@@ -74,75 +145,98 @@ def fit(
     *,
     name: str,
     seed: int,
-    teacher_params: Params | None = None,
+    prepare: Callable[[Batch], Any] = lambda batch: batch,
     frozen: str = "bert/embeddings/",
     evaluate: Callable[[Params], dict[str, float]] | None = None,
+    choose_by: str | None = None,
+    locate: Callable[[Params, Batch], str] | None = None,
 ) -> dict[str, Any]:
-    """Trains, and returns the parameters after the last step.
+    """Trains, and returns the parameters: after the last step, or of the best epoch.
 
     A run that was killed goes on from its last checkpoint in `folder`, to the same parameters as without the kill.
+    Every batch is split over all devices of all hosts (`jax.distributed`); the hosts must see one `folder`.
 
     Args:
-        loss: (params, teacher_params, batch, key) -> (loss, metrics).
+        loss: (params, prepared batch, key) -> (loss, metrics).
         params: where to start.
         epoch_batches: the batches of an epoch; the same number for every epoch, and the same batches when asked again.
-        schedule: see `Schedule`.
-        folder: of this run: checkpoints, and metrics.jsonl with one object a line.
+        schedule: see `Schedule`. With 0 epochs the parameters are returned as they are.
+        folder: of this run: checkpoints, metrics.jsonl with one object an epoch, and TensorBoard events.
         name: shown with the progress.
         seed: of dropout.
-        teacher_params: handed to the loss; empty where there is no teacher.
-        frozen: the start of the paths that are not trained.
+        prepare: what the loss gets of a batch, any pytree of arrays whose first axis is the batch's.
+        frozen: the start of the paths that are not trained; empty: everything is.
         evaluate: called with the parameters after every epoch; what it returns is logged.
+        choose_by: which of `evaluate`'s figures, the larger the better, decides about the epoch whose parameters are
+            returned (the first of equals); None takes the last.
+        locate: says where in the model a loss that is not finite comes from.
 
     Raises:
-        FloatingPointError: the loss is not finite; says at which step.
+        ValueError: a batch size that the devices do not divide.
+        FloatingPointError: the loss is not finite or has diverged; says at which step and in which layer.
     """
     import orbax.checkpoint as ocp
+    from tensorboardX import SummaryWriter
 
+    if schedule.epochs == 0:
+        return jax.device_get(dict(params))
     folder.mkdir(parents=True, exist_ok=True)
+    devices = _Devices(schedule.batch_size)
     steps_per_epoch = sum(1 for _ in epoch_batches(0))
     num_steps = schedule.epochs * steps_per_epoch
     optimizer = schedule.optimizer(num_steps)
     trainable, fixed = partition(jax.tree.map(jnp.asarray, dict(params)), frozen)
-    state = {"params": trainable, "optimizer": optimizer.init(trainable)}
-    teacher = jax.tree.map(jnp.asarray, dict(teacher_params or {}))
+    state = devices.everywhere({"params": trainable, "optimizer": optimizer.init(trainable)})
+    fixed = devices.everywhere(fixed)
     key = jax.random.key(seed)
 
     @jax.jit
     def step(
-        state: dict[str, Any], fixed: Params, teacher: Params, batch: Batch, key: jax.Array
+        state: dict[str, Any], fixed: Params, batch: Any, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        def of_trainable(trainable: Params):
-            return loss(merge(trainable, fixed), teacher, batch, key)
-
-        (value, metrics), grads = jax.value_and_grad(of_trainable, has_aux=True)(state["params"])
+        (value, metrics), grads = jax.value_and_grad(
+            lambda trainable: loss(merge(trainable, fixed), batch, key), has_aux=True
+        )(state["params"])
         updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
         new = {"params": optax.apply_updates(state["params"], updates), "optimizer": moments}
         return new, {"loss": value, **metrics}
 
-    manager = ocp.CheckpointManager(
-        folder.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    def stop(what: str, number: int, params: Params, batch: Batch) -> NoReturn:
+        where = "" if locate is None else f", first in {locate(jax.device_get(params), batch)}"
+        raise FloatingPointError(
+            f"{name}: {what} at step {number}{where}; a lower learning rate than {schedule.learning_rate:g} or a "
+            f"longer warm-up than {schedule.warmup:g} may do. The last checkpoint is in {folder}"
+        )
+
+    # Several hosts write together, and wait: orbax's asynchronous writing asks for more than stable jax's hosts have.
+    options = partial(ocp.CheckpointManagerOptions, enable_async_checkpointing=jax.process_count() == 1)
+    latest = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options(max_to_keep=2))
+    best = ocp.CheckpointManager(
+        folder.absolute() / "best",
+        options=options(
+            max_to_keep=1, best_fn=lambda figures: (figures[str(choose_by)], -figures["epoch"]), best_mode="max"
+        ),
     )
-    done = manager.latest_step() or 0
+    done = latest.latest_step() or 0
     if done:
-        state = manager.restore(done, args=ocp.args.StandardRestore(state))  # pyright: ignore[reportCallIssue]
+        state = latest.restore(done, args=ocp.args.StandardRestore(state))  # pyright: ignore[reportCallIssue]
+    chief = jax.process_index() == 0
     metrics_file = folder / "metrics.jsonl"
     # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
     lines = metrics_file.read_text().splitlines(keepends=True) if metrics_file.is_file() else []
-    metrics_file.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= done // steps_per_epoch))
+    if chief:
+        metrics_file.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= done // steps_per_epoch))
+    divergence = _Divergence()
 
-    with (
-        manager,
-        metrics_file.open("a") as log,
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TimeRemainingColumn(),
-        ) as progress,
-    ):
-        bar = progress.add_task(name, total=num_steps, completed=done, loss=float("nan"))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(latest)
+        stack.enter_context(best)
+        progress = stack.enter_context(Progress(*_columns(), disable=not chief))
+        bar = progress.add_task(name, total=num_steps, completed=done, shown="")
+        log = stack.enter_context(metrics_file.open("a")) if chief else None
+        board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None) if chief else None
+        if board is not None:
+            stack.callback(board.close)
         for epoch in range(done // steps_per_epoch, schedule.epochs):
             totals: dict[str, float] = {}
             started, count = time.perf_counter(), 0
@@ -150,24 +244,41 @@ def fit(
                 number = epoch * steps_per_epoch + i
                 if number < done:
                     continue
-                state, metrics = step(state, fixed, teacher, batch, jax.random.fold_in(key, number))
+                before = state["params"]
+                rows = devices.split(prepare(devices.own_rows(batch)))
+                state, metrics = step(state, fixed, rows, jax.random.fold_in(key, number))
                 values = {metric: float(value) for metric, value in metrics.items()}
-                if not jnp.isfinite(values["loss"]):
-                    raise FloatingPointError(
-                        f"{name}: the loss is {values['loss']} at step {number}; a lower learning rate than "
-                        f"{schedule.learning_rate:g} may do. The last checkpoint is in {folder}"
-                    )
+                if (what := divergence.bad(values["loss"])) is not None:
+                    stop(what, number, merge(before, fixed), batch)
                 count += 1
                 totals = {metric: totals.get(metric, 0.0) + value for metric, value in values.items()}
-                progress.update(bar, completed=number + 1, loss=values["loss"])
+                rate = count * schedule.batch_size / (time.perf_counter() - started)
+                shown = "  ".join(f"{metric} {total / count:.4f}" for metric, total in totals.items())
+                progress.update(bar, completed=number + 1, shown=f"{shown}  {rate:.0f} sentences/s")
+                if board is not None and number % 10 == 0:
+                    for metric, value in values.items():
+                        board.add_scalar(f"train/{metric}", value, number)
                 if (number + 1) % schedule.checkpoint_every == 0 or number + 1 == num_steps:
-                    manager.save(number + 1, args=ocp.args.StandardSave(state))  # pyright: ignore[reportCallIssue]
+                    latest.save(number + 1, args=ocp.args.StandardSave(state))  # pyright: ignore[reportCallIssue]
             seconds = time.perf_counter() - started
             record = {"name": name, "epoch": epoch + 1, "seconds": round(seconds, 1)}
             record |= {metric: total / max(count, 1) for metric, total in totals.items()}
             if evaluate is not None:
-                record |= evaluate(merge(state["params"], fixed))
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            progress.console.print(record)
-    return jax.device_get(merge(state["params"], fixed))
+                figures = evaluate(jax.device_get(merge(state["params"], fixed)))
+                record |= figures
+                if choose_by is not None and epoch not in best.all_steps():
+                    kept = ocp.args.StandardSave(state["params"])  # pyright: ignore[reportCallIssue]
+                    best.save(epoch, args=kept, metrics={**figures, "epoch": epoch})
+                if board is not None:
+                    for figure, value in figures.items():
+                        board.add_scalar(figure, value, (epoch + 1) * steps_per_epoch)
+            if log is not None:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                progress.console.print(record)
+        chosen = state["params"]
+        if choose_by is not None:
+            best.wait_until_finished()
+            abstract = ocp.args.StandardRestore(chosen)  # pyright: ignore[reportCallIssue]
+            chosen = best.restore(best.best_step(), args=abstract)
+    return jax.device_get(merge(chosen, fixed))

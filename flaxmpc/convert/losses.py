@@ -1,11 +1,12 @@
 """Losses of fine-tuning and distillation, all means over what is no padding."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from flaxmpc.models.bert import Intermediates
 
@@ -15,17 +16,22 @@ def _masked_mean(values: Any, mask: Array) -> Array:
     return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
 
 
-def cross_entropy(
-    logits: Float[Array, "batch label"], labels: Int[Array, " batch"], row_mask: Float[Array, " batch"]
-) -> Array:
-    """Softmax cross-entropy with the true labels."""
+def label_loss(logits: Float[Array, "batch label"], labels: Array, row_mask: Float[Array, " batch"]) -> Array:
+    """Softmax cross-entropy with the true labels (batch,); with one output, a regression, the squared difference."""
+    if logits.shape[-1] == 1:
+        return _masked_mean(jnp.square(logits[:, 0] - labels), row_mask)
     return _masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), row_mask)
 
 
-def soft_cross_entropy(
+def logit_loss(
     logits: Float[Array, "batch label"], teacher: Float[Array, "batch label"], row_mask: Float[Array, " batch"]
 ) -> Array:
-    """Softmax cross-entropy with the teacher's probabilities (TinyBERT, arXiv 1909.10351, eq. 10, temperature 1)."""
+    """Softmax cross-entropy with the teacher's probabilities (TinyBERT, arXiv 1909.10351, eq. 10, temperature 1).
+
+    With one output, a regression, the squared difference.
+    """
+    if logits.shape[-1] == 1:
+        return _masked_mean(jnp.square(logits - teacher)[:, 0], row_mask)
     return _masked_mean(optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher)), row_mask)
 
 
@@ -37,3 +43,41 @@ def hidden_loss(student: Intermediates, teacher: Intermediates, token_mask: Floa
     mask = token_mask[..., None]
     pairs = zip((student.embeddings, *student.hidden_states), (teacher.embeddings, *teacher.hidden_states), strict=True)
     return sum((_masked_mean(jnp.square(ours - theirs), mask) for ours, theirs in pairs), jnp.zeros(()))
+
+
+def score_loss(student: Intermediates, teacher: Intermediates, token_mask: Float[Array, "batch token"]) -> Array:
+    """Mean squared difference of the attention scores over pairs of tokens, summed over the layers (TinyBERT, eq. 7).
+
+    Of two scores that a row's normaliser makes equal weights, one is a constant above the other, so each row is
+    compared without its mean.
+    """
+    pair_mask = token_mask[:, None, :, None] * token_mask[:, None, None, :]
+    n = jnp.maximum(token_mask.sum(-1), 1.0)[:, None, None, None]
+
+    def centred(scores: Array) -> Array:
+        return scores - (scores * token_mask[:, None, None, :]).sum(-1, keepdims=True) / n
+
+    pairs = zip(student.scores, teacher.scores, strict=True)
+    return sum(
+        (_masked_mean(jnp.square(centred(ours) - centred(theirs)), pair_mask) for ours, theirs in pairs), jnp.zeros(())
+    )
+
+
+def range_loss(
+    variances: Mapping[str, Array], ranges: Mapping[str, tuple[float, float]], token_mask: Float[Array, "batch token"]
+) -> Array:
+    """How far a LayerNorm's variances lie outside their range: the mean of the squared distance in log, summed.
+
+    A student whose variances stay within a factor of 30 needs four Newton steps for their inverse roots; left alone,
+    a few outlier tokens reach a thousand times the median.
+
+    Args:
+        variances: (batch, token, 1) by LayerNorm.
+        ranges: (low, high) of each.
+    """
+    total = jnp.zeros(())
+    for name, (low, high) in ranges.items():
+        log = jnp.log(variances[name])
+        outside = jax.nn.relu(log - jnp.log(high)) + jax.nn.relu(jnp.log(low) - log)
+        total += _masked_mean(jnp.square(outside), token_mask[..., None])
+    return total

@@ -216,7 +216,9 @@ class AttentionPart(Protocol):
     """What an own variant must have to stand beside ours: subclass nothing, have these.
 
     `numerator` and `normalise` are what a layer runs, in this order.
-    `initial_shift` and `initial_scale` give the start of the trainable per-head scalars, None for no such scalar.
+    `initial_shift` and `initial_scale` give the start of the trainable per-head scalars, None for no such scalar;
+    `calibrated_scale` a better start from data. `row_offset` is what each row's scores should be moved by before
+    that, None for not at all.
     `split_scale` says how r_h folds: the factors (head,) of W_q and c, and those of W_v. `score_degree` is k where
     mask and 1/n fold too, since the numerator has degree k and the normaliser is r_h / n; else None.
     """
@@ -242,6 +244,8 @@ class AttentionPart(Protocol):
 
     def calibrated_scale(self, scores: Scores, keys: Keys, shift: Array | None) -> Array | None: ...
 
+    def row_offset(self, scores: Scores, keys: Keys) -> Float[Array, "batch head query"] | None: ...
+
     def split_scale(self, scale: Array) -> tuple[Array, Array]: ...
 
     @property
@@ -263,6 +267,7 @@ class Attention:
         shift: start of the trainable per-head c; None if f has none.
         degree: k where f(a s; a c) = a^k f(s; c) for a > 0, so that a per-head factor folds into W_q; None if f is
             not homogeneous.
+        exponential: whether f(s + t) is about e^t f(s), so that an offset of a row's scores is a factor of its sum.
     """
 
     name: str
@@ -273,6 +278,7 @@ class Attention:
     score_range: tuple[float, float]
     shift: float | None = None
     degree: int | None = None
+    exponential: bool = False
 
     def numerator(self, scores: Scores, keys: Keys, shift: Array | None) -> Scores:
         return self.f(scores, keys, shift)
@@ -307,6 +313,12 @@ class Attention:
         used_BxHxQ = keys.mask[:, None, :] * (row_sum_BxHxQ >= 1e-3)
         total, count = (used_BxHxQ / jnp.maximum(row_sum_BxHxQ, 1e-3)).sum((0, 2)), used_BxHxQ.sum((0, 2))
         return jnp.where(count > 0, total / jnp.maximum(count, 1.0), 1.0)
+
+    def row_offset(self, scores: Scores, keys: Keys) -> Float[Array, "batch head query"] | None:
+        """Where nothing divides an exponential by its row's sum: the offset of the scores that makes their mean 1."""
+        if not self.exponential or not isinstance(self.normaliser, Constant):
+            return None
+        return -jax.nn.logsumexp(scores, -1, b=keys.weight[:, None, None, :])
 
     @property
     def score_degree(self) -> int | None:
@@ -394,6 +406,13 @@ class PerHead:
             per_head.append(jnp.ones((1,)) if scale is None else scale)
         return jnp.concatenate(per_head)
 
+    def row_offset(self, scores: Scores, keys: Keys) -> Float[Array, "batch head query"] | None:
+        offsets = [part.row_offset(scores[:, h : h + 1], keys) for h, part in enumerate(self.parts)]
+        if all(offset is None for offset in offsets):
+            return None
+        none = jnp.zeros_like(scores[:, :1, :, 0])
+        return jnp.concatenate([none if offset is None else offset for offset in offsets], 1)
+
     @property
     def score_degree(self) -> int | None:
         return common({part.score_degree for part in self.parts})
@@ -448,6 +467,7 @@ softmax_freediv = ATTENTION.register(
         "Liu et al., J. Computer Research and Development 61(5), 2024 (our reading of its abstract)",
         needs_distillation=True,
         score_range=(-20.0, 4.0),
+        exponential=True,
     )
 )
 two_quad_freediv = ATTENTION.register(
@@ -461,6 +481,9 @@ two_quad_freediv = ATTENTION.register(
         shift=5.0,
         degree=2,
     )
+)
+two_quad_fixed = ATTENTION.register(
+    dataclasses.replace(two_quad_freediv, name="2quad_fixed", normaliser=Constant(per_length=False))
 )
 relu_freediv = ATTENTION.register(
     Attention(

@@ -1,8 +1,10 @@
 """The training loop on a least-squares problem: y = x W, x given as the attention mask."""
 
+import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ PARAMS = {
 SCHEDULE = Schedule(epochs=4, learning_rate=0.3, batch_size=6, checkpoint_every=5)
 
 
-def loss(params, teacher, batch, key):
+def loss(params, batch, key):
     table, w = params["bert"]["embeddings"]["table"], params["bert"]["layer"]["w"]
     noise = 0.01 * jax.random.normal(key)  # so that a resumed run needs the right key of each step
     output = (batch.input_ids @ (w + table) + params["head"]["b"])[:, 0] + noise
@@ -36,7 +38,8 @@ def epoch_batches(epoch):
     rng = np.random.default_rng(epoch)
     for _ in range(4):
         x = rng.integers(0, 3, (6, 4)).astype(np.int32)
-        yield Batch(x, np.ones_like(x), x @ np.array([1, -2, 3, 0]) + 1, np.ones(6, np.float32))
+        label = x @ np.array([1, -2, 3, 0]) + 1
+        yield Batch(x, np.ones_like(x), np.zeros_like(x), label, np.ones(6, np.float32), np.arange(6))
 
 
 def train(folder, schedule=SCHEDULE, **options):
@@ -126,9 +129,9 @@ def test_a_killed_run_goes_on_to_the_same_parameters(kill_at, run, tmp_path):
 
     steps = []
 
-    def spy(params, teacher, batch, key):
+    def spy(params, batch, key):
         jax.debug.callback(lambda: steps.append(1))
-        return loss(params, teacher, batch, key)
+        return loss(params, batch, key)
 
     params = fit(spy, PARAMS, epoch_batches, SCHEDULE, tmp_path, name="toy", seed=0)
     jax.effects_barrier()
@@ -138,8 +141,8 @@ def test_a_killed_run_goes_on_to_the_same_parameters(kill_at, run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    def diverges(params, teacher, batch, key):
-        value, metrics = loss(params, teacher, batch, key)
+    def diverges(params, batch, key):
+        value, metrics = loss(params, batch, key)
         return jnp.where((batch.input_ids == third).all(), jnp.nan, value), metrics
 
     third = list(epoch_batches(0))[2].input_ids
@@ -147,26 +150,106 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         fit(diverges, PARAMS, epoch_batches, SCHEDULE, tmp_path, name="toy", seed=0)
 
 
-def test_the_teacher_is_given_to_the_loss_and_left_as_it_is(tmp_path):
-    teacher = {"w": np.array([7.0], np.float32)}
+def test_the_loss_gets_what_is_prepared_of_a_batch(tmp_path):
+    def to_target(params, prepared, key):
+        batch, target = prepared
+        return jnp.square(params["head"]["b"] - target).mean() + 0.0 * batch.label.sum(), {}
 
-    def to_teacher(params, teacher, batch, key):
-        return jnp.square(params["head"]["b"] - teacher["w"]).sum(), {}
+    def prepare(batch):
+        return batch, np.full((6, 1), 7.0, np.float32)
 
     params = fit(
-        to_teacher,
-        PARAMS,
-        epoch_batches,
-        SCHEDULE,
-        tmp_path,
-        name="toy",
-        seed=0,
-        teacher_params=teacher,
-        frozen="bert/",
+        to_target, PARAMS, epoch_batches, SCHEDULE, tmp_path, name="toy", seed=0, prepare=prepare, frozen="bert/"
     )
     assert params["head"]["b"][0] > 0.5
-    assert teacher["w"] == 7
     assert same(params["bert"], PARAMS["bert"])
+
+
+def test_the_best_epoch_is_returned_also_after_a_restart(run, tmp_path):
+    by_epoch = []
+
+    def evaluate(params):
+        by_epoch.append(params)
+        return {"figure": [0.5, 0.9, 0.9, 0.2][len(by_epoch) - 1]}
+
+    found = train(tmp_path, evaluate=evaluate, choose_by="figure")
+    assert len(by_epoch) == 4
+    assert same(found, by_epoch[1])
+    assert not same(found, run[1])
+    assert same(train(tmp_path, evaluate=evaluate, choose_by="figure"), found)
+    assert same(by_epoch[3], run[1])
+
+
+def test_no_epochs_leave_the_parameters_as_they_are(tmp_path):
+    assert same(train(tmp_path / "none", dataclasses.replace(SCHEDULE, epochs=0)), PARAMS)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("bad", [{"epochs": -1}, {"learning_rate": 0.0}, {"batch_size": 0}, {"checkpoint_every": 0}])
+def test_a_schedule_that_cannot_be_is_refused(bad):
+    with pytest.raises(ValueError, match="a schedule needs"):
+        dataclasses.replace(SCHEDULE, **bad)
+
+
+def test_metrics_go_to_tensorboard(run):
+    found = list((run[0] / "tensorboard").glob("events.out.tfevents.*"))
+    assert found
+    written = b"".join(path.read_bytes() for path in found)
+    assert b"train/loss" in written
+    assert b"bias" in written
+
+
+# Trains the toy on the devices of this process, or of several, and writes its loss and parameters.
+ON_DEVICES = """
+import json, sys
+from pathlib import Path
+import jax
+folder, hosts, host = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+if hosts > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(sys.argv[4], hosts, host)
+import test_fit
+assert jax.device_count() == 2, jax.devices()
+params = test_fit.train(folder)
+if host == 0:
+    (folder / "found.json").write_text(json.dumps([float(x) for leaf in jax.tree.leaves(params) for x in leaf.ravel()]))
+"""
+
+
+def _environment(**variables):
+    here = Path(__file__).parent
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]), **variables}
+
+
+def _close_to(run, folder):
+    found = json.loads((folder / "found.json").read_text())
+    np.testing.assert_allclose(found, [x for leaf in jax.tree.leaves(run[1]) for x in leaf.ravel()], atol=1e-4)
+    curves = [[record["loss"] for record in records(path)] for path in (folder, run[0])]
+    np.testing.assert_allclose(*curves, atol=1e-4)
+
+
+def test_two_devices_follow_the_same_loss_curve(run, tmp_path):
+    environment = _environment(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    subprocess.run([sys.executable, "-c", ON_DEVICES, str(tmp_path), "1", "0"], env=environment, check=True)
+    _close_to(run, tmp_path)
+
+
+def test_two_hosts_follow_the_same_loss_curve(run, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [[sys.executable, "-c", ON_DEVICES, str(tmp_path), "2", str(host), address] for host in range(2)]
+    hosts = [subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE, text=True) for command in commands]
+    for host in hosts:
+        _, errors = host.communicate(timeout=300)
+        assert host.returncode == 0, errors
+    _close_to(run, tmp_path)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="batch_size 6 is not a multiple of the 4 devices"):
+        train(tmp_path)
 
 
 def test_the_rate_warms_up_and_goes_to_zero():

@@ -29,16 +29,16 @@ def changed(array, where):
 
 def test_cross_entropy_is_that_of_the_true_label():
     per_row = -log_softmax(LOGITS)[np.arange(5), LABELS]
-    assert losses.cross_entropy(LOGITS, LABELS, ROWS) == pytest.approx(per_row[ROWS > 0].mean(), rel=1e-5)
+    assert losses.label_loss(LOGITS, LABELS, ROWS) == pytest.approx(per_row[ROWS > 0].mean(), rel=1e-5)
 
 
 def test_soft_cross_entropy_weighs_with_the_teachers_probabilities():
     per_row = -(np.exp(log_softmax(TEACHER)) * log_softmax(LOGITS)).sum(-1)
-    assert losses.soft_cross_entropy(LOGITS, TEACHER, ROWS) == pytest.approx(per_row[ROWS > 0].mean(), rel=1e-5)
+    assert losses.logit_loss(LOGITS, TEACHER, ROWS) == pytest.approx(per_row[ROWS > 0].mean(), rel=1e-5)
 
 
 def test_soft_cross_entropy_is_least_where_the_student_is_the_teacher():
-    gradient = jax.grad(losses.soft_cross_entropy)(TEACHER, TEACHER, ROWS)
+    gradient = jax.grad(losses.logit_loss)(TEACHER, TEACHER, ROWS)
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
@@ -55,7 +55,7 @@ def test_hidden_loss_sums_the_means_of_layers_and_embeddings():
 
 def test_rows_that_only_fill_up_do_not_matter():
     fill = (ROWS == 0)[:, None]
-    for loss, other in ((losses.cross_entropy, LABELS), (losses.soft_cross_entropy, TEACHER)):
+    for loss, other in ((losses.label_loss, LABELS), (losses.logit_loss, TEACHER)):
         assert loss(changed(LOGITS, fill), other, ROWS) == loss(LOGITS, other, ROWS)
         assert (jax.grad(loss)(LOGITS, other, ROWS)[ROWS == 0] == 0).all()
     mask = jnp.array([[1, 1, 1, 0], [0, 0, 0, 0]], jnp.float32)
@@ -65,7 +65,7 @@ def test_rows_that_only_fill_up_do_not_matter():
 
 
 def test_a_batch_of_fill_alone_has_no_loss():
-    assert losses.cross_entropy(LOGITS, LABELS, jnp.zeros(5)) == 0
+    assert losses.label_loss(LOGITS, LABELS, jnp.zeros(5)) == 0
 
 
 def test_models_of_different_depth_are_refused():

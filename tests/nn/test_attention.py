@@ -67,6 +67,7 @@ FORMULAS = {
     "2quad": _two_quad,
     "softmax_freediv": _softmax_freediv,
     "2quad_freediv": lambda s, c, r: r / len(s) * (s + c) ** 2,
+    "2quad_fixed": lambda s, c, r: r * (s + c) ** 2,
     "relu_freediv": lambda s, c, r: r / len(s) * s * (s > 0),
     "scaling": lambda s, c, r: r / len(s) * s,
 }
@@ -163,7 +164,7 @@ def test_trainable_scalars_start_as_published(part):
     if scale is not None:
         np.testing.assert_array_equal(scale, np.ones(HEADS))
     assert (shift is not None) == any(own.name.startswith("2quad") for own in parts)
-    assert (scale is not None) == any(own.name.endswith(("freediv", "scaling")) for own in parts)
+    assert (scale is not None) == any(own.name.endswith(("freediv", "fixed", "scaling")) for own in parts)
 
 
 def test_keys_sum_to_one_and_survive_an_empty_sentence():

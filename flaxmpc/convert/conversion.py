@@ -1,0 +1,260 @@
+"""A whole conversion: from a pre-trained encoder to a teacher, and from a teacher to a zoo folder."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxmpc.convert import calibrate, tasks
+from flaxmpc.convert.data import batches
+from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
+from flaxmpc.convert.finetune import LENGTHS, Evaluate, finetune, in_order, predict
+from flaxmpc.convert.fit import Schedule
+from flaxmpc.convert.metrics import correct, evaluate, paired_difference
+from flaxmpc.models import folder as folders
+from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.nn.normalization import NORMALIZATIONS
+
+# What fine-tuning and distillation leave as it is, so that the client may know the table: see `flaxmpc.nn.embedding`.
+_EMBEDDINGS = "bert/embeddings/"
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """What makes a teacher: a pre-trained encoder, fine-tuned on labelled sentences.
+
+    Attributes:
+        encoder: a folder with a pre-trained BERT, HF's or ours.
+        data: `movie` (the shipped sentences), a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli; from
+            the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
+        out: the folder to write.
+        schedule: how long and how fast.
+        max_length: tokens a text is cut at.
+        train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
+        text_columns: of the data; by default the usual names.
+        label_column: of the data.
+        seed: of the head, the order of the sentences, and dropout.
+        runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
+    """
+
+    encoder: Path
+    data: str
+    out: Path
+    schedule: Schedule = Schedule(epochs=3, learning_rate=5e-5)
+    max_length: int = 64
+    train_embeddings: bool = False
+    text_columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    seed: int = 0
+    runs: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What makes a student: a fine-tuned teacher, with parts replaced, distilled in two stages.
+
+    Attributes:
+        teacher: the folder of a fine-tuned classifier, HF's or ours.
+        data: that the teacher was fine-tuned on: `movie`, a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte,
+            wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
+        out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
+        attention, activation: the student's parts, names in `flaxmpc.nn`.
+        layer_norm: its LayerNorm; `layer_norm_newton` is calibrated, and trained to stay in its range.
+        stage1: by default hidden states alone.
+        stage2: by default logits and a tenth of the hidden states.
+        max_length: tokens a text is cut at.
+        train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
+        word_embedding_bits, matrix_bits: how the weights are stored (32, 8 or 4). The student is trained on the
+            stored embeddings.
+        ref2k_sentences: of the test set under the secure protocols' arithmetic; None: all.
+        aby3_sentences: of the test set on three parties' shares; 0 leaves it out.
+        teacher_memory: gigabytes for the teacher's outputs; if they need more, they are computed in every epoch.
+        text_columns: of the data; by default the usual names.
+        label_column: of the data.
+        seed: of the order of the sentences.
+        runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
+        notes: Markdown for the card: what was tried.
+    """
+
+    teacher: Path
+    data: str
+    out: Path
+    attention: str = "2quad_freediv"
+    activation: str = "quad"
+    layer_norm: str = "layer_norm_newton"
+    stage1: Stage = Stage(epochs=6, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
+    stage2: Stage = Stage(epochs=3, learning_rate=3e-5, hidden_weight=0.1, logit_weight=1.0, range_weight=0.1)
+    max_length: int = 64
+    train_embeddings: bool = False
+    word_embedding_bits: int = 4
+    matrix_bits: int = 8
+    ref2k_sentences: int | None = None
+    aby3_sentences: int = 100
+    teacher_memory: float = 6.0
+    text_columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    seed: int = 0
+    runs: Path | None = None
+    notes: str = ""
+
+
+def _run_folder(config: FineTuning | Conversion) -> Path:
+    """Where checkpoints go. The resolved config is written there, and a run of another config is not gone on with.
+
+    Raises:
+        ValueError: the folder holds a run of another config; names the fields.
+    """
+    folder = config.runs or config.out.with_name(config.out.name + ".run")
+    resolved = resolve(config)
+    path = folder / "config.json"
+    if path.is_file():
+        before = json.loads(path.read_text("utf-8"))
+        other = [field for field in resolved if before.get(field) != resolved[field]]
+        if other:
+            raise ValueError(
+                f"{folder} holds a run with another {', '.join(other)}: remove the folder, or name another with --runs"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(resolved, indent=2) + "\n", "utf-8")
+    return folder
+
+
+def resolve(config: FineTuning | Conversion) -> dict[str, Any]:
+    """The config as JSON holds it, without what changes no figure: where things are written, and notes."""
+    # Of a path, what says which folder it is on any machine.
+    fields = json.loads(json.dumps(dataclasses.asdict(config), default=lambda path: "/".join(path.parts[-2:])))
+    return {name: value for name, value in fields.items() if name not in ("out", "runs", "notes")}
+
+
+def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str, float]:
+    figures = evaluate(task.metrics, logits, task.test.labels)
+    return {prefix + name: value for name, value in figures.items()}
+
+
+def _bits(hits: np.ndarray) -> str:
+    return "".join("01"[int(hit)] for hit in hits)
+
+
+def _write(out: Path, name: str, record: dict[str, Any]) -> None:
+    (out / name).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def finetune_encoder(config: FineTuning) -> dict[str, Any]:
+    """Makes the teacher, writes its folder with results.json and recipe.json, and returns the results.
+
+    A run that was killed goes on from its last checkpoint.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: bad data, see `tasks.load`; a run of another config.
+        FloatingPointError: see `fit`.
+    """
+    tokenizer = folders.load_tokenizer(config.encoder)
+    task = _load_task(config, tokenizer)
+    run = _run_folder(config)
+    base = folders.load_pretrained(config.encoder, seed=config.seed, id2label=task.id2label)
+    params = finetune(
+        base.model,
+        base.params,
+        task.train,
+        Evaluate(base.model, task.validation, task.metrics),
+        config.schedule,
+        run / "fine-tuning",
+        frozen="" if config.train_embeddings else _EMBEDDINGS,
+        seed=config.seed,
+    )
+    folders.save(config.out, base.model, params, config.encoder)
+    logits = predict(base.model, params, task.test)
+    results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, logits)}
+    if not task.regression:
+        results["correct"] = _bits(correct(logits, task.test.labels))
+    _write(config.out, "results.json", results)
+    _write(config.out, "recipe.json", resolve(config))
+    return results
+
+
+def _load_task(config: FineTuning | Conversion, tokenizer: Any) -> tasks.Task:
+    task = tasks.load(
+        config.data, tokenizer, config.max_length, text_columns=config.text_columns, label_column=config.label_column
+    )
+    for warning in task.warnings:
+        print(f"{config.data}: {warning}")
+    return task
+
+
+def convert(config: Conversion) -> dict[str, Any]:
+    """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
+
+    A run that was killed goes on from its last checkpoint. `flaxmpc.evaluation.evaluate` then adds what the student
+    does under MPC, and the card.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: an unknown part, or bad data, see `tasks.load`; a teacher with
+            other labels than the data; a run of another config.
+        FloatingPointError: see `fit`.
+    """
+    teacher = folders.load(config.teacher)
+    if not isinstance(teacher.model, BertForSequenceClassification):
+        raise ValueError(f"{config.teacher} holds a {type(teacher.model).__name__}, not a sequence classifier")
+    newton = NORMALIZATIONS.resolve(config.layer_norm)
+    exact = dataclasses.replace(teacher.model.config, attention=config.attention, hidden_act=config.activation)
+    exact = dataclasses.replace(exact, embedding="secret" if config.train_embeddings else "public")
+    student = BertForSequenceClassification(exact)
+    task = _load_task(config, teacher.tokenizer)
+    if task.num_labels != teacher.model.config.num_labels:
+        raise ValueError(
+            f"{config.teacher} has {teacher.model.config.num_labels} labels and {config.data} has {task.num_labels}"
+        )
+    run = _run_folder(config)
+    teacher_logits = predict(teacher.model, teacher.params, task.test)
+    results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
+
+    bits = {"word_embedding_bits": config.word_embedding_bits, "matrix_bits": config.matrix_bits}
+    # Through a folder and back: the student starts, and keeps, the embeddings as they will be stored.
+    folders.save(run / "start", student, start_student(student, teacher.params), config.teacher, **bits)
+    params = folders.load(run / "start").params
+    calibration = list(batches(task.train, batch_size=64, lengths=LENGTHS, seed=config.seed))[:8]
+    params = calibrate.calibrate_attention(student, params, calibration[0])
+    results |= _figures(task, predict(student, params, task.test), "untrained_")
+
+    ranged = hasattr(newton, "calibrated")
+    ranges = calibrate.ranges(calibrate.variances(teacher.model, teacher.params, calibration)) if ranged else None
+    stages = {"stage1": config.stage1, "stage2": config.stage2}
+    outputs = Teacher(
+        teacher.model,
+        teacher.params,
+        task.train,
+        with_states=any(stage.epochs and stage.hidden_weight for stage in stages.values()),
+        with_scores=any(stage.epochs and stage.score_weight for stage in stages.values()),
+        memory=config.teacher_memory * 1e9,
+    )
+    for name, stage in stages.items():
+        if name == "stage2" and ranged:  # the last stage trains the very function that will run
+            seen = calibrate.variances(student, params, in_order(task.train))
+            student = BertForSequenceClassification(calibrate.with_newton(student.config, seen, newton))
+        params = distill(
+            student,
+            params,
+            outputs,
+            task.train,
+            Evaluate(student, task.validation, task.metrics),
+            stage,
+            run / name,
+            ranges=ranges,
+            frozen="" if config.train_embeddings else _EMBEDDINGS,
+            seed=config.seed,
+        )
+        results |= _figures(task, predict(student, params, task.test), f"{name}_")
+
+    folders.save(config.out, student, params, config.teacher, **bits)
+    stored = folders.load(config.out)
+    logits = predict(stored.model, stored.params, task.test)
+    results |= _figures(task, logits)
+    if not task.regression:
+        hits, teacher_hits = correct(logits, task.test.labels), correct(teacher_logits, task.test.labels)
+        results |= paired_difference(hits, teacher_hits, seed=0)._asdict()
+        results |= {"correct": _bits(hits), "teacher_correct": _bits(teacher_hits)}
+    _write(config.out, "results.json", results)
+    _write(config.out, "recipe.json", resolve(config))
+    return results

@@ -1,0 +1,203 @@
+import copy
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmpc.convert import calibrate
+from flaxmpc.convert.data import Batch, Split, batches
+from flaxmpc.models.bert import BertForSequenceClassification, init_params
+from flaxmpc.nn.attention import ATTENTION, Keys
+from flaxmpc.nn.normalization import EXACT, NEWTON
+
+LENGTHS = (16,)
+
+
+def model_of(tiny, **changes) -> BertForSequenceClassification:
+    config = dataclasses.replace(tiny.config, num_hidden_layers=2, initializer_range=0.3, **changes)
+    return BertForSequenceClassification(config)
+
+
+def first_batch(split: Split, batch_size: int = 64) -> Batch:
+    return next(batches(split, batch_size=batch_size, lengths=LENGTHS))
+
+
+def mean_numerators(model, params, batch: Batch, layer: int) -> np.ndarray:
+    """The mean numerator over the keys of every token's row, (row, head)."""
+    inputs = (jnp.asarray(batch.input_ids), jnp.asarray(batch.attention_mask))
+    _, states = jax.jit(lambda params: model.apply({"params": params}, *inputs, return_intermediates=True))(params)
+    mask = np.asarray(batch.attention_mask * batch.row_mask[:, None])
+    part = model.config.attention_of(layer)
+    f = np.asarray(part.numerator(states.scores[layer], model.config.keys(inputs[1]), None))
+    sums = (f * mask[:, None, None, :]).sum(-1) / np.maximum(mask.sum(-1), 1)[:, None, None]
+    return sums.transpose(0, 2, 1)[mask > 0]
+
+
+def test_the_keys_bias_takes_over_much_of_what_a_row_sum_did(tiny, toy_split):
+    model = model_of(tiny, attention="softmax_freediv")
+    params = jax.device_get(init_params(model, seed=5))
+    for layer in ("layer_0", "layer_1"):  # scores that differ from row to row
+        for name in ("query", "key"):
+            params["bert"][layer]["attention"][name]["kernel"] = (
+                4.0 * params["bert"][layer]["attention"][name]["kernel"]
+            )
+        params["bert"][layer]["attention"]["key"]["bias"] = np.full(16, 1.5, np.float32)
+    batch = first_batch(toy_split)
+    found = calibrate.calibrate_attention(model, params, batch)
+    before = np.log(mean_numerators(model, params, batch, 0))
+    after = np.log(mean_numerators(model, found, batch, 0))
+    assert (after.std(0) < 0.7 * before.std(0)).all()
+    attention, given = found["bert"]["layer_0"]["attention"], params["bert"]["layer_0"]["attention"]
+    assert not np.array_equal(attention["key"]["bias"], given["key"]["bias"])
+    np.testing.assert_array_equal(attention["query"]["kernel"], given["query"]["kernel"])
+
+
+def test_softmax_does_not_see_the_keys_bias(tiny, toy_split):
+    """So the keys' bias is free for its calibration."""
+    model = model_of(tiny)
+    params = jax.device_get(init_params(model, seed=5))
+    batch = first_batch(toy_split)
+    inputs = (jnp.asarray(batch.input_ids), jnp.asarray(batch.attention_mask))
+    apply = jax.jit(lambda params: model.apply({"params": params}, *inputs))
+    before = apply(params)
+    params["bert"]["layer_0"]["attention"]["key"]["bias"] = np.full(16, 3.0, np.float32)
+    np.testing.assert_allclose(apply(params), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "2quad", "2quad_freediv", "scaling"])
+def test_only_exponentials_without_a_row_sum_move_their_scores(name):
+    assert ATTENTION[name].row_offset(jnp.zeros((1, 2, 3, 3)), Keys.from_mask(jnp.ones((1, 3)))) is None
+
+
+def test_variances_are_those_of_every_token_and_no_padding(tiny, toy_split):
+    model = model_of(tiny)
+    params = init_params(model, seed=1)
+    seen = calibrate.variances(model, params, batches(toy_split, batch_size=7, lengths=LENGTHS))
+    assert set(seen) == {f"bert/layer_{i}/{name}" for i in range(2) for name in calibrate.LAYER_NORMS}
+    tokens = sum(map(len, toy_split.input_ids))
+    assert all(values.shape == (tokens,) and (values > 0).all() for values in seen.values())
+    alone = calibrate.variances(model, params, batches(toy_split[:1], batch_size=1, lengths=LENGTHS))
+    for path, values in alone.items():
+        assert all(np.isclose(seen[path], value, rtol=1e-4).any() for value in values)
+
+
+def test_ranges_are_cut_around_the_median():
+    seen = {"wide": np.array([0.01, 1.0, 1.0, 1.0, 500.0]), "narrow": np.array([0.8, 1.0, 1.5])}
+    found = calibrate.ranges(seen)
+    assert found == {"wide": (pytest.approx(1 / 3), 8.0), "narrow": (0.8, 1.5)}
+
+
+def test_newton_where_the_variances_allow_it(tiny):
+    config = model_of(tiny).config
+    seen = {f"bert/layer_{i}/{name}": np.array([0.2, 1.0, 3.0]) for i in range(2) for name in calibrate.LAYER_NORMS}
+    seen["bert/layer_1/output_layer_norm"] = np.array([1e-3, 1.0, 1e4])
+    fitted = calibrate.with_newton(config, seen, NEWTON)
+    first, second = fitted.layer_norms_of(0)
+    assert first == second
+    assert first.name == "layer_norm_newton"
+    assert first.low < 0.2  # pyright: ignore[reportAttributeAccessIssue]
+    assert first.high > 3.0  # pyright: ignore[reportAttributeAccessIssue]
+    assert fitted.layer_norms_of(1)[1] == EXACT
+
+
+# ------------------------------------------------------------------------------------------------- r_h
+
+KEYS = np.arange(8) < np.array([8, 5, 2, 1])[:, None]
+IDS = (np.random.default_rng(0).integers(1, 40, KEYS.shape) * KEYS).astype(np.int32)
+
+
+def with_parts(model, **changes):
+    return BertForSequenceClassification(dataclasses.replace(model.config, **changes))
+
+
+def batch_of(rows: int) -> Batch:
+    """The four sentences; those from `rows` on only fill up, with one token each."""
+    row_mask = (np.arange(4) < rows).astype(np.float32)
+    mask = np.where(row_mask[:, None] > 0, KEYS, np.arange(8) == 0).astype(np.int32)
+    return Batch(IDS, mask, np.zeros_like(IDS), np.zeros(4, np.int32), row_mask, np.arange(4, dtype=np.int32))
+
+
+def scores_of(model, params, batch):
+    @jax.jit
+    def compute(params):
+        return model.apply({"params": params}, jnp.array(batch[0]), jnp.array(batch[1]), return_intermediates=True)
+
+    return [np.asarray(scores, np.float64) for scores in compute(params)[1].scores]
+
+
+def row_means(scores, mask, shift):
+    """sum_j f(s_ij) / n of every valid query, one list a head: 2quad written out."""
+    return [
+        [
+            ((scores[b, head, i, : int(mask[b].sum())] + shift[head]) ** 2).mean()
+            for b in range(len(mask))
+            for i in range(int(mask[b].sum()))
+        ]
+        for head in range(scores.shape[1])
+    ]
+
+
+@pytest.fixture(scope="module")
+def student(tiny):
+    """Two layers with scores of some size, and other shifts in every head."""
+    model = with_parts(tiny, attention="2quad_freediv", hidden_act="quad", num_hidden_layers=2, initializer_range=0.3)
+    params = jax.device_get(init_params(model, seed=2))
+    for layer, shift in (("layer_0", [5.0, 4.0]), ("layer_1", [3.0, 6.0])):
+        params["bert"][layer]["attention"]["shift"] = np.array(shift, np.float32)
+    return model, params
+
+
+def test_every_constant_is_the_mean_over_the_rows_of_its_layer_in_turn(student):
+    model, params = student
+    batch = batch_of(4)
+    found = calibrate.calibrate_attention(model, params, batch)
+    mask = np.asarray(batch.attention_mask)
+    for layer in range(2):
+        # The scores of a layer are those with the layers before it calibrated already.
+        scores = scores_of(model, found, batch)[layer]
+        attention = found["bert"][f"layer_{layer}"]["attention"]
+        means = row_means(scores, mask, attention["shift"])
+        np.testing.assert_allclose(attention["scale"], [np.mean(1 / np.array(head)) for head in means], rtol=1e-4)
+        assert not np.allclose(scores, scores_of(model, params, batch)[layer]) or layer == 0
+
+
+def test_calibrated_weights_of_a_row_sum_to_about_1(student):
+    model, params = student
+    batch = batch_of(4)
+    found = calibrate.calibrate_attention(model, params, batch)
+    attention = found["bert"]["layer_0"]["attention"]
+    before = np.array(
+        row_means(scores_of(model, found, batch)[0], np.asarray(batch.attention_mask), attention["shift"])
+    )
+    assert before.mean() > 5
+    assert 0.95 < (attention["scale"][:, None] * before).mean() < 1.3
+
+
+def test_rows_that_only_fill_up_do_not_calibrate(student):
+    model, params = student
+    two = Batch(*(array[:2] for array in batch_of(2)))
+    chex.assert_trees_all_close(
+        calibrate.calibrate_attention(model, params, batch_of(2)),
+        calibrate.calibrate_attention(model, params, two),
+        rtol=1e-5,
+    )
+
+
+def test_calibrating_changes_the_constants_alone_and_not_what_was_given(student):
+    model, params = student
+    before = copy.deepcopy(params)
+    found = calibrate.calibrate_attention(model, params, batch_of(4))
+    chex.assert_trees_all_equal(params, before)
+    for layer in ("layer_0", "layer_1"):
+        del found["bert"][layer]["attention"]["scale"], before["bert"][layer]["attention"]["scale"]
+    chex.assert_trees_all_equal(found, before)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "scaling"])
+def test_what_has_no_constant_from_data_is_left_as_it_is(attention, tiny):
+    model = with_parts(tiny, attention=attention)
+    params = jax.device_get(init_params(model))
+    chex.assert_trees_all_equal(calibrate.calibrate_attention(model, params, batch_of(4)), params)
