@@ -124,8 +124,7 @@ class Client:
             if not text.strip():
                 raise ValueError(f"sentence {number} of {len(texts)} is empty")
         most = self.config.max_position_embeddings
-        truncated = [len(row) > most for row in encode(self.tokenizer, texts, most + 1)]
-        rows = encode(self.tokenizer, texts, most)
+        rows, _, truncated = encode(self.tokenizer, texts, most)
         largest = max(map(max, rows))
         if largest >= self.config.vocab_size:
             raise ValueError(
@@ -137,7 +136,7 @@ class Client:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-        return ids, mask, truncated
+        return ids, mask, truncated.tolist()
 
     def share(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Keys]:
         """The client's part: what of its sentences becomes secret shares (embeddings or one-hot tokens, and keys)."""

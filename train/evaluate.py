@@ -16,7 +16,7 @@ from rich.progress import track
 
 from flaxmpc import secure
 from flaxmpc.convert.data import movie_sentences
-from flaxmpc.convert.finetune import accuracy
+from flaxmpc.convert.metrics import accuracy
 from flaxmpc.inference import Prediction, SecureClassifier
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
@@ -60,12 +60,12 @@ def main(
         plain = np.array([prediction.logits_plaintext for prediction in found])
         key = protocol.lower()
         results[f"{key}_sentences"] = len(chosen)
-        results[f"{key}_accuracy"] = accuracy(logits, labels[chosen].tolist())
+        results[f"{key}_accuracy"] = accuracy(logits, labels[chosen])
         results[f"{key}_agreement"] = float((logits.argmax(-1) == plain.argmax(-1)).mean())
         results[f"{key}_max_logit_difference"] = float(np.abs(logits - plain).max())
         if protocol == "REF2K":
             results["test_sentences"] = len(sentences)
-            results["accuracy"] = accuracy(plain, labels.tolist())
+            results["accuracy"] = accuracy(plain, labels)
         results |= {"versions": cost.versions, "machine": cost.machine, "date": cost.date}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import tyro
 
-from flaxmpc.convert.data import batches, encode, movie_sentences
+from flaxmpc.convert import tasks
+from flaxmpc.convert.data import batches
 from flaxmpc.convert.distill import calibrate, distill, start_student
-from flaxmpc.convert.finetune import LENGTHS, Split, accuracy, finetune, predict
+from flaxmpc.convert.finetune import LENGTHS, finetune, predict
 from flaxmpc.convert.fit import Schedule
+from flaxmpc.convert.metrics import accuracy
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.bert import BertForSequenceClassification
@@ -71,28 +73,23 @@ def pretrained_encoder(encoder: Path | None) -> Path:
 def main(recipe: Recipe) -> None:
     run = recipe.runs / recipe.name
     encoder = pretrained_encoder(recipe.encoder)
-    data = movie_sentences()
-    labels = tuple(data["train"].features["label"].names)
-    base = folders.load_pretrained(encoder, seed=recipe.seed, id2label=labels)
-    splits: dict[str, Split] = {
-        split: (encode(base.tokenizer, data[split]["sentence"], recipe.max_length), data[split]["label"])
-        for split in data
-    }
+    task = tasks.load("movie", folders.load_tokenizer(encoder), recipe.max_length)
+    base = folders.load_pretrained(encoder, seed=recipe.seed, id2label=task.id2label)
 
     teacher_folder = run / "teacher"
     if not (teacher_folder / "model.safetensors").is_file():
         params = finetune(
             base.model,
             base.params,
-            splits["train"],
-            splits["validation"],
+            task.train,
+            task.validation,
             recipe.teacher,
             teacher_folder,
             seed=recipe.seed,
         )
         folders.save(teacher_folder, base.model, params, encoder)
     teacher = folders.load(teacher_folder)
-    results = {"teacher_accuracy": accuracy(predict(teacher.model, teacher.params, splits["test"]), splits["test"][1])}
+    results = {"teacher_accuracy": accuracy(predict(teacher.model, teacher.params, task.test), task.test.labels)}
     print(results)
 
     config = dataclasses.replace(teacher.model.config, attention=recipe.attention, hidden_act=recipe.hidden_act)
@@ -101,9 +98,9 @@ def main(recipe: Recipe) -> None:
     # Through a folder and back: the student starts, and keeps, the embeddings as they will be stored.
     folders.save(run / "start", student, start_student(student, teacher.params), encoder, **bits)
     params = folders.load(run / "start").params
-    calibration = next(batches(*splits["train"], batch_size=64, lengths=LENGTHS, seed=recipe.seed))
+    calibration = next(batches(task.train, batch_size=64, lengths=LENGTHS, seed=recipe.seed))
     params = calibrate(student, params, calibration)
-    results["untrained_accuracy"] = accuracy(predict(student, params, splits["test"]), splits["test"][1])
+    results["untrained_accuracy"] = accuracy(predict(student, params, task.test), task.test.labels)
     print(results)
 
     stages = {"stage1": (recipe.stage1, 1.0, 0.0), "stage2": (recipe.stage2, recipe.stage2_hidden_weight, 1.0)}
@@ -113,22 +110,22 @@ def main(recipe: Recipe) -> None:
             params,
             teacher.model,
             teacher.params,
-            splits["train"],
-            splits["validation"],
+            task.train,
+            task.validation,
             schedule,
             run / stage,
             hidden_weight=hidden_weight,
             logit_weight=logit_weight,
             seed=recipe.seed,
         )
-        results[f"{stage}_accuracy"] = accuracy(predict(student, params, splits["test"]), splits["test"][1])
+        results[f"{stage}_accuracy"] = accuracy(predict(student, params, task.test), task.test.labels)
         print(results)
 
     entry = ROOT / "models" / recipe.name
     folders.save(entry, student, params, encoder, **bits)
     stored = folders.load(entry)
-    results["accuracy"] = accuracy(predict(stored.model, stored.params, splits["test"]), splits["test"][1])
-    results["test_sentences"] = len(splits["test"][1])
+    results["accuracy"] = accuracy(predict(stored.model, stored.params, task.test), task.test.labels)
+    results["test_sentences"] = len(task.test.labels)
     resolved = {field: value for field, value in dataclasses.asdict(recipe).items() if field != "runs"}
     (entry / "recipe.json").write_text(json.dumps(resolved, indent=2, default=str) + "\n")
     (entry / "results.json").write_text(json.dumps(results, indent=2) + "\n")

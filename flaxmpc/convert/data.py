@@ -1,23 +1,29 @@
-"""Sentences with labels: where they come from, how they are split, encoded and batched."""
+"""Sentences, or pairs of them, with labels: how they are split, encoded and batched. `tasks` loads them."""
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from rich.progress import track
+
+Text: TypeAlias = str | tuple[str, str]
+"""A sentence, or a pair of sentences."""
 
 SPLITS = ("train", "validation", "test")
 
 
-def split_of(sentence: str) -> str:
-    """The split that a sentence belongs to: 80 % train, 10 % validation, 10 % test, by a hash of its text.
+def split_of(text: Text) -> str:
+    """The split that a sentence or a pair belongs to: 80 % train, 10 % validation, 10 % test, by a hash of its text.
 
-    The split needs no seed and no file, and equal sentences never stand on both sides of it.
+    The split needs no seed and no file, and equal texts never stand on both sides of it.
     """
+    sentence = text if isinstance(text, str) else "\t".join(text)
     bucket = int.from_bytes(hashlib.sha256(sentence.strip().encode()).digest()[:8], "big") % 10
     return {8: "validation", 9: "test"}.get(bucket, "train")
 
@@ -49,71 +55,194 @@ def movie_sentences() -> Any:
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Encoded sentences, or pairs, with their labels: what is trained on, or evaluated.
+
+    `len(split)` is the number of rows, `split[:100]` and `split[[3, 1]]` are splits of some of them.
+
+    Attributes:
+        input_ids: token ids of every row, each (token,).
+        labels: (row,), integers, or floats for regression.
+        token_type_ids: of every row, each (token,), 0 in the first sentence and 1 in the second; None: all 0.
+        texts: of every row, as they were before encoding; None where nobody needs them.
+
+    Raises:
+        ValueError: not one label, row of types and text for every row of ids.
+    """
+
+    input_ids: Sequence[Any]
+    labels: np.ndarray
+    token_type_ids: Sequence[Any] | None = None
+    texts: Sequence[Text] | None = None
+
+    def __post_init__(self):
+        for name in ("labels", "token_type_ids", "texts"):
+            column = getattr(self, name)
+            if column is not None and len(column) != len(self):
+                raise ValueError(f"{len(self)} rows of input_ids, but {len(column)} of {name}")
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> "Split":
+        places = np.arange(len(self))[rows].tolist()
+
+        def take(column: Sequence[Any] | None) -> list[Any] | None:
+            return None if column is None else [column[place] for place in places]
+
+        return Split(
+            [self.input_ids[place] for place in places],
+            self.labels[places],
+            take(self.token_type_ids),
+            take(self.texts),
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of what a model sees of the split, ids, types and labels: the key of what is computed from it."""
+        digest = hashlib.sha256(self.labels.astype(np.float64).tobytes())
+        digest.update(np.fromiter(map(len, self.input_ids), int, len(self)).tobytes())
+        for column in (self.input_ids, self.token_type_ids):
+            if column:
+                digest.update(np.concatenate(column).astype(np.int32).tobytes())
+        return digest.hexdigest()
+
+
+class Encoded(NamedTuple):
+    """What a tokenizer makes of texts.
+
+    Attributes:
+        input_ids: of every text, (token,) int32, [CLS] and [SEP] included.
+        token_type_ids: of every pair, (token,) int8; None for sentences.
+        truncated: (text,) bool, whether a text was longer and is cut.
+    """
+
+    input_ids: list[np.ndarray]
+    token_type_ids: list[np.ndarray] | None
+    truncated: np.ndarray
+
+
+def encode(tokenizer: Any, texts: Sequence[Text], max_length: int) -> Encoded:
+    """Token ids of sentences, or of pairs: [CLS] first [SEP], or [CLS] first [SEP] second [SEP].
+
+    A text of more than `max_length` tokens is cut; of a pair, the longer sentence.
+
+    Args:
+        tokenizer: a fast tokenizer, see `flaxmpc.models.folder.load_tokenizer`.
+        texts: all sentences, or all pairs.
+
+    Raises:
+        ValueError: `max_length` leaves no place for a token of each sentence.
+    """
+    pairs = bool(texts) and not isinstance(texts[0], str)
+    least = tokenizer.num_special_tokens_to_add(pairs) + 1 + pairs
+    if max_length < least:
+        raise ValueError(f"max_length is {max_length}; {'a pair' if pairs else 'a sentence'} takes at least {least}")
+    encoded = Encoded([], [] if pairs else None, np.zeros(len(texts), bool))
+    # In chunks: the tokenizer's own objects take some hundred bytes a token.
+    chunk = 4096
+    starts = range(0, len(texts), chunk)
+    for start in track(starts, "tokenizing", transient=True, disable=len(starts) < 4):
+        columns = zip(*texts[start : start + chunk], strict=True) if pairs else [texts[start : start + chunk]]
+        output = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
+        encoded.input_ids.extend(np.asarray(row, np.int32) for row in output["input_ids"])
+        if encoded.token_type_ids is not None:
+            encoded.token_type_ids.extend(np.asarray(row, np.int8) for row in output["token_type_ids"])
+        encoded.truncated[start : start + chunk] = [bool(row.overflowing) for row in output.encodings]
+    return encoded
+
+
 class Batch(NamedTuple):
     """A batch of one length. `row_mask` is 0 for rows that only fill it up.
 
     Attributes:
-        input_ids, attention_mask: (batch, token) int32.
-        label, row_mask: (batch,) int32 and float32.
+        input_ids, attention_mask, token_type_ids: (batch, token) int32; the types are 0 on padding.
+        label: (batch,) int32, or float32 for regression.
+        row_mask: (batch,) float32.
     """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
+    token_type_ids: np.ndarray
     label: np.ndarray
     row_mask: np.ndarray
 
 
-def encode(tokenizer: Any, sentences: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of every sentence, [CLS] and [SEP] included, cut at `max_length`."""
-    return tokenizer(list(sentences), truncation=True, max_length=max_length)["input_ids"]
+class Members(NamedTuple):
+    """The rows of a split that make a batch, and the number of tokens that they are padded to."""
+
+    rows: np.ndarray
+    length: int
+
+
+def plan(
+    split: Split, *, batch_size: int, lengths: Sequence[int], seed: int | Sequence[int] | None = None
+) -> list[Members]:
+    """Which rows make which batch: rows of about one length, so that little is computed on padding.
+
+    Every row is in one batch. Another seed gives other batches, but equally many of each length.
+
+    Args:
+        split: no row longer than the last of `lengths`.
+        batch_size: rows of a batch; the last of a length may have fewer.
+        lengths: ascending; a row is padded to the first that holds it. One program is compiled for each.
+        seed: shuffles the rows within a length and the order of the batches; None keeps the given order.
+
+    Raises:
+        ValueError: a row is longer than the last of `lengths`.
+    """
+    sizes = np.fromiter(map(len, split.input_ids), int, len(split))
+    if sizes.max(initial=0) > lengths[-1]:
+        raise ValueError(f"a sentence has {sizes.max()} tokens, more than the longest batch, {lengths[-1]}")
+    generator = np.random.default_rng(seed) if seed is not None else None
+    edges = np.searchsorted(lengths, sizes)
+    found: list[Members] = []
+    for edge, length in enumerate(lengths):
+        rows = np.flatnonzero(edges == edge)
+        if generator is not None:
+            generator.shuffle(rows)
+        found += [Members(rows[start : start + batch_size], length) for start in range(0, len(rows), batch_size)]
+    if generator is not None:
+        found = [found[i] for i in generator.permutation(len(found))]
+    return found
+
+
+def collate(split: Split, members: Members, *, batch_size: int, pad_token_id: int = 0) -> Batch:
+    """The batch of some rows of a split, in their order, then rows that only fill it up."""
+    shape = (batch_size, members.length)
+    label_type = np.float32 if split.labels.dtype.kind == "f" else np.int32
+    batch = Batch(
+        np.full(shape, pad_token_id, np.int32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32),
+        np.zeros(batch_size, label_type),
+        np.zeros(batch_size, np.float32),
+    )
+    # A row that only fills up keeps one token, so that its softmax has a sum to divide by.
+    batch.attention_mask[:, 0] = 1
+    for i, row in enumerate(members.rows):
+        tokens = split.input_ids[row]
+        batch.input_ids[i, : len(tokens)] = tokens
+        batch.attention_mask[i, : len(tokens)] = 1
+        if split.token_type_ids is not None:
+            batch.token_type_ids[i, : len(tokens)] = split.token_type_ids[row]
+    batch.label[: len(members.rows)] = split.labels[members.rows]
+    batch.row_mask[: len(members.rows)] = 1.0
+    return batch
 
 
 def batches(
-    ids: Sequence[Sequence[int]],
-    labels: Sequence[int],
+    split: Split,
     *,
     batch_size: int,
     lengths: Sequence[int],
     pad_token_id: int = 0,
     seed: int | Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Batches of sentences of about one length, so that little is computed on padding.
-
-    Args:
-        ids: token ids of every sentence, none longer than the last of `lengths`.
-        labels: one for each.
-        lengths: ascending; a sentence is padded to the first that holds it. One program is compiled for each.
-        seed: shuffles the sentences within a length and the order of the batches; None keeps the given order.
+    """The batches of a `plan`, one after the other.
 
     Raises:
-        ValueError: a sentence is longer than the last of `lengths`.
+        ValueError: see `plan`.
     """
-    longest = max(map(len, ids), default=0)
-    if longest > lengths[-1]:
-        raise ValueError(f"a sentence has {longest} tokens, more than the longest batch, {lengths[-1]}")
-    generator = np.random.default_rng(seed) if seed is not None else None
-    edges = np.searchsorted(lengths, [len(row) for row in ids])
-    plan: list[tuple[int, np.ndarray]] = []
-    for edge, length in enumerate(lengths):
-        members = np.flatnonzero(edges == edge)
-        if generator is not None:
-            generator.shuffle(members)
-        plan += [(length, members[start : start + batch_size]) for start in range(0, len(members), batch_size)]
-    if generator is not None:
-        plan = [plan[i] for i in generator.permutation(len(plan))]
-    for length, members in plan:
-        batch = Batch(
-            np.full((batch_size, length), pad_token_id, np.int32),
-            np.zeros((batch_size, length), np.int32),
-            np.zeros(batch_size, np.int32),
-            np.zeros(batch_size, np.float32),
-        )
-        # A row that only fills up keeps one token, so that its softmax has a sum to divide by.
-        batch.attention_mask[:, 0] = 1
-        for row, member in enumerate(members):
-            tokens = ids[member]
-            batch.input_ids[row, : len(tokens)] = tokens
-            batch.attention_mask[row, : len(tokens)] = 1
-            batch.label[row] = labels[member]
-            batch.row_mask[row] = 1.0
-        yield batch
+    for members in plan(split, batch_size=batch_size, lengths=lengths, seed=seed):
+        yield collate(split, members, batch_size=batch_size, pad_token_id=pad_token_id)

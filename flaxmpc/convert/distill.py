@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from flaxmpc.convert import losses
-from flaxmpc.convert.data import Batch
-from flaxmpc.convert.finetune import Split, accuracy, epoch_batches, predict
+from flaxmpc.convert.data import Batch, Split
+from flaxmpc.convert.finetune import epoch_batches, predict
 from flaxmpc.convert.fit import Schedule, fit
+from flaxmpc.convert.metrics import accuracy
 from flaxmpc.models.bert import BertForSequenceClassification, init_params
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.nn.attention import Keys
@@ -34,12 +35,12 @@ def calibrate(student: BertForSequenceClassification, params: Mapping[str, Any],
     """Sets every constant normaliser r_h from a batch, layer after layer, since each changes what the next one sees."""
     flat = flatten(jax.tree.map(jnp.asarray, dict(params)))
     rows = batch.row_mask > 0
-    input_ids, attention_mask = jnp.asarray(batch.input_ids[rows]), jnp.asarray(batch.attention_mask[rows])
-    keys = Keys.from_mask(attention_mask)
+    inputs = [jnp.asarray(array[rows]) for array in (batch.input_ids, batch.attention_mask, batch.token_type_ids)]
+    keys = Keys.from_mask(inputs[1])
 
     @jax.jit
     def scores_of(params: Mapping[str, Any]) -> tuple[jax.Array, ...]:
-        output: Any = student.apply({"params": params}, input_ids, attention_mask, return_intermediates=True)
+        output: Any = student.apply({"params": params}, *inputs, return_intermediates=True)
         return output[1].scores
 
     for layer in range(student.config.num_hidden_layers):
@@ -79,7 +80,7 @@ def distill(
     """
 
     def loss(params: Mapping[str, Any], teacher_params: Mapping[str, Any], batch: Batch, key: jax.Array):
-        inputs = (batch.input_ids, batch.attention_mask)
+        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
         ours, our_states = student.apply({"params": params}, *inputs, return_intermediates=True)
         theirs, their_states = teacher.apply({"params": teacher_params}, *inputs, return_intermediates=True)
         hidden = losses.hidden_loss(our_states, their_states, batch.attention_mask * batch.row_mask[:, None])  # pyright: ignore[reportArgumentType]
@@ -87,7 +88,7 @@ def distill(
         return hidden_weight * hidden + logit_weight * logit, {"hidden_loss": hidden, "logit_loss": logit}
 
     def evaluate(params: Mapping[str, Any]) -> dict[str, float]:
-        return {"validation_accuracy": accuracy(predict(student, params, validation), validation[1])}
+        return {"validation_accuracy": accuracy(predict(student, params, validation), validation.labels)}
 
     return fit(
         loss,

@@ -1,6 +1,6 @@
 """Fine-tuning a classifier: the teacher of a conversion."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,41 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxmpc.convert import losses
-from flaxmpc.convert.data import Batch, batches
+from flaxmpc.convert.data import Batch, Split, batches, collate, plan
 from flaxmpc.convert.fit import Schedule, fit
+from flaxmpc.convert.metrics import accuracy
 from flaxmpc.models.bert import BertForSequenceClassification
 
 # Lengths that sentences are padded to while training: one program each.
 LENGTHS = (16, 24, 32, 48, 64, 128, 256, 512)
 
-Split = tuple[Sequence[Sequence[int]], Sequence[int]]
-"""Token ids of every sentence, and their labels."""
-
 
 def epoch_batches(split: Split, schedule: Schedule, seed: int) -> Callable[[int], Iterator[Batch]]:
     """What `fit` asks for its batches: shuffled anew in every epoch, the same for the same seed."""
-    ids, labels = split
-    return lambda epoch: batches(ids, labels, batch_size=schedule.batch_size, lengths=LENGTHS, seed=(seed, epoch))
+    return lambda epoch: batches(split, batch_size=schedule.batch_size, lengths=LENGTHS, seed=(seed, epoch))
 
 
 def predict(
     model: BertForSequenceClassification, params: Mapping[str, Any], split: Split, batch_size: int = 64
 ) -> np.ndarray:
     """Logits (sentence, label), in the order of the split."""
-    ids, _ = split
     apply = jax.jit(model.apply)
-    logits = np.zeros((len(ids), model.config.num_labels), np.float32)
-    # The labels carry each sentence's place through the batches.
-    for batch in batches(ids, range(len(ids)), batch_size=batch_size, lengths=LENGTHS):
-        rows = batch.row_mask > 0
-        output = apply({"params": params}, batch.input_ids, batch.attention_mask)
-        logits[batch.label[rows]] = np.asarray(output)[rows]
+    logits = np.zeros((len(split), model.config.num_labels), np.float32)
+    for members in plan(split, batch_size=batch_size, lengths=LENGTHS):
+        batch = collate(split, members, batch_size=batch_size)
+        output = apply({"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        logits[members.rows] = np.asarray(output)[: len(members.rows)]
     return logits
-
-
-def accuracy(logits: np.ndarray, labels: Sequence[int]) -> float:
-    """The share of right labels, in [0, 1]."""
-    return float((logits.argmax(-1) == np.asarray(labels)).mean())
 
 
 def finetune(
@@ -63,6 +53,7 @@ def finetune(
             {"params": params},
             batch.input_ids,
             batch.attention_mask,
+            batch.token_type_ids,
             deterministic=False,
             rngs={"dropout": key},
         )
@@ -73,7 +64,7 @@ def finetune(
         )
 
     def evaluate(params: Mapping[str, Any]) -> dict[str, float]:
-        return {"validation_accuracy": accuracy(predict(model, params, validation), validation[1])}
+        return {"validation_accuracy": accuracy(predict(model, params, validation), validation.labels)}
 
     return fit(
         loss,

@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from flaxmpc.convert.data import Split
 from flaxmpc.models.bert import BertForSequenceClassification, init_params
 from flaxmpc.models.config import BertConfig
 
@@ -35,4 +36,4 @@ def toy_split():
     rng = np.random.default_rng(0)
     labels = [i % 2 for i in range(40)]
     ids = [[1, *rng.integers(4 + 18 * label, 22 + 18 * label, rng.integers(1, 15)).tolist(), 2] for label in labels]
-    return ids, labels
+    return Split(ids, np.array(labels))

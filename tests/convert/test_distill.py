@@ -25,7 +25,7 @@ def batch_of(rows: int) -> Batch:
     """The four sentences; those from `rows` on only fill up, with one token each."""
     row_mask = (np.arange(4) < rows).astype(np.float32)
     mask = np.where(row_mask[:, None] > 0, KEYS, np.arange(8) == 0).astype(np.int32)
-    return Batch(IDS, mask, np.zeros(4, np.int32), row_mask)
+    return Batch(IDS, mask, np.zeros_like(IDS), np.zeros(4, np.int32), row_mask)
 
 
 def scores_of(model, params, batch):

@@ -4,32 +4,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.convert.finetune import accuracy, finetune, predict
+from flaxmpc.convert.finetune import finetune, predict
 from flaxmpc.convert.fit import Schedule
+from flaxmpc.convert.metrics import accuracy
 
 
 def test_predictions_are_in_the_order_of_the_sentences(tiny, tiny_params, toy_split):
-    ids, labels = toy_split
     logits = predict(tiny, tiny_params, toy_split, batch_size=8)
     apply = jax.jit(tiny.apply)
-    padded = [jnp.array([row + [0] * (16 - len(row))]) for row in ids[:6]]
+    padded = [jnp.array([row + [0] * (16 - len(row))]) for row in toy_split.input_ids[:6]]
     one_by_one = [apply({"params": tiny_params}, row, jnp.sign(row))[0] for row in padded]
     np.testing.assert_allclose(logits[:6], one_by_one, atol=1e-5)
-    backwards = predict(tiny, tiny_params, (ids[::-1], labels[::-1]), batch_size=7)
+    backwards = predict(tiny, tiny_params, toy_split[::-1], batch_size=7)
     np.testing.assert_allclose(backwards[::-1], logits, atol=1e-5)
 
 
-def test_accuracy_is_the_share_of_largest_logits_at_the_label():
-    logits = np.array([[0.1, 0.2], [3, -1], [-5, -4], [0, 1]])
-    assert accuracy(logits, [1, 0, 0, 1]) == 0.75
-    assert isinstance(accuracy(logits, [1, 0, 0, 1]), float)
+def test_predictions_see_the_types_of_the_tokens(tiny, tiny_params, toy_split):
+    pairs = dataclasses.replace(toy_split, token_type_ids=[np.arange(len(row)) > 1 for row in toy_split.input_ids])
+    row, types = jnp.array([pairs.input_ids[0]]), jnp.array([pairs.token_type_ids[0]], jnp.int32)
+    expected = tiny.apply({"params": tiny_params}, row, token_type_ids=types)[0]
+    found = predict(tiny, tiny_params, pairs, batch_size=8)
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    assert np.abs(found - predict(tiny, tiny_params, toy_split, batch_size=8)).max() > 1e-3
 
 
 def test_a_classifier_learns_and_keeps_its_embeddings(tiny, tiny_params, toy_split, tmp_path):
     schedule = Schedule(epochs=4, learning_rate=0.02, batch_size=8)
-    before = accuracy(predict(tiny, tiny_params, toy_split), toy_split[1])
+    before = accuracy(predict(tiny, tiny_params, toy_split), toy_split.labels)
     params = finetune(tiny, tiny_params, toy_split, toy_split, schedule, tmp_path, seed=1)
-    after = accuracy(predict(tiny, params, toy_split), toy_split[1])
+    after = accuracy(predict(tiny, params, toy_split), toy_split.labels)
     assert before < 0.8
     assert after > 0.9
     same = jax.tree.map(np.array_equal, params["bert"]["embeddings"], tiny_params["bert"]["embeddings"])

@@ -36,7 +36,7 @@ def epoch_batches(epoch):
     rng = np.random.default_rng(epoch)
     for _ in range(4):
         x = rng.integers(0, 3, (6, 4)).astype(np.int32)
-        yield Batch(x, np.ones_like(x), x @ np.array([1, -2, 3, 0]) + 1, np.ones(6, np.float32))
+        yield Batch(x, np.ones_like(x), np.zeros_like(x), x @ np.array([1, -2, 3, 0]) + 1, np.ones(6, np.float32))
 
 
 def train(folder, schedule=SCHEDULE, **options):

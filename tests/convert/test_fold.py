@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
-from flaxmpc.convert.data import batches, encode
+from flaxmpc.convert.data import Split, batches, encode
 from flaxmpc.convert.distill import calibrate
 from flaxmpc.convert.fold import fold
 from flaxmpc.inference import split_at_shares
@@ -128,8 +128,8 @@ def test_the_activation_in_the_head_of_masked_lm_is_the_last_layers(hidden_act):
 
 
 def real_sentences(loaded, length=32):
-    ids = encode(loaded.tokenizer, SENTENCES, length)
-    (batch,) = batches(ids, range(len(ids)), batch_size=len(ids), lengths=[length])
+    ids = encode(loaded.tokenizer, SENTENCES, length).input_ids
+    (batch,) = batches(Split(ids, np.zeros(len(ids))), batch_size=len(ids), lengths=[length])
     return batch
 
 

@@ -1,0 +1,113 @@
+"""Metrics by the names that GLUE uses, as fractions, and the interval of a difference. All take numpy arrays."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flaxmpc.errors import unknown
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The share of right labels, in [0, 1]. logits (row, label), labels (row,)."""
+    return float(correct(logits, labels).mean())
+
+
+def f1(logits: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1, or the mean over the classes where there are more than two; 0 for a class never found."""
+    from sklearn.metrics import f1_score
+
+    average = "binary" if logits.shape[-1] == 2 else "macro"
+    return float(f1_score(labels, logits.argmax(-1), average=average, zero_division=0))  # pyright: ignore[reportArgumentType]
+
+
+def matthews_correlation(logits: np.ndarray, labels: np.ndarray) -> float:
+    """In [-1, 1]; 0 where all rows get, or have, the same label."""
+    from sklearn.metrics import matthews_corrcoef
+
+    predicted = logits.argmax(-1)
+    return 0.0 if _constant(predicted, labels) else float(matthews_corrcoef(labels, predicted))
+
+
+def _constant(predicted: np.ndarray, labels: np.ndarray) -> bool:
+    return bool(np.ptp(predicted) == 0 or np.ptp(labels) == 0)
+
+
+def _scores(logits: np.ndarray) -> np.ndarray:
+    if logits.shape[-1] != 1:
+        raise ValueError(f"a correlation is of models with one logit, not {logits.shape[-1]}")
+    return logits[:, 0]
+
+
+def pearson(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation of the one logit (row, 1) with the label; 0 where either is constant."""
+    from scipy import stats
+
+    scores = _scores(logits)
+    return 0.0 if _constant(scores, labels) else float(stats.pearsonr(scores, labels)[0])  # pyright: ignore[reportArgumentType]
+
+
+def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Spearman's rank correlation of the one logit (row, 1) with the label; 0 where either is constant."""
+    from scipy import stats
+
+    scores = _scores(logits)
+    return 0.0 if _constant(scores, labels) else float(stats.spearmanr(scores, labels)[0])  # pyright: ignore[reportArgumentType]
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    function.__name__: function for function in (accuracy, f1, matthews_correlation, pearson, spearman)
+}
+"""(logits (row, label), labels (row,)) -> the metric. Larger is better for all."""
+
+
+def evaluate(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Several metrics by name, in their order.
+
+    Raises:
+        ValueError: an unknown metric; the message lists the known ones.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
+    return {name: METRICS[name](logits, labels) for name in names}
+
+
+def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(row,) bool: whether the largest logit is the label's."""
+    return logits.argmax(-1) == np.asarray(labels)
+
+
+class PairedDifference(NamedTuple):
+    """Student minus teacher, as fractions, with the interval that holds 95 % of the resamples."""
+
+    difference: float
+    ci_low: float
+    ci_high: float
+
+
+def paired_difference(
+    student: np.ndarray, teacher: np.ndarray, *, seed: int, resamples: int = 10_000
+) -> PairedDifference:
+    """The difference of two accuracies over the same rows, with its 95 % percentile bootstrap interval.
+
+    A row is a win (+1), a loss (-1) or a tie (0) of the student's. Drawing rows with replacement and counting the
+    three is one draw of a multinomial, so resampling costs little for test sets of any size. The interval: Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+
+    Args:
+        student, teacher: (row,) bool, see `correct`.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: not the same rows, or none.
+    """
+    student, teacher = np.asarray(student, bool), np.asarray(teacher, bool)
+    if student.shape != teacher.shape or student.ndim != 1 or not student.size:
+        raise ValueError(f"both models are to be tested on the same rows, not on {student.shape} and {teacher.shape}")
+    size = student.size
+    wins, losses = int((student & ~teacher).sum()), int((teacher & ~student).sum())
+    shares = np.array([wins, losses, size - wins - losses]) / size
+    drawn = np.random.default_rng(seed).multinomial(size, shares, size=resamples)
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / size, [0.025, 0.975])
+    return PairedDifference((wins - losses) / size, float(low), float(high))
