@@ -101,9 +101,10 @@ class Split:
     def fingerprint(self) -> str:
         """A hash of what a model sees of the split, ids, types and labels: the key of what is computed from it."""
         digest = hashlib.sha256(self.labels.astype(np.float64).tobytes())
+        digest.update(np.fromiter(map(len, self.input_ids), int, len(self)).tobytes())
         for column in (self.input_ids, self.token_type_ids):
-            for row in () if column is None else column:
-                digest.update(np.asarray([len(row), *row], np.int32).tobytes())
+            if column:
+                digest.update(np.concatenate(column).astype(np.int32).tobytes())
         return digest.hexdigest()
 
 

@@ -22,20 +22,21 @@ def f1(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def matthews_correlation(logits: np.ndarray, labels: np.ndarray) -> float:
-    """In [-1, 1]; 0 where all rows get the same label."""
+    """In [-1, 1]; 0 where all rows get, or have, the same label."""
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(labels, logits.argmax(-1)))
+    predicted = logits.argmax(-1)
+    return 0.0 if _constant(predicted, labels) else float(matthews_corrcoef(labels, predicted))
+
+
+def _constant(predicted: np.ndarray, labels: np.ndarray) -> bool:
+    return bool(np.ptp(predicted) == 0 or np.ptp(labels) == 0)
 
 
 def _scores(logits: np.ndarray) -> np.ndarray:
     if logits.shape[-1] != 1:
         raise ValueError(f"a correlation is of models with one logit, not {logits.shape[-1]}")
     return logits[:, 0]
-
-
-def _constant(scores: np.ndarray, labels: np.ndarray) -> bool:
-    return bool(np.ptp(scores) == 0 or np.ptp(labels) == 0)
 
 
 def pearson(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -157,7 +157,8 @@ def load(
     rows = _three({split: Rows(texts[split], labels[split]) for split in found})
     for split in SPLITS:
         if not rows[split].texts:
-            raise ValueError(f"{name} has {sum(map(len, found.values()))} rows: too few, none falls in {split}")
+            whole = len(found.get(ALL) or found["train"])
+            raise ValueError(f"{name} has {whole} rows to be split: too few, none falls in {split}")
     if len(id2label) > 1:
         lacking = sorted(set(range(len(id2label))) - set(rows["train"].labels.tolist()))
         if lacking:
@@ -381,4 +382,8 @@ def _leaks(rows: Mapping[str, Rows]) -> list[str]:
         (split, other): sum(text in seen[other] for text in rows[split].texts)
         for split, other in (("validation", "train"), ("test", "train"), ("test", "validation"))
     }
-    return [f"{count} texts of {split} are in {other} too" for (split, other), count in shared.items() if count]
+    return [
+        f"{count} of {len(rows[split].texts)} texts of {split} are in {other} too"
+        for (split, other), count in shared.items()
+        if count
+    ]

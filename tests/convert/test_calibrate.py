@@ -40,11 +40,10 @@ def test_the_keys_bias_takes_over_much_of_what_a_row_sum_did(tiny, toy_split):
     model = model_of(tiny, attention="softmax_freediv")
     params = jax.device_get(init_params(model, seed=5))
     for layer in ("layer_0", "layer_1"):  # scores that differ from row to row
+        attention = params["bert"][layer]["attention"]
         for name in ("query", "key"):
-            params["bert"][layer]["attention"][name]["kernel"] = (
-                4.0 * params["bert"][layer]["attention"][name]["kernel"]
-            )
-        params["bert"][layer]["attention"]["key"]["bias"] = np.full(16, 1.5, np.float32)
+            attention[name]["kernel"] = 4.0 * attention[name]["kernel"]
+        attention["key"]["bias"] = np.full(16, 1.5, np.float32)
     batch = first_batch(toy_split)
     found = calibrate.calibrate_attention(model, params, batch)
     before = np.log(mean_numerators(model, params, batch, 0))

@@ -31,9 +31,8 @@ def test_predictions_see_the_types_of_the_tokens(tiny, tiny_params, toy_split):
 def test_a_classifier_learns_and_keeps_its_embeddings(tiny, tiny_params, toy_split, tmp_path):
     schedule = Schedule(epochs=4, learning_rate=0.02, batch_size=8)
     before = accuracy(predict(tiny, tiny_params, toy_split), toy_split.labels)
-    params = finetune(
-        tiny, tiny_params, toy_split, Evaluate(tiny, toy_split, ("accuracy",)), schedule, tmp_path, seed=1
-    )
+    evaluate = Evaluate(tiny, toy_split, ("accuracy",))
+    params = finetune(tiny, tiny_params, toy_split, evaluate, schedule, tmp_path, seed=1)
     after = accuracy(predict(tiny, params, toy_split), toy_split.labels)
     assert before < 0.8
     assert after > 0.9

@@ -110,7 +110,7 @@ def test_shards_are_one_split(tmp_path):
 def test_what_datasets_saved(tmp_path):
     one = datasets.Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, 1]})
     one.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict(train=one, test=one.select([2, 0])).save_to_disk(str(tmp_path / "many"))
+    datasets.DatasetDict({"train": one, "test": one.select([2, 0])}).save_to_disk(str(tmp_path / "many"))
     assert columns(tables.read(tmp_path / "one")[ALL]) == {"sentence": ["a", "b", "c"], "label": [0, 1, 1]}
     found = tables.read(tmp_path / "many")
     assert set(found) == {"train", "test"}
@@ -129,7 +129,7 @@ def test_a_folder_of_files_by_their_names(tmp_path):
 def test_reading_writes_nothing(tmp_path, monkeypatch):
     data = tmp_path / "data"
     one = datasets.Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, 1]})
-    datasets.DatasetDict(train=one).save_to_disk(str(data / "saved"))
+    datasets.DatasetDict({"train": one}).save_to_disk(str(data / "saved"))
     (data / "files").mkdir()
     one.to_parquet(str(data / "files" / "train.parquet"))
     (data / "files" / "test.csv").write_text("sentence,label\na,0\n")

@@ -1,6 +1,7 @@
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 import hypothesis
@@ -37,7 +38,7 @@ def write(file: Path, rows, columns=("sentence", "label")) -> Path:
     return file
 
 
-def films(count: int, start: int = 0, labels=(0, 1)) -> list[tuple[str, object]]:
+def films(count: int, start: int = 0, labels=(0, 1)) -> list[tuple[str, Any]]:
     """Sentences, no two alike, whose labels take turns."""
     return [(f"film number {i}", labels[i % len(labels)]) for i in range(start, start + count)]
 
@@ -108,7 +109,7 @@ def test_a_training_file_alone_is_split_in_three(tmp_path, read):
 def test_equal_texts_never_stand_in_two_splits(tmp_path_factory, sentences):
     rows = [*films(100), *((text, i % 2) for i, text in enumerate(sentences))]
     three = tasks._three({tasks.ALL: tasks.Rows([text for text, _ in rows], np.array([label for _, label in rows]))})
-    stripped = {split: {text.strip() for text in three[split].texts} for split in SPLITS}
+    stripped = {split: {str(text).strip() for text in three[split].texts} for split in SPLITS}
     assert sum(map(len, stripped.values())) == len(set.union(*stripped.values()))
     assert sum(len(three[split].texts) for split in SPLITS) == len(rows)
 
@@ -202,7 +203,7 @@ def hub_like(name: str) -> datasets.DatasetDict:
         for part, count in (("validation", 12), ("test", 9))
         for kind in kinds
     }
-    return datasets.DatasetDict(train=split("train", 60), **held_out)
+    return datasets.DatasetDict({"train": split("train", 60), **held_out})
 
 
 @pytest.mark.parametrize("name", GLUE)
@@ -229,7 +230,7 @@ def test_glue_from_the_hub_and_from_a_local_copy_is_the_same(name, tmp_path, rea
         rows.to_parquet(str(tmp_path / "parquet" / f"{split}-00000-of-00001.parquet"))
     (tmp_path / "csv").mkdir()
     for split, rows in hub.items():
-        rows.to_csv(str(tmp_path / "csv" / f"{split.replace('validation', 'dev')}.csv"), index=False)
+        rows.to_csv(str(tmp_path / "csv" / f"{str(split).replace('validation', 'dev')}.csv"), index=False)
     for copy in ("saved", "parquet", "csv"):
         local = read(f"{name}={tmp_path / copy}")
         assert (local.name, local.id2label, local.metrics) == (task.name, task.id2label, task.metrics)
@@ -240,7 +241,7 @@ def test_glue_from_the_hub_and_from_a_local_copy_is_the_same(name, tmp_path, rea
 
 
 def test_a_hub_out_of_reach_is_said_with_the_way_around(read, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(ConnectionError, match=r"GLUE's sst2 cannot be had from the hub .* local copy: sst2=FOLDER"):
         read("sst2")
 
@@ -388,7 +389,7 @@ def test_splits_that_disagree_on_the_names_are_refused(tmp_path, read):
         features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=list(names)))
         return datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
 
-    datasets.DatasetDict(train=named("no", "yes"), test=named("yes", "no")).save_to_disk(str(tmp_path))
+    datasets.DatasetDict({"train": named("no", "yes"), "test": named("yes", "no")}).save_to_disk(str(tmp_path))
     with pytest.raises(ValueError, match="the splits name the classes of label differently"):
         read(tmp_path)
 
