@@ -127,7 +127,7 @@ class Newton:
             u = u * (3.0 - u) ** 2 / 4.0
         return float(np.abs(np.sqrt(u) - 1.0).max())
 
-    def calibrated(self, variances: Array, *, margin: float = 2.0, tolerance: float = 1e-3) -> "Newton":
+    def calibrated(self, variances: Array | np.ndarray, *, margin: float = 2.0, tolerance: float = 1e-3) -> "Newton":
         """The part for the variances seen in data, of any shape: their range, widened, and the steps it takes.
 
         Args:
