@@ -103,7 +103,7 @@ class Split:
         digest = hashlib.sha256(self.labels.astype(np.float64).tobytes())
         digest.update(np.fromiter(map(len, self.input_ids), int, len(self)).tobytes())
         for column in (self.input_ids, self.token_type_ids):
-            if column:
+            if column is not None and len(column):
                 digest.update(np.concatenate(column).astype(np.int32).tobytes())
         return digest.hexdigest()
 

@@ -188,6 +188,7 @@ def _read_parquet(files: Sequence[Path]) -> Table:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from datasets.table import InMemoryTable
 
     shards = []
     for file in files:
@@ -196,7 +197,7 @@ def _read_parquet(files: Sequence[Path]) -> Table:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
     try:
-        table = datasets.table.InMemoryTable(pa.concat_tables(shards))
+        table = InMemoryTable(pa.concat_tables(shards))
     except pa.ArrowException as error:
         raise ValueError(f"the shards from {files[0]} on have different columns: {error}") from error
     return from_dataset(datasets.Dataset(table), str(files[0]) if len(files) == 1 else f"{files[0]} and shards")
@@ -210,11 +211,9 @@ def _read_saved(folder: Path) -> dict[str, Table]:
         saved: Any = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever datasets, pyarrow or JSON raise on a damaged folder
         raise ValueError(f"{folder} cannot be read as a folder of datasets.save_to_disk: {error}") from error
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {ALL: saved}
-    return {
-        split: from_dataset(dataset, str(folder if split == ALL else folder / split))
-        for split, dataset in splits.items()
-    }
+    if not isinstance(saved, datasets.DatasetDict):
+        return {ALL: from_dataset(saved, str(folder))}
+    return {str(split): from_dataset(dataset, str(folder / str(split))) for split, dataset in saved.items()}
 
 
 _READERS: dict[str, Callable[[Path], Table]] = {

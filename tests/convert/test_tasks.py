@@ -65,6 +65,7 @@ def test_the_shipped_sentences(tokenizer):
     assert task.train.token_type_ids is None
     assert task.train.labels.dtype == np.int32
     assert max(map(len, task.train.input_ids)) <= 64
+    assert task.test.texts is not None
     for row in (0, 500, 1018):
         assert task.test.input_ids[row].tolist() == tokenizer(task.test.texts[row])["input_ids"][:64]
     # The same words with other punctuation or case are other texts; equal ones are in one split.
