@@ -183,6 +183,54 @@ def cost(
     )
 
 
+def check(
+    model: PositionalModel = zoo.DEFAULT,
+    /,
+    file: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None,
+    sentences: int = 200,
+    ring: Ring = "FM64",
+    fraction_bits: int = 18,
+    json_: Json = False,
+) -> None:
+    """How far a model stays from the overflow of fixed point, which is silent; seen in the clear on sentences.
+
+    The exit code is 2 if fewer than 2 bits are left.
+
+    Args:
+        model: a name of the zoo or a model folder.
+        file: sentences, UTF-8, one a line; by default the validation sentences of the movie reviews.
+        sentences: how many of them.
+        ring: of the shares: integers modulo 2^32, 2^64 or 2^128.
+        fraction_bits: bits after the binary point.
+        json_: print the record as one JSON object.
+    """
+    if sentences < 1:
+        raise ValueError(f"--sentences must be at least 1, not {sentences}")
+    folder = zoo.find(model)
+    from flaxmpc import inference
+    from flaxmpc.convert.data import movie_sentences
+    from flaxmpc.models import folder as folders
+
+    texts = _sentences((), file) if file else movie_sentences()["validation"]["sentence"]
+    texts = list(texts)[:sentences]
+    with _console(stderr=True).status(f"computing {len(texts)} sentence(s) in the clear"):
+        margins = inference.check(folders.load(folder), texts, ring=ring, fraction_bits=fraction_bits)
+    if json_:
+        print(json.dumps({"model": _name(folder), "sentences": len(texts), **margins.as_dict()}))
+    else:
+        table = Table("operation", "quantity", "largest", "limit", "bits left")
+        for op in margins.table(10):
+            name = f"{op.where}: {op.primitive} ({op.source})"
+            table.add_row(name, op.quantity, f"{op.magnitude:.3g}", f"{op.limit:.3g}", f"{op.margin_bits:.1f}")
+        console = _console()
+        console.print(table)
+        console.print(
+            f"{_name(folder)}, {ring} with {fraction_bits} fraction bits, {len(texts)} sentences: "
+            f"{margins.margin_bits:.1f} bits of margin"
+        )
+    margins.require()
+
+
 def _zoo_table() -> Table:
     """80 columns wide with the longest name; accuracy is that in the clear, REF2K that of the fixed point."""
     from flaxmpc.models.config import BertConfig
@@ -229,6 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     app = tyro.extras.SubcommandApp()
     app.command(infer)
     app.command(cost)
+    app.command(check)
     app.command(name="zoo")(zoo_)
     app.command(convert_cli.finetune)
     app.command(convert_cli.convert)

@@ -84,6 +84,42 @@ def split_at_shares(model: Any, params: dict[str, Any]) -> tuple[Any, dict[str, 
     return from_tokens, {}, params
 
 
+class _Folded(NamedTuple):
+    """A classifier as it runs on shares; see `split_at_shares` for what follows the model."""
+
+    model: BertForSequenceClassification
+    function: Any
+    client_params: dict[str, Any]
+    secret_params: dict[str, Any]
+
+
+def _folded(loaded: folders.LoadedModel) -> _Folded:
+    """ValueError: the model is no sequence classifier."""
+    if not isinstance(loaded.model, BertForSequenceClassification):
+        raise ValueError(f"{loaded.folder} holds a {type(loaded.model).__name__}, not a sequence classifier")
+    params, config = fold(loaded.params, loaded.model.config)
+    model = BertForSequenceClassification(config)
+    return _Folded(model, *split_at_shares(model, params))
+
+
+def check(
+    loaded: folders.LoadedModel, texts: Sequence[str], *, ring: str = "FM64", fraction_bits: int = 18
+) -> secure.Margins:
+    """How far a classifier, as it runs on shares, stays from overflow on these sentences; computed in the clear.
+
+    Every sentence is a run of its own, padded to the length bucket of the longest.
+
+    Raises:
+        ValueError: see `Client.encode` and `secure.check`; or the model is no sequence classifier.
+    """
+    model, function, client_params, secret_params = _folded(loaded)
+    client = Client(model, loaded.tokenizer, client_params)
+    ids, mask, _ = client.encode(texts)
+    secret_params = jax.device_put(secret_params)
+    batches = ((secret_params, *client.share(ids[i : i + 1], mask[i : i + 1])) for i in range(len(texts)))
+    return secure.check(function, batches, ring=ring, fraction_bits=fraction_bits)
+
+
 def buckets(most: int) -> list[int]:
     """The lengths that sentences of up to `most` tokens are padded to."""
     return [*(length for length in LENGTHS if length < most), most]
@@ -178,13 +214,8 @@ class SecureClassifier(Client):
         Raises:
             ValueError: the model is no sequence classifier.
         """
-        if not isinstance(loaded.model, BertForSequenceClassification):
-            raise ValueError(f"{loaded.folder} holds a {type(loaded.model).__name__}, not a sequence classifier")
+        self.model, function, client_params, secret_params = _folded(loaded)
         self.plain, self.plain_params, tokenizer, _ = loaded
-        config = self.plain.config
-        params, config = fold(self.plain_params, config)
-        self.model = BertForSequenceClassification(config)
-        function, client_params, secret_params = split_at_shares(self.model, params)
         super().__init__(self.model, tokenizer, client_params)
         self._secure = secure.jit(function, parties=parties)
         self.weights = parties.put(secret_params)

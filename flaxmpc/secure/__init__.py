@@ -4,6 +4,7 @@ Importing this does not import spu: it loads with the first function that is com
 """
 
 from flaxmpc.secure._spu import SecureError
+from flaxmpc.secure.check import Margins, OpMargin, OverflowRisk, check
 from flaxmpc.secure.client import Cluster
 from flaxmpc.secure.cost import Cost, OpCost
 from flaxmpc.secure.jit import Program, Run, SecureFunction, cache_dir, jit
@@ -19,8 +20,11 @@ __all__ = [
     "Config",
     "Cost",
     "InProcess",
+    "Margins",
     "Network",
     "OpCost",
+    "OpMargin",
+    "OverflowRisk",
     "Parties",
     "Party",
     "Program",
@@ -30,6 +34,7 @@ __all__ = [
     "SecureError",
     "SecureFunction",
     "cache_dir",
+    "check",
     "get_protocol",
     "jit",
 ]

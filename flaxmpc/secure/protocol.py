@@ -119,6 +119,11 @@ class Config:
         """Magnitude at which the encoding of a number saturates: 2^(ring bits - 2 - fraction bits)."""
         return 2.0 ** (RING_BITS[self.ring] - 2 - self.fraction_bits)
 
+    @property
+    def product_limit(self) -> float:
+        """The same for a product, which has twice the fraction bits until it is truncated."""
+        return self.limit / 2.0**self.fraction_bits
+
     def runtime_config(self) -> spu.RuntimeConfig:
         """The same as SPU's RuntimeConfig, with its profile on and its operations one after another.
 

@@ -1,0 +1,221 @@
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmpc import secure
+from flaxmpc.convert.data import movie_sentences
+from flaxmpc.inference import SecureClassifier, check
+from flaxmpc.models import folder as folders
+from flaxmpc.models import zoo
+from flaxmpc.nn.activation import ACTIVATIONS
+
+X = np.linspace(-2, 2, 8, dtype=np.float32)
+
+
+def relative(got, want):
+    return np.abs(got - want) / np.maximum(np.abs(want), 1e-3)
+
+
+# ------------------------------------------------------------------------------------------ the limits are SPU's own
+
+# A function, an argument below its limit and one above, and the operation and quantity that have the limit.
+LIMITS = {
+    "product": (lambda x: x * x, 0.9 * 2**13, 1.5 * 2**13, "mul result"),
+    "product with a constant": (lambda x: x * 1.5, 0.6 * 2**26, 1.5 * 2**26, "mul result"),
+    "sum of products": (lambda x: x[None] @ x[:, None], 0.3 * 2**13, 0.6 * 2**13, "dot_general result"),
+    "power": (lambda x: x**3, 0.9 * 2 ** (26 / 3), 1.5 * 2 ** (26 / 3), "integer_pow result"),
+    "rsqrt": (jax.lax.rsqrt, 0.9 * 2**17, 1.2 * 2**17, "rsqrt operand"),
+    "sqrt": (jnp.sqrt, 0.9 * 2**17, 1.2 * 2**17, "sqrt operand"),
+    "denominator": (lambda x: 2.0**20 / (x + 0.25), 0.9 * 2**18, 2.2 * 2**18, "div denominator"),
+    "numerator": (lambda x: x / (0.0 * x + 8.25), 0.9 * 2**25, 2.2 * 2**25, "div numerator"),
+    "exp, large": (lambda x: jnp.exp(x) * 1e-4, 16.0, 19.5, "exp result"),
+    "exp, small": (jnp.exp, -480.0, -520.0, "exp negative operand"),
+    "logistic": (jax.lax.logistic, 480.0, 520.0, "logistic positive operand"),
+    "log": (lambda x: jnp.log(x) - 12.0, 0.9 * 2**19, 2.2 * 2**19, "log operand"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_on_either_side_of_a_limit_spu_is_right_and_wrong(group, name):
+    fn, below, above, quantity = LIMITS[name]
+    f = secure.jit(fn, parties=group("ABY3"))
+    for value, fits in ((below, True), (above, False)):
+        x = np.full(8, value, np.float32)
+        margins = secure.check(fn, [(x,)])
+        assert (margins.margin_bits > 0) == fits
+        if not fits:
+            assert f"{margins.worst.primitive} {margins.worst.quantity}" == quantity
+        # exp's own error grows with its argument: (1 + x/256)^256.
+        assert (relative(f(x), fn(x)).max() < 0.45) == fits
+
+
+@pytest.mark.parametrize("fn", [jax.lax.erf, jnp.tanh, jnp.abs, jax.nn.relu, jnp.floor, lambda x: -x, lambda x: x - 1])
+def test_what_is_no_product_has_the_range_of_the_encoding(group, fn):
+    x = np.array([2.0**40, -(2.0**42), 3.0, -5.0], np.float32)
+    assert secure.check(fn, [(x,)]).margin_bits >= 2
+    assert relative(secure.jit(fn, parties=group("ABY3"))(x), fn(x)).max() < 0.01
+
+
+def test_a_larger_ring_has_more_room():
+    def margin(ring, bits):
+        return secure.check(jnp.square, [(X,)], ring=ring, fraction_bits=bits).margin_bits
+
+    assert margin("FM64", 18) == 24  # 2^26 against 4
+    assert margin("FM64", 16) == 28
+    assert margin("FM128", 18) == 24 + 64
+    assert margin("FM32", 8) == 12
+
+
+# ------------------------------------------------------------------------------------------------- what it looks at
+
+
+def test_the_message_names_the_first_operation_that_is_too_large():
+    def f(x):
+        with jax.named_scope("block"):
+            y = x * x
+        return y * y
+
+    margins = secure.check(f, [(np.float32(2e4),)])
+    assert margins.worst.magnitude == pytest.approx(1.6e17)
+    with pytest.raises(secure.OverflowRisk, match=r"block: mul \(\) \(test_check.py:\d+\): result up to 4e\+08, limit"):
+        margins.require()
+    assert secure.check(f, [(np.float32(60.0),)]).require(2.0).margin_bits == pytest.approx(26 - 4 * math.log2(60))
+    with pytest.raises(secure.OverflowRisk, match=r"mul .* 2\.4 bits of margin, fewer than 3"):
+        secure.check(f, [(np.float32(60.0),)]).require(3.0)
+
+
+def test_all_calls_are_looked_into():
+    @jax.custom_jvp
+    def cube(x):
+        return x * x * x
+
+    cube.defjvp(lambda primals, tangents: (cube(*primals), tangents[0]))
+
+    def f(x):
+        def turn(carry, w):
+            return carry * w, jax.jit(cube)(w)
+
+        y, cubes = jax.lax.scan(turn, x, jnp.array([2.0, 30.0, 4.0]))
+        z = jax.lax.cond(x.sum() > 0, lambda: y * 3.0, lambda: y * 5.0 * y)
+        w = jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jax.checkpoint(cube)(s[1])), (0, z / 1e3))
+        return w[1], cubes
+
+    margins = secure.check(f, [(np.ones(3, np.float32),)])
+    magnitudes = [op.magnitude for op in margins.operations if op.primitive == "mul"]
+    carry, square, third, taken, square_in_loop, third_in_loop = (m for m in magnitudes if m > 0)
+    assert (carry, square, third, taken) == (240.0, 900.0, 27000.0, 720.0)
+    assert third_in_loop == pytest.approx(0.72**27)  # the last of three turns is smaller than the first
+    assert square_in_loop == pytest.approx(0.72**2)
+
+
+def test_all_calls_are_looked_into_however_they_grow():
+    margins = secure.check(lambda x: jax.lax.fori_loop(0, 5, lambda i, y: y * y, x), [(np.float32(2.0),)])
+    assert [op.magnitude for op in margins.operations if op.primitive == "mul"] == [2.0**32]
+
+
+@pytest.mark.parametrize("name", ["gelu_puma", "gelu_bumblebee", "gelu_bolt", "gelu_secformer", "gelu_shaft", "gelu"])
+def test_what_a_selection_drops_may_overflow(group, name):
+    """Far outside its interval a piece of these overflows, but is not used."""
+    part = ACTIVATIONS.resolve(name)
+    x = np.array([-5000.0, -1.0, 2.0, 5000.0], np.float32)
+    assert secure.check(part, [(x,)]).margin_bits > 2
+    assert np.abs(secure.jit(part, parties=group("ABY3"))(x) - part(jnp.asarray(x))).max() < 0.5
+
+
+def test_what_a_selection_keeps_may_not(group):
+    def f(x):
+        return jnp.where(x > 1000.0, 1.0, x**4)
+
+    assert secure.check(f, [(np.float32(5000.0),)]).margin_bits > 2
+    assert secure.check(f, [(np.float32(150.0),)]).margin_bits < 0
+    got = secure.jit(f, parties=group("ABY3"))(np.array([5000.0, 150.0], np.float32))
+    assert got[0] == 1.0
+    assert relative(got[1], 150.0**4) > 0.5
+
+
+def test_a_value_that_is_not_finite_has_no_margin():
+    margins = secure.check(lambda x: jnp.log(x) * 0.0, [(np.float32(0.0),)])
+    assert margins.margin_bits == -math.inf
+    assert json.loads(json.dumps(margins.as_dict()))["margin_bits"] is None
+
+
+def test_batches_are_one():
+    margins = secure.check(lambda x: (x * x, x[0] * 3.0), [(X,), (10 * X[:4],), (X,)])
+    assert [(op.magnitude, op.shape) for op in margins.operations] == [(400.0, (4,)), (60.0, ())]
+    assert margins.table(1) == [margins.worst]
+    record = margins.as_dict()
+    assert record["margin_bits"] == margins.margin_bits
+    assert record["operations"][0]["magnitude"] == 400.0
+
+
+def test_what_cannot_be_checked():
+    with pytest.raises(ValueError, match="no batch"):
+        secure.check(jnp.sin, [])
+    with pytest.raises(ValueError, match="no floating-point operation"):
+        secure.check(lambda x: x + 1, [(np.int32(1),)])
+    with pytest.raises(ValueError, match=r"batch 1\[0\] holds inf"):
+        secure.check(jnp.sin, [(1.0,), (np.float32(np.inf),)])
+    with pytest.raises(ValueError, match="unknown ring"):
+        secure.check(jnp.sin, [(1.0,)], ring="FM65")
+
+
+# ------------------------------------------------------------------------------------------------- a small BERT
+
+TEXTS = ["a gripping, beautifully acted film.", "a tedious mess. a tedious, lifeless mess.", "good", "a very bad film"]
+
+
+def large_weight(layer):
+    layer["intermediate"]["kernel"] *= 2.0**12
+
+
+def activation_outlier(layer):
+    layer["intermediate"]["bias"][7] = 4e4
+
+
+def score_outlier(layer):
+    for name in ("query", "key"):
+        layer["attention"][name]["bias"][3] = 800.0
+
+
+@pytest.fixture(scope="module")
+def small_folder(write_classifier, tmp_path_factory):
+    return write_classifier(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def small(small_folder):
+    """A copy for every test, as they change its weights."""
+    loaded = folders.load(small_folder)
+    return loaded._replace(params=jax.tree.map(np.array, loaded.params))
+
+
+def test_a_model_that_passes_is_right_on_shares(small, group):
+    margins = check(small, TEXTS).require()
+    assert margins.margin_bits > 4
+    predictions = SecureClassifier(small, group("ABY3")).classify(TEXTS).predictions
+    assert max(prediction.difference for prediction in predictions) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("plant", "operation"),
+    [
+        (large_weight, r"bert/layer_1: mul .*activation\.py"),
+        (activation_outlier, r"bert/layer_1: mul .*activation\.py"),
+        (score_outlier, r"bert/layer_1: mul .*attention\.py"),
+    ],
+)
+def test_planted_overflows_are_found_and_are_real(small, group, plant, operation):
+    plant(small.params["bert"]["layer_1"])
+    with pytest.raises(secure.OverflowRisk, match=operation):
+        check(small, TEXTS).require()
+    predictions = SecureClassifier(small, group("ABY3")).classify(TEXTS).predictions
+    assert max(prediction.difference for prediction in predictions) > 0.1
+
+
+def test_the_shipped_model_passes():
+    margins = check(folders.load(zoo.find(zoo.DEFAULT)), movie_sentences()["validation"]["sentence"][:10])
+    print(f"{zoo.DEFAULT}: {margins.require()}")
