@@ -75,8 +75,9 @@ def party(
     """
     from flaxmpc.secure.cluster import ClusterFile
     from flaxmpc.secure.host import Host
+    from flaxmpc.secure.service import serve
 
-    Host(ClusterFile.read(cluster), rank, allow_insecure_dealer=allow_insecure_dealer).serve()
+    serve(Host(ClusterFile.read(cluster), rank, allow_insecure_dealer=allow_insecure_dealer))
 
 
 def put(

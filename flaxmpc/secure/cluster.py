@@ -71,12 +71,14 @@ class Limits(_Table, frozen=True):
 
     Attributes:
         max_batch: sentences in a request.
+        max_batch_sentences: sentences of several requests that run together when they wait; 1: each runs alone.
         max_length: tokens of a sentence.
         max_request_bytes: shares of a request, or of one value of a model.
         queue: requests that wait or run.
     """
 
     max_batch: Positive = 32
+    max_batch_sentences: Positive = 8
     max_length: Positive = 512
     max_request_bytes: Positive = 256 << 20
     queue: Positive = 64

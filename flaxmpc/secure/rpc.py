@@ -22,7 +22,16 @@ _SERVICE = "flaxmpc.Party"
 _PIECE = 1 << 20
 _HEADROOM = 1 << 20  # of a message, beside the shares in it
 
-STARTED_ANEW = "the parties started anew, without the shares they held: put them again"
+STARTED_ANEW = "the parties started anew: shares that they don't keep on disk are gone: ask again, or put them again"
+
+
+class Refused(Exception):
+    """A call that is not served; the caller gets the code and the message."""
+
+    def __init__(self, code: grpc.StatusCode, message: str):
+        super().__init__(message)
+        self.code = code
+
 
 T = TypeVar("T", bound=m.Message)
 
@@ -49,7 +58,8 @@ METHODS = {
     "bundle": Method(_CLIENT, m.Names, "out"),
     "infer": Method(_CLIENT, m.Infer, waits=True),
     "form": Method(_LEADER, m.Form),
-    "step": Method(_LEADER, m.Step),
+    "has": Method(_LEADER, m.Turn),
+    "step": Method(_LEADER, m.Turn),
 }
 
 
@@ -151,8 +161,6 @@ def serve(host: Host) -> grpc.Server:
     """Starts a party's server. OSError: the port is taken."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from flaxmpc.secure.host import Refused
-
     cluster, entry = host.cluster, host.entry
     pinned = {der: rank for rank, der in fingerprints(cluster).items()}
 
@@ -212,8 +220,8 @@ def serve(host: Host) -> grpc.Server:
                 return grpc.unary_unary_rpc_method_handler(unary)
 
     handlers = {name: handler(name, method) for name, method in METHODS.items()}
-    # Every request that waits has a thread; some more are for what does not wait.
-    server = grpc.server(ThreadPoolExecutor(cluster.limits.queue + 16), options=_options(cluster))
+    # Every request that waits has a thread, and so has party 0 that waits for it; some more are for what does not wait.
+    server = grpc.server(ThreadPoolExecutor(2 * cluster.limits.queue + 16), options=_options(cluster))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     credentials = grpc.ssl_server_credentials(
         [(cluster.read_file(entry.key), cluster.read_file(entry.certificate))],

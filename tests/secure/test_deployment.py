@@ -46,9 +46,7 @@ def long(x):
 def publish(owner: secure.Cluster, name: str = "affine", w: np.ndarray = W) -> None:
     """Puts `affine` as a model of one program."""
     weights = owner.put(w)
-    program = secure.jit(affine, parties=owner).compile(weights, X)
-    array = m.Array(X.shape, "float32")
-    owner.publish(name, weights, {"2x4": m.Program(program.code, (array,), (array,), 2, 4)}, b"public " * 3)
+    owner.publish(name, weights, {"2x4": owner.program(affine, weights, X, length=4)}, b"public " * 3)
 
 
 def ask(client: secure.Cluster, x: np.ndarray = X) -> np.ndarray:
@@ -182,7 +180,7 @@ def test_a_program_that_fails_everywhere_leaves_the_shares(owner, client):
 # ------------------------------------------------------------------------------------------------------- who may what
 
 
-@pytest.mark.parametrize("method", ["store", "fetch", "delete", "publish", "run", "form", "step"])
+@pytest.mark.parametrize("method", ["store", "fetch", "delete", "publish", "run", "form", "has", "step"])
 def test_a_client_may_only_ask(client, method):
     messages = {
         "store": m.Stored(client.session),
@@ -191,7 +189,8 @@ def test_a_client_may_only_ask(client, method):
         "publish": m.Publish(client.session, "x", "h", [], {}),
         "run": m.Run(client.session, "x", b"", [], []),
         "form": m.Form("s", {}),
-        "step": m.Step("s", "x"),
+        "has": m.Turn("s", ["x"]),
+        "step": m.Turn("s", ["x"]),
     }
     peer = client._peers[0]
     if rpc.METHODS[method].stream:
