@@ -36,8 +36,8 @@ def put(
 ) -> m.Model:
     """Shares a model's weights among the parties, with programs for each length and batch.
 
-    Each is compiled for one request and for 2, 4, 8, ... up to the cluster's max_batch_sentences, see `Cluster.program`.
-    Compiled programs are kept in the cache folder.
+    Each is compiled for one request and for 2, 4, 8, ... up to max_batch_sentences, see `Cluster.program`. Compiled
+    programs are kept in the cache folder.
 
     Args:
         loaded: see `flaxmpc.models.folder.load`.

@@ -15,6 +15,7 @@ from flaxmpc.secure import messages as m
 from flaxmpc.secure import monitor, rpc
 from flaxmpc.secure.child import WorkerLost
 from flaxmpc.secure.cluster import ClusterFile, PartyEntry
+from flaxmpc.secure.kept import KeptShares
 from flaxmpc.secure.leader import Leader
 from flaxmpc.secure.protocol import get_protocol
 from flaxmpc.secure.rpc import Refused
@@ -57,7 +58,10 @@ class Host:
         }
         self._metrics: collections.Counter[str] = collections.Counter()
         self.tunnel = Tunnel(cluster, rank, self.log)
-        self.sessions = Sessions(cluster, rank, self._facts, self.tunnel, self.log, self._metrics)
+        self._kept = KeptShares.of(cluster, self.entry)
+        self.sessions = Sessions(
+            cluster, rank, self._facts, self.tunnel, self.log, self._metrics, self._load if self._kept else None
+        )
         self.leader = Leader(cluster, self._facts, self.sessions, self._execute, self.log) if rank == 0 else None
         self._stopping = False
 
@@ -140,7 +144,26 @@ class Host:
         session.stored.difference_update(names)
 
     def publish(self, header: m.Publish, pieces: Iterator[m.Piece]) -> m.Empty:
-        session, limits, allowed = self.sessions.require(header.session), self.cluster.limits, self.cluster.models
+        session = self.sessions.require(header.session)
+        self._check_allowed(header)
+        bundle = b"".join(piece.content for piece in pieces)
+        gone = session.hold(header, bundle)
+        if self._kept is not None:
+            weights = (
+                m.Put(name, self.sessions.call(session, m.Fetch(f"o.{name}")).shares[0]) for name in header.weights
+            )
+            try:
+                self._kept.write(header, bundle, weights)
+            except OSError as error:
+                reason = f"party {self.rank} could not keep its shares: {error}"
+                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason) from error
+        if gone:
+            self._delete(session, gone)
+        self.log("model", name=header.name, hash=header.hash[:16], programs=sorted(header.programs))
+        return m.Empty()
+
+    def _check_allowed(self, header: m.Publish) -> None:
+        limits, allowed = self.cluster.limits, self.cluster.models
         if allowed is not None and header.name not in allowed:
             raise Refused(
                 grpc.StatusCode.PERMISSION_DENIED,
@@ -153,17 +176,29 @@ class Host:
                     f"program {name} is for {program.batch} x {program.length} tokens, "
                     f"the limit is {limits.max_batch} x {limits.max_length}",
                 )
-            if program.batch * (most := max(program.joint, default=1)) > max(limits.max_batch_sentences, program.batch):
+            most = max(program.joint, default=1)
+            if most > 1 and most * program.batch > limits.max_batch_sentences:
                 raise Refused(
                     grpc.StatusCode.INVALID_ARGUMENT,
                     f"program {name} joins {most} requests of {program.batch} sentences, "
-                    f"max_batch_sentences is {limits.max_batch_sentences}",
+                    f"the limit is max_batch_sentences {limits.max_batch_sentences}",
                 )
-        bundle = b"".join(piece.content for piece in pieces)
-        if gone := session.hold(header, bundle):
-            self._delete(session, gone)
-        self.log("model", name=header.name, hash=header.hash[:16], programs=sorted(header.programs))
-        return m.Empty()
+
+    def _load(self, session: Session) -> None:
+        """Stores in a session what the disk holds; a model that is not whole, or not allowed any more, is left out."""
+        assert self._kept is not None
+        for path in self._kept.paths():
+            try:
+                header, bundle, weights = self._kept.read(path)
+                self._check_allowed(header)
+                for weight in weights:
+                    self.sessions.call(session, m.Put(f"o.{weight.name}", weight.share))
+                    session.stored.add(f"o.{weight.name}")
+                session.hold(header, bundle)
+            except (ValueError, OSError, Refused) as error:
+                self.log("kept_shares_left_out", file=path.name, reason=str(error))
+            else:
+                self.log("kept_shares", name=header.name, hash=header.hash[:16])
 
     def run(self, message: m.Run, context: grpc.ServicerContext) -> m.Answer:
         session = self.sessions.require(message.session)

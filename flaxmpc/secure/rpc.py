@@ -165,7 +165,7 @@ def serve(host: Host) -> grpc.Server:
     pinned = {der: rank for rank, der in fingerprints(cluster).items()}
 
     def role(context: grpc.ServicerContext) -> str:
-        """By certificate: parties by the very one, owner and clients by its common name."""
+        """By certificate: parties by the very one, owner and clients by its common name. Refused: a client shut out."""
         auth: Mapping[str, Sequence[bytes]] = context.auth_context()  # pyright: ignore[reportAssignmentType]
         pem = auth.get("x509_pem_cert", [b""])[0].decode("ascii")
         rank = pinned.get(ssl.PEM_cert_to_DER_cert(pem.strip()))
@@ -173,11 +173,15 @@ def serve(host: Host) -> grpc.Server:
             return "leader" if rank == 0 else "party"
         name = auth.get("x509_common_name", [b""])[0].decode("utf-8", "replace")
         kind = name.partition(".")[0]
+        if kind == "client" and cluster.clients is not None and name not in cluster.clients:
+            reason = f"{name!r} is not one of the clients that {cluster.path.name} allows"
+            raise Refused(grpc.StatusCode.PERMISSION_DENIED, reason)
         return kind if kind in ("owner", "client") else ""
 
     def guarded(name: str, method: Method, context: grpc.ServicerContext, call: Callable[[], Any]) -> Any:
-        caller = role(context)
+        caller = ""
         try:
+            caller = role(context)
             if caller not in method.roles:
                 raise Refused(grpc.StatusCode.PERMISSION_DENIED, f"a {caller or 'stranger'} may not ask for {name!r}")
             return call()

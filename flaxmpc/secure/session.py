@@ -73,7 +73,9 @@ class Sessions:
         tunnel: Tunnel,
         log: Callable[..., None],
         metrics: collections.Counter[str],
+        load: Callable[[Session], None] | None,
     ):
+        """`load` stores in a new session what this party kept on disk."""
         self.state = "starting"
         self._cluster = cluster
         self._rank = rank
@@ -81,6 +83,7 @@ class Sessions:
         self._tunnel = tunnel
         self._log = log
         self._metrics = metrics
+        self._load = load
         self._directory = tempfile.TemporaryDirectory(prefix="flaxmpc-party-")
         self._lock = threading.Lock()
         self._forming = threading.Lock()
@@ -157,8 +160,11 @@ class Sessions:
                 self.state = error
                 self._log("join_failed", reason=error)
                 raise Refused(grpc.StatusCode.UNAVAILABLE, f"party {self._rank} could not join the others: {error}")
+            session = Session(session_id, worker, Turns(self._cluster.limits.queue))
+            if self._load is not None:
+                self._load(session)
             with self._lock:
-                self._session = Session(session_id, worker, Turns(self._cluster.limits.queue))
+                self._session = session
                 self.state = "ready"
             self._metrics["sessions_total"] += 1
             self._log("session", session=session_id[:8], worker=worker.pid)
