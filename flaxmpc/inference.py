@@ -202,7 +202,12 @@ class Client:
 
 
 class SecureClassifier(Client):
-    """A sequence classifier whose folded form runs on secret shares; its weights stay resident between calls."""
+    """A sequence classifier whose folded form runs on secret shares; its weights stay resident between calls.
+
+    Attributes:
+        function: what runs on shares: (weights, *what the client shares) -> logits.
+        weights: resident.
+    """
 
     def __init__(self, loaded: folders.LoadedModel, parties: secure.Parties):
         """Folds the model and shares its weights.
@@ -217,6 +222,7 @@ class SecureClassifier(Client):
         self.model, function, client_params, secret_params = _folded(loaded)
         self.plain, self.plain_params, tokenizer, _ = loaded
         super().__init__(self.model, tokenizer, client_params)
+        self.function = function
         self._secure = secure.jit(function, parties=parties)
         self.weights = parties.put(secret_params)
         self._apply = jax.jit(self.plain.apply)
@@ -267,8 +273,3 @@ class SecureClassifier(Client):
             )
         ids = np.zeros((batch_size, self.bucket(num_tokens)), np.int32)
         return self._secure.estimate(self.weights, *self.share(ids, np.ones_like(ids)))
-
-    def compile(self, num_tokens: int, batch_size: int) -> secure.Program:
-        """The program of (weights, what the client shares) for `batch_size` sentences of `num_tokens` tokens."""
-        ids = np.zeros((batch_size, num_tokens), np.int32)
-        return self._secure.compile(self.weights, *self.share(ids, np.ones_like(ids)))

@@ -34,7 +34,10 @@ def put(
     lengths: Sequence[int] = (16, 32, 64),
     batches: Sequence[int] = (1,),
 ) -> m.Model:
-    """Shares a model's weights among the parties, with a program for each length and batch.
+    """Shares a model's weights among the parties, with programs for each length and batch.
+
+    Each is compiled for one request and for 2, 4, 8, ... up to max_batch_sentences, see `Cluster.program`. Compiled
+    programs are kept in the cache folder.
 
     Args:
         loaded: see `flaxmpc.models.folder.load`.
@@ -58,7 +61,7 @@ def put(
     name = name or loaded.folder.resolve().name
     classifier = SecureClassifier(loaded, parties)
     programs = {
-        f"{batch}x{length}": _program(classifier, batch, length)
+        f"{batch}x{length}": _program(classifier, parties, batch, length)
         for batch in sorted(set(batches))
         for length in sorted(set(lengths))
     }
@@ -66,17 +69,10 @@ def put(
     return parties.find(name)[1]
 
 
-def _program(classifier: SecureClassifier, batch: int, length: int) -> m.Program:
+def _program(classifier: SecureClassifier, parties: secure.Cluster, batch: int, length: int) -> m.Program:
     ids = np.zeros((batch, length), np.int32)
     inputs = classifier.share(ids, np.ones_like(ids))
-    program = classifier.compile(length, batch)
-    return m.Program(
-        program.code,
-        tuple(m.Array(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(inputs)),
-        tuple(m.Array(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(program.output)),
-        batch,
-        length,
-    )
+    return parties.program(classifier.function, classifier.weights, *inputs, length=length)
 
 
 def _bundle(classifier: SecureClassifier, folder: Path) -> bytes:

@@ -18,25 +18,29 @@ Flag = tyro.conf.FlagCreatePairsOff
 
 
 def cluster(
-    action: Annotated[Literal["init", "up"], tyro.conf.Positional],
+    action: Annotated[Literal["init", "up", "certificate"], tyro.conf.Positional],
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
     /,
     parties: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None,
     protocol: Annotated[str, tyro.conf.arg(metavar="ABY3|CHEETAH|SEMI2K")] = "ABY3",
     timeout: float = 30.0,
     allow_insecure_dealer: Annotated[bool, Flag] = False,
+    name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
 ) -> None:
     """A cluster on this machine: `cluster init DIR` writes it, `cluster up DIR` runs all its parties.
 
+    `cluster certificate DIR --name NAME` issues a certificate for one more client.
+
     Args:
-        action: init or up.
+        action: init, up or certificate.
         folder: that holds cluster.toml and the certificates.
         parties: init: how many; by default what the protocol takes.
         protocol: init: of the secure computation.
         timeout: init: seconds that a party that is absent or silent is waited for.
         allow_insecure_dealer: init: allow SEMI2K, which hides nothing from party 0.
+        name: certificate: the client's; letters, digits, "_" and "-".
     """
-    from flaxmpc.secure.cluster import ClusterFile, write_local
+    from flaxmpc.secure.cluster import ClusterFile, issue_client, write_local
     from flaxmpc.secure.protocol import Config
 
     if action == "init":
@@ -45,6 +49,12 @@ def cluster(
         print(
             f"wrote {written.path}: {protocol}, {len(written.party)} parties; start them: flaxmpc cluster up {folder}"
         )
+        return
+    if action == "certificate":
+        if name is None:
+            raise ValueError("whose certificate? Say --name NAME")
+        issued = issue_client(folder, name)
+        print(f"wrote {issued} and its .key: give the client both, ca.pem and cluster.toml, with both under [client]")
         return
     read = ClusterFile.read(folder)
     command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(read.path), "--rank"]
@@ -75,8 +85,9 @@ def party(
     """
     from flaxmpc.secure.cluster import ClusterFile
     from flaxmpc.secure.host import Host
+    from flaxmpc.secure.service import serve
 
-    Host(ClusterFile.read(cluster), rank, allow_insecure_dealer=allow_insecure_dealer).serve()
+    serve(Host(ClusterFile.read(cluster), rank, allow_insecure_dealer=allow_insecure_dealer))
 
 
 def put(

@@ -1,13 +1,10 @@
 """A small BERT on real parties: answers as in process, and nobody but the client sees any of it."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.stats
 
-from flaxmpc import secure, serving
+from flaxmpc import serving
 from flaxmpc.inference import SecureClassifier
 from flaxmpc.models import folder as folders
 
@@ -32,37 +29,28 @@ tunnel.asyncio.StreamReader.read = read_and_keep
 """
 
 
-def _running_class():
-    path = Path(__file__).parent / "secure" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("running_parties", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Running
-
-
 @pytest.fixture(scope="module")
 def loaded(write_classifier, tmp_path_factory):
     return folders.load(write_classifier(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")
-def parties(tmp_path_factory, loaded):
-    started = _running_class()(tmp_path_factory.mktemp("cluster") / "c", timeout=10)
-    try:
-        for rank in range(3):
-            started.start(rank, code=CAPTURE.format(path=str(started.directory / f"capture{rank}")))
+def parties(tmp_path_factory, running, loaded):
+    directory = tmp_path_factory.mktemp("cluster") / "c"
+    with running(
+        directory,
+        timeout=10,
+        changes=[("max_batch_sentences = 8", "max_batch_sentences = 2")],
+        code=lambda rank: CAPTURE.format(path=str(directory / f"capture{rank}")),
+    ) as started:
         with started.connect() as owner:
             serving.put(loaded, owner, name="tiny", lengths=(16,), batches=(1, 2))
         yield started
-    finally:
-        started.stop()
 
 
 @pytest.fixture(scope="module")
-def expected(loaded):
-    local = SecureClassifier(loaded, secure.InProcess("ABY3"))
+def expected(loaded, group):
+    local = SecureClassifier(loaded, group("ABY3"))
     return np.array([local.classify([text]).predictions[0].logits for text in TEXTS])
 
 

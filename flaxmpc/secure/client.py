@@ -6,7 +6,7 @@ import collections
 import queue
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,8 @@ import numpy as np
 
 from flaxmpc.secure._spu import SecureError, load_spu
 from flaxmpc.secure.cost import Cost, Profile
+from flaxmpc.secure.jit import jit
+from flaxmpc.secure.joint import jointly
 from flaxmpc.secure.party import Parties, Resident, to_arrays
 
 if TYPE_CHECKING:
@@ -215,13 +217,43 @@ class Cluster(Parties):
             raise SecureError(errors[0])
         return answers
 
+    def program(self, fn: Callable[..., Any], weights: Resident, *inputs: Any, length: int) -> m.Program:
+        """Compiles a function for `publish`, for one request and for 2, 4, 8, ... that wait at the same time.
+
+        Args:
+            fn: (weights, *inputs) -> output; the first axis of every array of inputs and output is the sentence, and
+                a sentence's output must not depend on the others.
+            weights: put on these parties.
+            inputs: pytrees of arrays of a request's shapes and dtypes, secret; their values are not used.
+            length: tokens of a sentence, for the parties' limits.
+
+        Raises:
+            SecureError: SPU cannot compile the function.
+        """
+        from flaxmpc.secure import messages as m
+
+        arrays = jax.tree.leaves(inputs)
+        batch = arrays[0].shape[0]
+        most = self.cluster.limits.max_batch_sentences // batch
+        counts = [2**i for i in range(1, most.bit_length()) if 2**i <= most]
+        program = jit(fn, parties=self).compile(weights, *inputs)
+        together = jit(jointly(fn), parties=self)
+        return m.Program(
+            program.code,
+            tuple(m.Array(leaf.shape, leaf.dtype.name) for leaf in arrays),
+            tuple(m.Array(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(program.output)),
+            batch,
+            length,
+            {count: together.compile(weights, *[inputs] * count).code for count in counts},
+        )
+
     def publish(self, name: str, weights: Resident, programs: Mapping[str, m.Program], bundle: bytes) -> str:
         """Makes stored weights a model that clients may ask.
 
         Args:
             name: of the model; one of that name is replaced.
             weights: put on these parties; they hold them from now on, whatever becomes of this object.
-            programs: compiled functions of (weights, inputs), see `SecureFunction.compile`, by name.
+            programs: of (weights, inputs), by name; see `program`.
             bundle: what clients need in the clear.
 
         Returns:

@@ -26,6 +26,7 @@ FILE_NAME = "cluster.toml"
 
 Address = Annotated[str, Meta(pattern=r"^[^\s:/]+:[0-9]{1,5}$")]
 Positive = Annotated[int, Meta(ge=1)]
+ClientName = Annotated[str, Meta(pattern=r"^client(\.[\w\-]+)?$")]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,6 +44,8 @@ class PartyEntry(_Table, frozen=True):
         certificate: file; others accept just this one as the party's.
         key: file of the private key, on the party's own host only.
         listen: address that control and link listen on where it is not their host: "0.0.0.0" behind a NAT.
+        keep_shares: folder for the party's shares of models, encrypted, to have them after a restart; none by default.
+        shares_key: file of the key for it, 64 hex digits; by default the environment variable FLAXMPC_SHARES_KEY.
     """
 
     rank: Annotated[int, Meta(ge=0)]
@@ -52,6 +55,8 @@ class PartyEntry(_Table, frozen=True):
     key: str
     metrics: Address | None = None
     listen: str | None = None
+    keep_shares: str | None = None
+    shares_key: str | None = None
 
     @property
     def name(self) -> str:
@@ -71,12 +76,14 @@ class Limits(_Table, frozen=True):
 
     Attributes:
         max_batch: sentences in a request.
+        max_batch_sentences: sentences of several requests that run together when they wait; 1: each runs alone.
         max_length: tokens of a sentence.
         max_request_bytes: shares of a request, or of one value of a model.
         queue: requests that wait or run.
     """
 
     max_batch: Positive = 32
+    max_batch_sentences: Positive = 8
     max_length: Positive = 512
     max_request_bytes: Positive = 256 << 20
     queue: Positive = 64
@@ -91,6 +98,8 @@ class ClusterFile(_Table, frozen=True):
         party: the computing hosts, by rank.
         owner, client: identities, on the hosts that have them.
         models: names that an owner may put; None allows any.
+        clients: common names of the certificates that may ask, "client" or "client.NAME"; None allows any of the
+            authority's.
         timeout_seconds: the bound on waiting for a party that is absent or silent.
         allow_insecure_dealer: whether SEMI2K, which hides nothing from party 0, is allowed.
         path: where the file was read.
@@ -104,6 +113,7 @@ class ClusterFile(_Table, frozen=True):
     owner: Identity | None = None
     client: Identity | None = None
     models: tuple[str, ...] | None = None
+    clients: tuple[ClientName, ...] | None = None
     timeout_seconds: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     allow_insecure_dealer: bool = False
     limits: Limits = Limits()
@@ -254,6 +264,7 @@ def write_local(
         f"timeout_seconds = {timeout_seconds:g}  # how long a party that is absent or silent is waited for",
         'ca = "ca.pem"',
         '# models = ["NAME"]  # what an owner may put; without this line anything',
+        '# clients = ["client", "client.NAME"]  # who may ask; without this line all that have a certificate',
         f"allow_insecure_dealer = {str(allow_insecure_dealer).lower()}",
         "",
         "[limits]",
@@ -269,6 +280,35 @@ def write_local(
         lines += [f'certificate = "party{rank}.pem"', f'key = "party{rank}.key"', ""]
     path.write_text("\n".join(lines), "utf-8")
     return ClusterFile.read(path)
+
+
+def issue_client(directory: str | Path, name: str) -> Path:
+    """Issues the certificate of one more client from the authority that `write_local` made.
+
+    Args:
+        directory: that holds ca.pem and ca.key.
+        name: of letters, digits, "_" and "-"; the certificate's common name is "client.NAME".
+
+    Returns:
+        The certificate, client.NAME.pem; its key (mode 0600) is beside it.
+
+    Raises:
+        FileExistsError: there is one of that name.
+        ValueError: another kind of name, or no authority in the directory.
+    """
+    from flaxmpc.secure.certificates import Authority
+
+    directory = Path(directory)
+    if not re.fullmatch(r"[\w\-]+", name, re.ASCII):
+        raise ValueError(f"a client's name has letters, digits, '_' and '-', not {name!r}")
+    try:
+        authority = Authority.read(directory)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{directory} holds no authority: ca.pem and ca.key, which `flaxmpc cluster init` made"
+        ) from error
+    authority.issue(directory, f"client.{name}", server=False)
+    return directory / f"client.{name}.pem"
 
 
 def _free_ports(count: int) -> list[int]:

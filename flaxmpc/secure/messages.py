@@ -80,6 +80,8 @@ class Program(Message, frozen=True):
         inputs: what a client shares, in order, after the weights.
         outputs: what it gets.
         batch, length: sentences, and tokens of each, for the parties' limits.
+        joint: the same function of several requests at once, by their number: the weights, the first's inputs, the
+            second's, and so on; the outputs likewise.
     """
 
     code: bytes
@@ -87,6 +89,7 @@ class Program(Message, frozen=True):
     outputs: tuple[Array, ...]
     batch: int
     length: int
+    joint: dict[int, bytes] = {}
 
 
 class Signature(Message, frozen=True):
@@ -211,11 +214,11 @@ class Form(Message, frozen=True):
     facts: Facts
 
 
-class Step(Message, frozen=True):
-    """Party 0 says which request is next."""
+class Turn(Message, frozen=True):
+    """Requests that party 0 asks for, or gives a turn, together."""
 
     session: str
-    id: Name
+    ids: list[Name]
 
 
 # To and from a party's worker process, over a pipe of its own.

@@ -22,7 +22,16 @@ _SERVICE = "flaxmpc.Party"
 _PIECE = 1 << 20
 _HEADROOM = 1 << 20  # of a message, beside the shares in it
 
-STARTED_ANEW = "the parties started anew, without the shares they held: put them again"
+STARTED_ANEW = "the parties started anew: shares that they don't keep on disk are gone: ask again, or put them again"
+
+
+class Refused(Exception):
+    """A call that is not served; the caller gets the code and the message."""
+
+    def __init__(self, code: grpc.StatusCode, message: str):
+        super().__init__(message)
+        self.code = code
+
 
 T = TypeVar("T", bound=m.Message)
 
@@ -49,7 +58,8 @@ METHODS = {
     "bundle": Method(_CLIENT, m.Names, "out"),
     "infer": Method(_CLIENT, m.Infer, waits=True),
     "form": Method(_LEADER, m.Form),
-    "step": Method(_LEADER, m.Step),
+    "has": Method(_LEADER, m.Turn),
+    "step": Method(_LEADER, m.Turn),
 }
 
 
@@ -151,13 +161,11 @@ def serve(host: Host) -> grpc.Server:
     """Starts a party's server. OSError: the port is taken."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from flaxmpc.secure.host import Refused
-
     cluster, entry = host.cluster, host.entry
     pinned = {der: rank for rank, der in fingerprints(cluster).items()}
 
     def role(context: grpc.ServicerContext) -> str:
-        """By certificate: parties by the very one, owner and clients by its common name."""
+        """By certificate: parties by the very one, owner and clients by its common name. Refused: a client shut out."""
         auth: Mapping[str, Sequence[bytes]] = context.auth_context()  # pyright: ignore[reportAssignmentType]
         pem = auth.get("x509_pem_cert", [b""])[0].decode("ascii")
         rank = pinned.get(ssl.PEM_cert_to_DER_cert(pem.strip()))
@@ -165,11 +173,15 @@ def serve(host: Host) -> grpc.Server:
             return "leader" if rank == 0 else "party"
         name = auth.get("x509_common_name", [b""])[0].decode("utf-8", "replace")
         kind = name.partition(".")[0]
+        if kind == "client" and cluster.clients is not None and name not in cluster.clients:
+            reason = f"{name!r} is not one of the clients that {cluster.path.name} allows"
+            raise Refused(grpc.StatusCode.PERMISSION_DENIED, reason)
         return kind if kind in ("owner", "client") else ""
 
     def guarded(name: str, method: Method, context: grpc.ServicerContext, call: Callable[[], Any]) -> Any:
-        caller = role(context)
+        caller = ""
         try:
+            caller = role(context)
             if caller not in method.roles:
                 raise Refused(grpc.StatusCode.PERMISSION_DENIED, f"a {caller or 'stranger'} may not ask for {name!r}")
             return call()
@@ -212,8 +224,8 @@ def serve(host: Host) -> grpc.Server:
                 return grpc.unary_unary_rpc_method_handler(unary)
 
     handlers = {name: handler(name, method) for name, method in METHODS.items()}
-    # Every request that waits has a thread; some more are for what does not wait.
-    server = grpc.server(ThreadPoolExecutor(cluster.limits.queue + 16), options=_options(cluster))
+    # Every request that waits has a thread, and so has party 0 that waits for it; some more are for what does not wait.
+    server = grpc.server(ThreadPoolExecutor(2 * cluster.limits.queue + 16), options=_options(cluster))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     credentials = grpc.ssl_server_credentials(
         [(cluster.read_file(entry.key), cluster.read_file(entry.certificate))],

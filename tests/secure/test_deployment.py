@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -25,10 +27,12 @@ from flaxmpc import secure
 from flaxmpc.secure import messages as m
 from flaxmpc.secure import rpc
 from flaxmpc.secure.certificates import Authority
-from flaxmpc.secure.cluster import ClusterFile, split, write_local
+from flaxmpc.secure.cluster import ClusterFile, Identity, issue_client, split, write_local
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 6.0  # of the clusters; every fault must end within a small multiple of it
+# Of the clusters; every fault must end within a small multiple of it.
+TIMEOUT = 6.0
+SHORT = 4.0
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 W = np.eye(4, dtype=np.float32) * 3
 
@@ -38,7 +42,7 @@ def affine(w, x):
 
 
 def long(x):
-    for _ in range(400):
+    for _ in range(250):
         x = x @ x * 0.001
     return x
 
@@ -46,9 +50,7 @@ def long(x):
 def publish(owner: secure.Cluster, name: str = "affine", w: np.ndarray = W) -> None:
     """Puts `affine` as a model of one program."""
     weights = owner.put(w)
-    program = secure.jit(affine, parties=owner).compile(weights, X)
-    array = m.Array(X.shape, "float32")
-    owner.publish(name, weights, {"2x4": m.Program(program.code, (array,), (array,), 2, 4)}, b"public " * 3)
+    owner.publish(name, weights, {"2x4": owner.program(affine, weights, X, length=4)}, b"public " * 3)
 
 
 def ask(client: secure.Cluster, x: np.ndarray = X) -> np.ndarray:
@@ -67,8 +69,23 @@ def check_served(parties) -> None:
 @pytest.fixture(scope="module")
 def parties(running, tmp_path_factory):
     """A cluster that tests leave as they found it, or heal."""
-    with running(tmp_path_factory.mktemp("cluster") / "c", timeout=TIMEOUT) as started:
+    some = [('# clients = ["client", "client.NAME"]', 'clients = ["client", "client.alice"]')]
+    with running(tmp_path_factory.mktemp("cluster") / "c", timeout=TIMEOUT, changes=some) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def shaken(running, tmp_path_factory):
+    """A cluster for `mortal`."""
+    with running(tmp_path_factory.mktemp("shaken") / "c", timeout=SHORT) as started:
+        yield started
+
+
+@pytest.fixture
+def mortal(shaken):
+    """A cluster whose parties tests may end or start otherwise; all run, but they hold nothing."""
+    shaken.restore()
+    return shaken
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +154,37 @@ def test_clients_at_once_get_their_own_answers(parties, owner):
         np.testing.assert_allclose(y, (X + number) * 3 + 1, atol=1e-3)
 
 
+def test_requests_that_wait_run_together_and_each_client_gets_its_own(parties, owner):
+    clients = [parties.connect("client") for _ in range(3)]
+    _, model = clients[0].find("affine")
+    assert model.programs["2x4"].batch == 2
+    barrier = threading.Barrier(12)
+    results: dict[int, np.ndarray] = {}
+
+    def work(number: int) -> None:
+        barrier.wait()
+        results[number] = ask(clients[number % 3], X + number)
+
+    end = time.monotonic() + 60
+    together: list[dict] = []
+    while not together:  # whether they wait is a matter of time
+        assert time.monotonic() < end
+        seen = len(parties.events(0, "run"))
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for number, y in results.items():
+            np.testing.assert_allclose(y, (X + number) * 3 + 1, atol=1e-3)
+        runs = parties.events(0, "run")[seen:]
+        assert sum(run["requests"] for run in runs) == 12
+        assert {run["requests"] for run in runs} <= {1, 2, 4}  # of 2 sentences; at most 8 run together
+        together = [run for run in runs if run["requests"] > 1]
+    for connected in clients:
+        connected.close()
+
+
 def test_dropped_values_are_freed_with_the_next_use(owner):
     resident = owner.put(np.ones(3, np.float32))
     name = resident.names[0]
@@ -182,7 +230,7 @@ def test_a_program_that_fails_everywhere_leaves_the_shares(owner, client):
 # ------------------------------------------------------------------------------------------------------- who may what
 
 
-@pytest.mark.parametrize("method", ["store", "fetch", "delete", "publish", "run", "form", "step"])
+@pytest.mark.parametrize("method", ["store", "fetch", "delete", "publish", "run", "form", "has", "step"])
 def test_a_client_may_only_ask(client, method):
     messages = {
         "store": m.Stored(client.session),
@@ -191,7 +239,8 @@ def test_a_client_may_only_ask(client, method):
         "publish": m.Publish(client.session, "x", "h", [], {}),
         "run": m.Run(client.session, "x", b"", [], []),
         "form": m.Form("s", {}),
-        "step": m.Step("s", "x"),
+        "has": m.Turn("s", ["x"]),
+        "step": m.Turn("s", ["x"]),
     }
     peer = client._peers[0]
     if rpc.METHODS[method].stream:
@@ -288,40 +337,48 @@ def test_a_request_that_one_party_was_not_sent_ends(owner, client):
         ("version", "spu '0.0.1' against '[0-9.a-z]+'"),
     ],
 )
-def test_another_config_or_version_at_one_party_is_refused(running, tmp_path, how, difference):
-    with running(tmp_path / "c", 0, 1, timeout=3) as parties:
-        if how == "config":
-            other = parties.changed("other.toml", ("fraction_bits = 18", "fraction_bits = 17"))
-            parties.start(2, path=other.path)
-        else:
-            code = "import flaxmpc.secure.host as h; real = h.versions; h.versions = lambda: real() | {'spu': '0.0.1'}"
-            parties.start(2, code=code)
-        parties.wait_for(2, "serving")
-        with pytest.raises(secure.SecureError, match=f"party 2 differs from party 0: {difference}"):
-            secure.Cluster(parties.cluster, "owner")
-        parties.kill(2, signal.SIGTERM)
-        parties.start(2)
-        check_served(parties)
+def test_another_config_or_version_at_one_party_is_refused(mortal, how, difference):
+    if how == "config":
+        other = mortal.changed("other.toml", ("fraction_bits = 18", "fraction_bits = 17"))
+        mortal.restart(2, path=other.path)
+    else:
+        code = "import flaxmpc.secure.host as h; real = h.versions; h.versions = lambda: real() | {'spu': '0.0.1'}"
+        mortal.restart(2, code=code)
+    mortal.wait_for(2, "serving")
+    refused_within(mortal, f"party 2 differs from party 0: {difference}")
+    mortal.restore()
+    check_served(mortal)
 
 
 # --------------------------------------------------------------------------------------------------- parties that fail
 
 
-def test_a_party_that_is_absent_at_start_is_named_and_waited_for(running, tmp_path):
-    with running(tmp_path / "c", 0, 1, timeout=2) as parties:
-        parties.wait_for(0, "waiting")
+def refused_within(parties, reason: str) -> None:
+    """Nobody can connect, for `reason`, soon said by all that are there."""
+    end = time.monotonic() + 60
+    while True:
         start = time.monotonic()
-        with pytest.raises(secure.SecureError, match=r"^party 2 at 127.0.0.1:\d+ can't be reached"):
+        with pytest.raises(secure.SecureError) as error:
             secure.Cluster(parties.cluster, "owner")
-        assert time.monotonic() - start < 10
-        parties.start(2)
-        check_served(parties)
+        assert time.monotonic() - start < 4 * SHORT + 10
+        if re.search(reason, str(error.value)):
+            return
+        assert time.monotonic() < end, error.value
 
 
-def run_long(owner: secure.Cluster) -> tuple[threading.Thread, list[Exception]]:
-    """A run of some seconds in a thread, and what it raised."""
+def test_a_party_that_is_absent_at_start_is_named_and_waited_for(mortal):
+    mortal.kill(2)
+    mortal.restart(0, 1)
+    refused_within(mortal, r"^party 2 at 127.0.0.1:\d+ can't be reached")
+    mortal.restore()
+    check_served(mortal)
+
+
+@contextlib.contextmanager
+def long_run(parties, owner: secure.Cluster):
+    """A run of some seconds in the background; yields what it raises."""
     f = secure.jit(long, parties=owner)
-    x = np.full((96, 96), 0.1, np.float32)
+    x = np.full((32, 32), 0.1, np.float32)
     f.compile(x)
     errors: list[Exception] = []
 
@@ -333,53 +390,53 @@ def run_long(owner: secure.Cluster) -> tuple[threading.Thread, list[Exception]]:
 
     thread = threading.Thread(target=work)
     thread.start()
-    time.sleep(1.5)
-    return thread, errors
+    parties.wait_for_requests(1)
+    time.sleep(0.3)
+    assert thread.is_alive()
+    yield errors
+    thread.join(300)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("what", ["worker", "party"])
-def test_a_kill_in_the_middle_of_a_run_ends_it_and_put_heals(running, tmp_path, rank, what):
-    with running(tmp_path / "c", timeout=4) as parties, parties.connect() as owner:
+def test_a_kill_in_the_middle_of_a_run_ends_it_and_put_heals(mortal, rank, what):
+    with mortal.connect() as owner:
         publish(owner)
         resident = owner.put(W)
-        thread, errors = run_long(owner)
-        assert thread.is_alive()
-        start = time.monotonic()
-        if what == "worker":
-            os.kill(parties.worker_of(rank), signal.SIGKILL)
-        else:
-            parties.kill(rank)
-        thread.join(30)
-        assert not thread.is_alive()
-        assert time.monotonic() - start < 3 * 4
+        with long_run(mortal, owner) as errors:
+            start = time.monotonic()
+            if what == "worker":
+                os.kill(mortal.worker_of(rank), signal.SIGKILL)
+            else:
+                mortal.kill(rank)
+        assert time.monotonic() - start < 4 * SHORT + 10
         (error,) = errors
         assert isinstance(error, secure.SecureError)
         assert "\n" not in str(error)
         assert f"party {rank}" in str(error)
-        if what == "party":
-            parties.start(rank)
+        mortal.restore()
         again = r"was a party restarted\? The owner puts it again"
-        with parties.connect("client") as client, pytest.raises(secure.SecureError, match=again):
+        with mortal.connect("client") as client, pytest.raises(secure.SecureError, match=again):
             ask(client)
         with pytest.raises((ValueError, secure.SecureError), match=r"started anew.* put them again"):
             secure.jit(affine, parties=owner)(resident, X)
-        check_served(parties)
+        check_served(mortal)
 
 
-def test_a_party_that_is_frozen_is_bounded(running, tmp_path):
-    with running(tmp_path / "c", timeout=3) as parties, parties.connect() as owner:
+def test_a_party_that_is_frozen_is_bounded(mortal):
+    with mortal.connect() as owner:
         publish(owner)
-        os.kill(parties.worker_of(1), signal.SIGSTOP)
+        os.kill(mortal.worker_of(1), signal.SIGSTOP)
         start = time.monotonic()
-        with parties.connect("client") as client, pytest.raises(secure.SecureError, match=r"[Tt]imeout|in time|lost"):
+        with mortal.connect("client") as client, pytest.raises(secure.SecureError, match=r"[Tt]imeout|in time|lost"):
             ask(client)
-        assert time.monotonic() - start < 15
-        with parties.connect() as owner:
-            os.kill(parties.worker_of(1), signal.SIGSTOP)
-            with pytest.raises(secure.SecureError, match=r"put them again|can't be reached|in time"):
-                owner.put(np.zeros((256, 256), np.float32))
-        check_served(parties)
+        assert time.monotonic() - start < 4 * SHORT + 10
+    with mortal.connect() as owner:
+        os.kill(mortal.worker_of(1), signal.SIGSTOP)
+        with pytest.raises(secure.SecureError, match=r"put them again|can't be reached|in time"):
+            owner.put(np.zeros((256, 256), np.float32))
+    check_served(mortal)
 
 
 def test_a_slow_party_is_waited_for(parties, client):
@@ -393,26 +450,124 @@ def test_a_slow_party_is_waited_for(parties, client):
         timer.join()
 
 
-def test_sigterm_finishes_the_running_request_first(running, tmp_path):
-    x = np.full((96, 96), 0.1, np.float32)
-    array = m.Array(x.shape, "float32")
-    with running(tmp_path / "c") as parties, parties.connect() as owner:
-        weights = owner.put(x)
-        program = secure.jit(lambda w, x: long(x + w), parties=owner).compile(weights, x)
-        owner.publish("long", weights, {"f": m.Program(program.code, (array,), (array,), 1, 1)}, b"")
-        answers = []
-        with parties.connect("client") as client:
-            thread = threading.Thread(target=lambda: answers.append(client.infer(*client.find("long"), "f", x)))
-            thread.start()
-            time.sleep(1)
-            assert thread.is_alive()
-            for process in parties.processes.values():
-                process.terminate()
-            thread.join(60)
-        assert len(answers) == 1
-        assert [process.wait(20) for process in parties.processes.values()] == [0, 0, 0]
+def test_kept_shares_survive_a_kill_without_the_owner(running, tmp_path):
+    (tmp_path / "key").write_text(bytes(range(32)).hex())
+    changes = [
+        (f"rank = {rank}\n", f'rank = {rank}\nkeep_shares = "kept{rank}"\nshares_key = "{tmp_path / "key"}"\n')
+        for rank in range(3)
+    ]
+    w = np.linspace(-3, 3, 16, dtype=np.float32).reshape(4, 4)
+    with running(tmp_path / "c", timeout=SHORT, changes=changes) as parties:
+        with parties.connect() as owner:
+            shares = []
+            make = owner._io.make_shares
+            owner._io = types.SimpleNamespace(make_shares=lambda *given: shares.append(make(*given)) or shares[-1])
+            publish(owner, w=w)
         for rank in range(3):
-            assert parties.events(rank, "stopped")
+            (kept,) = (parties.directory / f"kept{rank}").iterdir()
+            assert all(chunk not in kept.read_bytes() for each in shares for chunk in each[rank].share_chunks)
+        parties.kill(1)
+        parties.start(1)
+        with parties.connect("client") as client:
+            assert parties.events(1, "kept_shares")
+            np.testing.assert_allclose(ask(client), X @ w + 1, atol=1e-3)
+        # Shares of another put at one party are not mixed with these.
+        old = (parties.directory / "kept1" / "affine.shares").read_bytes()
+        with parties.connect() as owner:
+            publish(owner)
+        parties.kill(1)
+        (parties.directory / "kept1" / "affine.shares").write_bytes(old)
+        parties.start(1)
+        with (
+            parties.connect("client") as client,
+            pytest.raises(secure.SecureError, match="do not hold model 'affine'"),
+        ):
+            ask(client)
+        check_served(parties)
+        # A file that is damaged is named before anything else happens.
+        parties.kill(1)
+        (parties.directory / "kept1" / "affine.shares").write_bytes(old[:-1])
+        ended = party_process(parties.cluster, 1)
+        assert ended.returncode == 2
+        assert "affine.shares is damaged, or was written with another key" in ended.stderr
+
+
+class Throttle:
+    """A TCP proxy that takes all to `target` at so many bytes a second in all."""
+
+    def __init__(self, target: tuple[str, int]):
+        self.bytes_per_second = 1e9
+        self._target = target
+        self._lock = threading.Lock()
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self._spawn(self._accept)
+
+    def _spawn(self, target, *args: socket.socket) -> None:
+        self._threads.append(threading.Thread(target=target, args=args, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = self._server.accept()
+                self._open.append(here)
+                there = socket.create_connection(self._target)
+                self._open.append(there)
+                self._spawn(self._copy, here, there)
+                self._spawn(self._copy, there, here)
+
+    def _copy(self, source: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while content := source.recv(1024):
+                with self._lock:
+                    time.sleep(len(content) / self.bytes_per_second)
+                to.sendall(content)
+        for end in (source, to):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for end in (self._server, *self._open):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for end in (self._server, *self._open):
+            end.close()
+
+
+def test_a_party_behind_a_thin_line_is_waited_for_or_given_up(mortal):
+    with contextlib.closing(Throttle(split(mortal.cluster.party[2].link))) as line:
+        other = mortal.changed("other.toml", (mortal.cluster.party[2].link, line.address))
+        mortal.restart(0, 1, path=other.path)
+        with mortal.connect() as owner:
+            publish(owner)
+            line.bytes_per_second = 50e3
+            with mortal.connect("client") as client:
+                np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+            line.bytes_per_second = 200
+            start = time.monotonic()
+            with (
+                mortal.connect("client") as client,
+                pytest.raises(secure.SecureError, match=r"[Tt]imeout|in time|lost"),
+            ):
+                ask(client)
+            assert time.monotonic() - start < 4 * SHORT + 10
+        line.bytes_per_second = 1e9
+        check_served(mortal)
+
+
+def test_sigterm_finishes_the_running_request_first(mortal):
+    with mortal.connect() as owner, long_run(mortal, owner):
+        for process in mortal.processes.values():
+            process.terminate()
+        assert [process.wait(300) for process in mortal.processes.values()] == [0, 0, 0]
+    for rank in range(3):
+        assert mortal.events(rank, "stopped")
+        assert mortal.events(rank, "run")[-1]["error"] is None
 
 
 @pytest.mark.parametrize("port", ["control", "link", "metrics"])
@@ -542,18 +697,46 @@ def test_a_client_with_a_wrong_certificate_is_refused(parties, owner, strangers,
     assert time.monotonic() - start < 10
 
 
-def test_a_party_with_another_partys_certificate_is_refused(running, tmp_path):
-    with running(tmp_path / "c", 0, 1, timeout=2) as parties:
-        other = parties.changed("other.toml", ('"party2.pem"', '"party1.pem"'), ('"party2.key"', '"party1.key"'))
-        parties.start(2, path=other.path)
-        parties.wait_for(2, "serving")
-        with pytest.raises(
-            secure.SecureError, match=r"party 2 at \S+ can't be reached: its TLS certificate or ours is refused"
-        ):
-            secure.Cluster(parties.cluster, "owner")
-        parties.kill(2, signal.SIGTERM)
-        parties.start(2)
-        check_served(parties)
+@pytest.mark.parametrize("which", ["another party's", "expired"])
+def test_a_party_with_a_wrong_certificate_is_refused(mortal, which):
+    if which == "expired":
+        stem = mortal.directory / "expired" / "party2"
+        stem.parent.mkdir()
+        Authority.read(mortal.directory).issue(stem.parent, "party2", server=True, valid=-datetime.timedelta(minutes=5))
+    else:
+        stem = mortal.directory / "party1"
+    other = mortal.changed(
+        "other.toml",
+        ('"party2.pem"', f'"{stem.with_suffix(".pem")}"'),
+        ('"party2.key"', f'"{stem.with_suffix(".key")}"'),
+    )
+    # Where it is expired all parties name it, and so does the owner: it is refused for its age alone.
+    mortal.restart(*((0, 1, 2) if which == "expired" else (2,)), path=other.path)
+    mortal.wait_for(2, "serving")
+    refused_within(mortal, r"party 2 at \S+ can't be reached: its TLS certificate or ours is refused")
+    with contextlib.suppress(OSError), socket.create_connection(split(mortal.cluster.party[0].link), 5) as plain:
+        context = tls(mortal.cluster, stem.with_suffix(".pem"), stem.with_suffix(".key"))
+        with context.wrap_socket(plain) as connection:
+            connection.sendall(brpc_push())
+            answer = connection.recv(65536)
+        assert answer == b"" or which != "expired"
+    mortal.restore()
+    check_served(mortal)
+
+
+def test_a_client_that_is_not_in_the_list_is_refused(parties, client):
+    for name, allowed in (("alice", True), ("bob", False)):
+        certificate = issue_client(parties.directory, name)
+        identity = Identity(certificate=str(certificate), key=str(certificate.with_suffix(".key")))
+        cluster = msgspec.structs.replace(parties.cluster, client=identity)
+        if allowed:
+            with secure.Cluster(cluster, "client") as connected:
+                np.testing.assert_allclose(ask(connected), X * 3 + 1, atol=1e-3)
+        else:
+            short = msgspec.structs.replace(cluster, timeout_seconds=1.0)
+            refused = r"'client\.bob' is not one of the clients that cluster.toml allows"
+            with pytest.raises(secure.SecureError, match=refused):
+                secure.Cluster(short, "client")
 
 
 def test_another_authority_at_a_client_is_noticed(parties, strangers):

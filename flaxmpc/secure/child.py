@@ -1,0 +1,69 @@
+"""The child process of a party that holds SPU, as its supervisor sees it; `flaxmpc.secure.worker` runs in it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+
+from flaxmpc.secure import messages as m
+
+
+class WorkerLost(Exception):
+    """The worker's process has ended, or was ended because it did not answer in time."""
+
+
+class WorkerProcess:
+    """A child process that holds SPU; commands take turns."""
+
+    def __init__(self, directory: str):
+        ours, theirs = socket.socketpair()
+        package_root = Path(__file__).parents[2]
+        paths = [str(package_root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "flaxmpc.secure.worker", str(theirs.fileno()), directory],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,  # Ctrl-C is the supervisor's to handle
+            )
+        self._pipe = Connection(ours.detach())
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def call(self, command: m.Command, timeout: float | None = None) -> m.Answer:
+        """Its answer. WorkerLost: it ended meanwhile, or took longer than `timeout` seconds and was ended."""
+        with self._lock:
+            # A frozen process takes no bytes either, so the bound is not on the answer alone.
+            bound = threading.Timer(timeout, self.kill) if timeout is not None else None
+            if bound is not None:
+                bound.start()
+            try:
+                self._pipe.send_bytes(m.encode(command))
+                return msgspec.msgpack.decode(self._pipe.recv_bytes(), type=m.Answer)
+            except (EOFError, OSError) as error:
+                self.kill()
+                raise WorkerLost(f"the worker's process ended (exit code {self._process.returncode})") from error
+            finally:
+                if bound is not None:
+                    bound.cancel()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,191 @@
+"""Party 0's part: it forms the group, and gives every request its turn at all parties."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import grpc
+
+from flaxmpc.secure import messages as m
+from flaxmpc.secure import rpc
+from flaxmpc.secure.cluster import ClusterFile
+from flaxmpc.secure.session import Session, Sessions
+from flaxmpc.secure.turns import Request
+
+_POLL = 1.0  # seconds between looks at the peers while nothing is asked
+
+
+class Leader:
+    """A thread that does one thing at a time."""
+
+    def __init__(
+        self,
+        cluster: ClusterFile,
+        facts: m.Facts,
+        sessions: Sessions,
+        execute: Callable[[Session, Sequence[Request]], m.Answer],
+        log: Callable[..., None],
+    ):
+        """`execute` runs requests at this party, see `Host`."""
+        self._cluster = cluster
+        self._facts = facts
+        self._sessions = sessions
+        self._execute = execute
+        self._log = log
+        self._timeout = cluster.timeout_seconds
+        self._peers: Mapping[int, rpc.Peer] = {
+            entry.rank: rpc.Peer(cluster, cluster.party[0], entry) for entry in cluster.party if entry.rank != 0
+        }
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="leader", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """After the running request; `join` waits for it."""
+        self._stopping.set()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def announce(self, session: Session, request: Request) -> None:
+        """Finds out whether the peers have a request too: only then does it get a turn, so that none is waited for."""
+
+        def told(rank: int, future: Any) -> None:
+            if future.cancelled():
+                return
+            if (error := future.exception()) is None:
+                session.turns.came(request, rank)
+            else:
+                session.turns.abandon(request, rpc.describe(self._cluster.party[rank], error))
+
+        message = m.Turn(session.id, [request.id])
+        for rank, peer in self._peers.items():
+            peer.ask_later("has", message, self._timeout).add_done_callback(functools.partial(told, rank))
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._once()
+            except Exception as error:  # whatever it is, the others must not wait for ever
+                self._log("error", reason=f"{type(error).__name__}: {error}")
+                if (session := self._sessions.live()) is not None:
+                    self._sessions.drop(session, f"party 0 failed: {type(error).__name__}")
+                self._stopping.wait(_POLL)
+
+    def _once(self) -> None:
+        session = self._sessions.live()
+        if session is None:
+            self._form_group()
+            if self._sessions.live() is None:
+                self._stopping.wait(_POLL)
+        elif not (requests := session.turns.next(len(self._peers), _POLL)):
+            self._look_at_peers(session)
+        else:
+            try:
+                self._take_turn(session, requests)
+            except BaseException:
+                session.turns.end(requests, m.Answer(error=f"party 0 failed; {rpc.STARTED_ANEW}"))
+                raise
+
+    def _take_turn(self, session: Session, requests: Sequence[Request]) -> None:
+        def heard(rank: int, future: Any) -> None:
+            # A peer that can't go on leaves the others waiting in SPU: end that at once.
+            if future.cancelled():
+                return
+            if (error := future.exception()) is not None:
+                lost.setdefault(rank, rpc.describe(self._cluster.party[rank], error))
+            elif not (answer := rpc.decode(future.result(), m.Answer)).in_step:
+                lost.setdefault(rank, answer.error or "")
+            else:
+                return
+            self._sessions.drop(session, lost[rank])
+
+        def fail(reason: str) -> None:
+            self._sessions.drop(session, reason)
+            session.turns.end(requests, m.Answer(error=f"{reason}; {rpc.STARTED_ANEW}"))
+
+        lost: dict[int, str] = {}
+        message = m.Turn(session.id, [request.id for request in requests])
+        asked = {rank: peer.ask_later("step", message) for rank, peer in self._peers.items()}
+        for rank, future in asked.items():
+            future.add_done_callback(functools.partial(heard, rank))
+        answer = self._execute(session, requests)
+        if not answer.in_step:  # the others would wait for this party until their time-out
+            for future in asked.values():
+                future.cancel()
+            fail(next(iter(lost.values()), answer.error or ""))
+            return
+        failed = [answer.error] if answer.error else []
+        end = time.monotonic() + self._timeout
+        for rank, future in asked.items():
+            try:
+                theirs = rpc.decode(future.result(timeout=max(0.1, end - time.monotonic())), m.Answer)
+            except (grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError) as error:
+                future.cancel()
+                lost.setdefault(rank, rpc.describe(self._cluster.party[rank], error))
+            else:
+                if not theirs.in_step:  # `heard` may come later
+                    lost.setdefault(rank, theirs.error or "")
+                failed += [theirs.error] if theirs.error else []
+        if lost:
+            fail(next(iter(lost.values())))
+        elif 0 < len(failed) <= len(self._peers):
+            # It failed at some parties and not at others: they hold different values now.
+            fail(failed[0])
+        elif failed and len(requests) > 1:
+            session.turns.separate(requests)
+        else:
+            session.turns.end(requests, answer)
+
+    def _form_group(self) -> None:
+        """Starts a session at all parties; on failure the state says what is waited for."""
+        for rank, peer in self._peers.items():
+            try:
+                status = peer.ask("status", m.Empty(), m.Status, timeout=self._timeout)
+            except grpc.RpcError as error:
+                self._sessions.wait_for(rpc.describe(self._cluster.party[rank], error))
+                return
+            if difference := m.difference(self._facts, status.facts):
+                self._sessions.wait_for(f"party {rank} differs from party 0: {difference}")
+                return
+        session_id = secrets.token_hex(16)
+        message = m.Form(session_id, self._facts)
+        asked = {rank: peer.ask_later("form", message) for rank, peer in self._peers.items()}
+        failures = []
+        with concurrent.futures.ThreadPoolExecutor(1) as own:
+            joined = own.submit(self._sessions.start, session_id)
+            for rank, future in asked.items():
+                try:
+                    future.result(timeout=self._timeout + 15)
+                except (grpc.RpcError, grpc.FutureTimeoutError) as error:
+                    failures.append(rpc.describe(self._cluster.party[rank], error))
+                    break
+            if failures:
+                self._sessions.give_up(session_id)
+            try:
+                joined.result()
+            except rpc.Refused as error:
+                failures.append(str(error))
+        if failures:
+            if (session := self._sessions.live()) is not None:
+                self._sessions.drop(session, failures[0])
+            self._sessions.wait_for(failures[0])
+
+    def _look_at_peers(self, session: Session) -> None:
+        for rank, peer in self._peers.items():
+            try:
+                theirs = peer.ask("status", m.Empty(), m.Status, timeout=self._timeout)
+            except grpc.RpcError as error:
+                self._sessions.drop(session, rpc.describe(self._cluster.party[rank], error))
+                return
+            if theirs.session != session.id:
+                self._sessions.drop(session, f"party {rank} lost its shares: {theirs.state}")
+                return
