@@ -64,7 +64,11 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
 def plot(records: list[Record]) -> Any:
     """Bytes, rounds and modelled WAN seconds against the length, of the protocols that have several."""
     protocols = [p for p in dict.fromkeys(r["protocol"] for r in records) if len(_lengths(records, p)) > 1]
-    panels = {"bytes_sent_total": ("MB sent, all parties", 1e6), "rounds": ("rounds", 1), "wan_seconds": ("WAN s", 1)}
+    panels = {
+        "bytes_sent_total": ("MB sent, all parties", 1e6),
+        "rounds": ("rounds", 1),
+        "wan_seconds": ("seconds, WAN (modelled)", 1),
+    }
     made, axes = figure(len(protocols), len(panels), figsize=(11, 3.2 * len(protocols)), sharex=True)
     for row, protocol in zip(axes, protocols, strict=True):
         for axis, (field, (label, unit)) in zip(row, panels.items(), strict=True):

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import tyro
-from harness import Benchmark, Options, Record, figure, held, in_child, medians, per_op, record
+from harness import Benchmark, Options, Record, figure, held, in_child, medians, per_op, record, short
 from variants import BASELINE, VARIANTS, workload
 
 from flaxmpc import secure
@@ -191,7 +191,7 @@ def plot_variants(records: list[Record]) -> Any:
     for axis, (field, (title, symbol, unit)) in zip(axes[0], panels.items(), strict=True):
         values = [record[field] / unit for record in reversed(records)]
         bars = axis.barh(names, values, color=["C0" if "freediv" in name else "0.6" for name in names])
-        axis.bar_label(bars, [f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in values], padding=3)
+        axis.bar_label(bars, [short(value) for value in values], padding=3)
         axis.set(title=title, xlabel=symbol or "number", xlim=(0, max(values) * 1.3))
         axis.spines[["top", "right"]].set_visible(False)
     return made

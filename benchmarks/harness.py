@@ -189,6 +189,11 @@ def figure(
     return made, made.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
 
 
+def short(value: float) -> str:
+    """Three figures, for a label."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 # Headings short enough for 80 columns.
 _HEADINGS = {
     "bytes_sent_total": "MB, all",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, figure, record
+from harness import Benchmark, Options, Record, figure, record, short
 from variants import AFTER_ATTENTION, AFTER_FEED_FORWARD, Workload
 
 from flaxmpc import secure
@@ -61,14 +61,19 @@ def plot(records: list[Record]) -> Any:
     labels = [r["variant"] + (", folded" if r["form"] == "folded" else "") for r in own]
     colors = ["C0" if r["kind"] == "activation" else "C1" for r in own]
     made, axes = figure(1, 3, figsize=(12, 5), sharey=True)
-    panels = {"bytes_sent_total": ("MB sent, all parties", 1e6), "rounds": ("rounds", 1), "wan_seconds": ("WAN s", 1)}
+    panels = {
+        "bytes_sent_total": ("MB sent, all parties", 1e6),
+        "rounds": ("rounds", 1),
+        "wan_seconds": ("seconds, WAN (modelled)", 1),
+    }
     for axis, (field, (label, unit)) in zip(axes[0], panels.items(), strict=True):
         values = [r[field] / unit for r in own]
         bars = axis.barh(labels, values, color=colors)
-        axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
+        axis.bar_label(bars, [short(value) for value in values], padding=3)
         axis.set(xlabel=label, xlim=(0, max(values) * 1.2))
         axis.spines[["top", "right"]].set_visible(False)
-    made.suptitle("ABY3: activations (128 x 3072) and normalisations (128 x 768)")
+    sizes = {r["kind"]: f"{r['kind']}s ({r['num_tokens']} x {r['width']})" for r in own}
+    made.suptitle(f"ABY3: {sizes['activation']} and {sizes['normalisation']}")
     return made
 
 

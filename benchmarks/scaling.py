@@ -26,7 +26,7 @@ AXES = {
     "batch": ((1, 2, 4, 8), 1),
     "width": ((256, 512, 768, 1024), 1),
 }
-QUICK = {"length": ((4, 8, 16), 2), "batch": ((1, 2), 1)}
+QUICK = {"length": ((4, 8, 12), 2)}
 
 
 def measure(axis: str, value: int, base: dict[str, int], parties: secure.Parties) -> Record:
