@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3.10 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup demo test test-slow test-next lint lock bench-layer
+.PHONY: help setup demo test test-slow test-next lint lock bench bench-layer
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,6 +44,13 @@ test-next: ## the same tests on the SPU pre-release
 
 bench-layer: setup ## one BERT-Base layer, unmodified against folded
 	$(BIN)/python benchmarks/layer_cost.py
+
+# Script and expected minutes on 2 idle cores.
+BENCHES := layer_cost:2 parts:3 attention:12 embedding:4 scaling:5 network:4 pareto:3 bert_base:25
+bench: setup ## all benchmarks, an hour on 2 cores; QUICK=1 for 5 minutes that save nothing
+	@for entry in $(BENCHES); do \
+		echo "$${entry%:*}.py$(if $(QUICK),, (about $${entry#*:} minutes))"; \
+		$(BIN)/python benchmarks/$${entry%:*}.py $(if $(QUICK),--quick) || exit 1; done
 
 lock: setup ## pins anew: needs uv
 	uv pip compile --universal --python-version 3.10 --extra dev --override requirements/overrides.txt \

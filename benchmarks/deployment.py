@@ -203,4 +203,4 @@ def jobs(options: Options) -> Iterable[tuple[str, Callable[[], harness.Record]]]
 if __name__ == "__main__":
     chosen = tyro.cli(Options, description=__doc__)
     name = "deployment" if chosen.network == "loopback" else f"deployment_{chosen.network}"
-    harness.run(name, chosen, lambda: jobs(chosen), COLUMNS)
+    harness.Benchmark(name, lambda: jobs(chosen), (COLUMNS,)).run(chosen)

@@ -1,11 +1,15 @@
-"""What every benchmark shares: measure or show, save with what made it, print a table or JSON."""
+"""What every benchmark shares: measure or show, save with what made it, print a table or JSON, plot."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 import resource
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -14,9 +18,14 @@ from rich.table import Table
 
 from flaxmpc import secure
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RESULTS = Path(__file__).parent / "results"
 
 Record = dict[str, Any]
+Jobs = Iterable[tuple[str, Callable[[], Record]]]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +43,96 @@ class Options:
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A benchmark: what it measures, and how that is shown.
+
+    Attributes:
+        name: of its files, without a hyphen.
+        jobs: makes pairs of a description, shown as progress and unique, and what measures one record.
+        tables: the columns of each table.
+        finish: from the measured records to those that are saved and shown: medians, ratios, fits.
+        notes: lines below the table.
+        plots: figures by the end of their file name, "" for the first.
+    """
+
+    name: str
+    jobs: Callable[[], Jobs]
+    tables: Sequence[Sequence[str]]
+    finish: Callable[[list[Record]], list[Record]] = lambda records: records
+    notes: Callable[[list[Record]], list[str]] = lambda records: []
+    plots: Mapping[str, Callable[[list[Record]], "Figure"]] = dataclasses.field(default_factory=dict)
+
+    def run(self, options: Options) -> list[Record]:
+        """Measures (or reads what is saved), saves and prints; returns the records."""
+        if options.show:
+            records = saved(self.name)
+            if not records:
+                raise SystemExit(f"{self.name} has no saved results: run the benchmark without --show first")
+        else:
+            records = self.finish(self._measured(options))
+            if records and not options.quick:
+                self.save(records)
+        if options.json:
+            print(json.dumps(records))
+        else:
+            console = Console()
+            for columns in self.tables:
+                console.print(_rich(_table(records, columns)))
+            for note in self.notes(records):
+                console.print(note, markup=False, highlight=False)
+        return records
+
+    def _measured(self, options: Options) -> list[Record]:
+        """A record of every job. Those of a run that was interrupted are taken from it, unless it was a quick one."""
+        console = Console(stderr=True)
+        partial = RESULTS / f".{self.name}.partial.json"
+        done: dict[str, Record] = {}
+        if partial.is_file() and not options.quick:
+            done = json.loads(partial.read_text("utf-8"))
+            console.print(
+                f"{len(done)} records are of the run that was interrupted; to measure them anew: rm {partial}"
+            )
+        for description, measure in track(list(self.jobs()), description=self.name, console=console):
+            if description in done:
+                continue
+            console.print(description, highlight=False)
+            # From here on ru_maxrss is this measurement's (Linux).
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+            done[description] = measure()
+            if not options.quick:
+                RESULTS.mkdir(exist_ok=True)
+                partial.write_text(json.dumps(done), "utf-8")
+        if not options.quick:
+            partial.unlink(missing_ok=True)
+        return list(done.values())
+
+    def save(self, records: list[Record]) -> None:
+        """JSON, CSV, Markdown and PNG, named by what made them."""
+        import pandas as pd
+
+        protocols = "+".join(dict.fromkeys(record["protocol"] for record in records))
+        first = records[0]
+        made = f"{protocols}-{first['ring']}-spu{first['versions']['spu']}-{first['machine']['cpus']}cores"
+        stem = RESULTS / f"{self.name}-{made}"
+        RESULTS.mkdir(exist_ok=True)
+        Path(f"{stem}.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
+        flat = pd.json_normalize([{k: v for k, v in record.items() if k != "per_op"} for record in records])
+        flat.to_csv(f"{stem}.csv", index=False)
+        blocks = [_markdown(_table(records, columns)) for columns in self.tables]
+        blocks.append("\n".join(f"- {note}" for note in self.notes(records)))
+        Path(f"{stem}.md").write_text("\n\n".join(blocks).rstrip() + "\n", "utf-8")
+        for suffix, plot in self.plots.items():
+            plot(records).savefig(f"{stem}{suffix and '-' + suffix}.png", dpi=150)
+
+
+def saved(name: str) -> list[Record]:
+    """The newest saved records of a benchmark; none if there are none."""
+    found = [json.loads(path.read_text("utf-8")) for path in RESULTS.glob(f"{name}-*.json")]
+    return max(found, key=lambda records: records[0]["date"], default=[])
+
+
 def record(cost: secure.Cost, **names: Any) -> Record:
     """A flat record of a run: `names` say what ran; seconds over LAN and WAN are modelled."""
     return {
@@ -47,7 +146,7 @@ def record(cost: secure.Cost, **names: Any) -> Record:
         "compile_seconds": cost.compile_seconds,
         "lan_seconds": secure.LAN.seconds(cost),
         "wan_seconds": secure.WAN.seconds(cost),
-        # Linux counts kilobytes. Of the whole process, all parties together, up to here.
+        # Linux counts kilobytes. Of the whole process, all parties together.
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": cost.versions,
         "machine": cost.machine,
@@ -55,53 +154,91 @@ def record(cost: secure.Cost, **names: Any) -> Record:
     }
 
 
-def run(
-    name: str,
-    options: Options,
-    jobs: Callable[[], Iterable[tuple[str, Callable[[], Record]]]],
-    columns: Sequence[str],
-) -> list[Record]:
-    """Measures the jobs (or reads the saved records), saves and prints them, and returns them.
+def per_op(cost: secure.Cost) -> dict[str, dict[str, float]]:
+    """What each operation cost, for a record's field `per_op`."""
+    return {name: dataclasses.asdict(op) for name, op in cost.per_op.items()}
 
-    Args:
-        name: of the benchmark: its records are results/NAME.json.
-        options: of the command line.
-        jobs: makes pairs of a description, shown as progress, and what measures one record.
-        columns: of the table.
-    """
-    path = RESULTS / f"{name}.json"
-    if options.show:
-        if not path.is_file():
-            raise SystemExit(f"{path.name} does not exist: run the benchmark without --show first")
-        records = json.loads(path.read_text("utf-8"))
-    else:
-        console = Console(stderr=True)
-        records = []
-        for description, measure in track(list(jobs()), description=name, console=console):
-            console.print(description)
-            records.append(measure())
-        if not options.quick:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
-    if options.json:
-        print(json.dumps(records))
-    else:
-        Console().print(_table(records, columns))
-    return records
+
+def in_child(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)` in a fresh process, for honest peak memory and compile times. A function of a module."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def medians(records: Sequence[Record], fields: Sequence[str]) -> Record:
+    """The first record, with the medians over all in `fields`."""
+    return records[0] | {field: statistics.median(record[field] for record in records) for field in fields}
+
+
+def held(claim: str, value: float, *, least: float | None = None, most: float | None = None) -> str:
+    """A line that says whether `value` is within its bounds."""
+    good = (least is None or value >= least) and (most is None or value <= most)
+    return f"{'holds' if good else 'FAILS'}: {claim}: {value:.3g}"
+
+
+def figure(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], sharex: bool = False, sharey: bool = False
+) -> tuple["Figure", Any]:
+    """A figure and its axes (2-D array), for a file; `figsize` in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=figsize, layout="constrained")
+    FigureCanvasAgg(made)
+    return made, made.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
+
+
+def short(value: float) -> str:
+    """Three figures, for a label."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 # Headings short enough for 80 columns.
-_HEADINGS = {"bytes_sent_total": "MB, all", "seconds": "s", "lan_seconds": "LAN s", "wan_seconds": "WAN s"}
+_HEADINGS = {
+    "bytes_sent_total": "MB, all",
+    "seconds": "s",
+    "lan_seconds": "LAN s",
+    "wan_seconds": "WAN s",
+    "compile_seconds": "compile s",
+    "compile_cached_seconds": "cached s",
+    "peak_memory_bytes": "peak MB",
+    "client_bytes": "client MB",
+    "bytes_per_layer": "MB/layer",
+    "rounds_per_layer": "rounds/layer",
+    "accuracy": "accuracy %",
+    "num_tokens": "tokens",
+    "num_layers": "layers",
+    "time_ratio": "time x",
+    "bytes_ratio": "bytes x",
+    "rounds_ratio": "rounds x",
+    "lan_ratio": "LAN x",
+    "wan_ratio": "WAN x",
+}
 
 
-def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
-    table = Table(*(_HEADINGS.get(column, column) for column in columns))
-    for row in records:
-        cells = []
-        for column in columns:
-            value = row[column]
-            if column == "bytes_sent_total":
-                value = value / 1e6
-            cells.append(f"{value:.1f}" if isinstance(value, float) else str(value))
-        table.add_row(*cells)
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if column.endswith("bytes") or column in ("bytes_sent_total", "bytes_per_layer"):
+        value = value / 1e6
+    elif column == "accuracy":
+        value = 100 * value
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _table(records: Sequence[Record], columns: Sequence[str]) -> list[list[str]]:
+    """Heading and rows."""
+    rows = [[_cell(column, row.get(column)) for column in columns] for row in records]
+    return [[_HEADINGS.get(column, column) for column in columns], *rows]
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
+def _rich(rows: list[list[str]]) -> Table:
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
     return table

@@ -1,0 +1,104 @@
+"""Every attention variant x protocol x length: the attention alone, 12 heads of size 64.
+
+    python benchmarks/attention.py [--json] [--show] [--quick]
+
+From queries, keys and values to the context, as a folded model runs it: heads as a grouped convolution, 1/sqrt(d) and
+r_h folded away, and where a variant allows it also c, the mask and 1/n. CHEETAH at 32 tokens only. About 12 minutes on
+2 idle cores.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from harness import Benchmark, Options, Record, figure, record
+from variants import Workload
+
+from flaxmpc import secure
+from flaxmpc.nn.attention import ATTENTION, AttentionPart, Keys, grouped_conv
+
+HEADS, HEAD_SIZE = 12, 64
+LENGTHS = {"ABY3": (32, 64, 128, 256, 512), "SEMI2K": (32, 64, 128, 256, 512), "CHEETAH": (32,)}
+QUICK = {"ABY3": (4, 8)}
+
+
+def workload(part: AttentionPart, heads: int, length: int) -> Workload:
+    """The part on random (1, head, token, depth): (c, queries, keys, values, mask) -> context."""
+    folds = part.score_degree is not None
+    shift = part.initial_shift(heads)
+    # c is one more feature of a query where it folds.
+    depth = HEAD_SIZE + (folds and shift is not None)
+
+    def context(shift: Any, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys) -> jax.Array:
+        scores = grouped_conv(query, key.swapaxes(-1, -2))
+        if folds:
+            nothing = None if shift is None else jnp.zeros_like(shift)
+            return grouped_conv(part.numerator(scores, keys, nothing), value)
+        return part.normalise(part.numerator(scores, keys, shift), value, keys, None, grouped_conv)
+
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(1, heads, length, size)) for size in (depth, depth, HEAD_SIZE))
+    query = query / np.sqrt(depth)
+    keys = jax.device_get(Keys.from_mask(jnp.ones((1, length)), part.score_degree))
+    return Workload(context, jax.device_get(shift), (query, key, value, keys))
+
+
+def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
+    heads = 2 if quick else HEADS
+    for protocol, lengths in (QUICK if quick else LENGTHS).items():
+        parties = secure.InProcess(protocol)
+        for length in lengths:
+            for name, part in ATTENTION.items():
+
+                def measure(parties=parties, length=length, name=name, part=part) -> Record:
+                    cost = workload(part, heads, length).run(parties)
+                    return record(cost, variant=name, num_tokens=length, num_heads=heads, head_size=HEAD_SIZE)
+
+                yield f"{protocol}, {length} tokens, {name}", measure
+
+
+def plot(records: list[Record]) -> Any:
+    """Bytes, rounds and modelled WAN seconds against the length, of the protocols that have several."""
+    protocols = [p for p in dict.fromkeys(r["protocol"] for r in records) if len(_lengths(records, p)) > 1]
+    panels = {
+        "bytes_sent_total": ("MB sent, all parties", 1e6),
+        "rounds": ("rounds", 1),
+        "wan_seconds": ("seconds, WAN (modelled)", 1),
+    }
+    made, axes = figure(len(protocols), len(panels), figsize=(11, 3.2 * len(protocols)), sharex=True)
+    for row, protocol in zip(axes, protocols, strict=True):
+        for axis, (field, (label, unit)) in zip(row, panels.items(), strict=True):
+            for i, name in enumerate(dict.fromkeys(r["variant"] for r in records)):
+                own = [r for r in records if r["protocol"] == protocol and r["variant"] == name]
+                line = "o-" if "freediv" in name or name == "scaling" else "s--"
+                axis.plot(
+                    [r["num_tokens"] for r in own], [r[field] / unit for r in own], line, color=f"C{i}", label=name
+                )
+            axis.set(xscale="log", yscale="log", ylabel=label, title=protocol)
+            axis.set_xticks(_lengths(records, protocol), _lengths(records, protocol), minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set(xlabel="tokens")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return made
+
+
+def _lengths(records: list[Record], protocol: str) -> list[int]:
+    return sorted({r["num_tokens"] for r in records if r["protocol"] == protocol})
+
+
+def benchmark(quick: bool) -> Benchmark:
+    columns = ("protocol", "num_tokens", "variant", "bytes_sent_total", "rounds", "seconds", "lan_seconds",
+               "wan_seconds")  # fmt: skip
+    return Benchmark("attention", partial(jobs, quick), (columns,), plots={"": plot})
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options, description=__doc__)
+    benchmark(chosen.quick).run(chosen)

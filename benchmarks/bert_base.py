@@ -1,0 +1,213 @@
+"""BERT-Base, 12 layers, 128 tokens, end to end: the unmodified Flax BERT, the published variants, and ours, on ABY3.
+
+    python benchmarks/bert_base.py [--json] [--show] [--quick]
+
+Embedding and head are included; weights are random, as the cost does not depend on them. flax_bert is transformers'
+own model as SPU's example runs it: it looks its secret ids up in its secret table (a loop of about 130 rounds a
+token). In all others the client embeds, see embedding.py for that. Three repetitions of all variants, alternating,
+each in a fresh process; seconds are medians. About 35 minutes on 2 idle cores.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import tyro
+from harness import Benchmark, Options, Record, figure, held, in_child, medians, per_op, record, short
+from variants import BASELINE, VARIANTS, workload
+
+from flaxmpc import secure
+
+REPETITIONS = 3
+TABLES = (
+    ("variant", "bytes_sent_total", "rounds", "seconds", "lan_seconds", "wan_seconds", "bytes_per_layer",
+     "rounds_per_layer"),
+    ("variant", "time_ratio", "bytes_ratio", "rounds_ratio", "lan_ratio", "wan_ratio"),
+    ("variant", "compile_seconds", "compile_cached_seconds", "peak_memory_bytes"),
+)  # fmt: skip
+FULL = {"shape": "base", "layers": 12, "tokens": 128, "vocab_size": 30522}
+QUICK = {"shape": "tiny", "layers": 1, "tokens": 8, "vocab_size": 100}
+
+
+def measure(variant: str, size: dict[str, Any], layer_too: bool) -> Record:
+    """One run, with compiled programs in a folder of its own."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["FLAXMPC_CACHE"] = cache
+        parties = secure.InProcess("ABY3")
+        work = workload(variant, **size)
+        weights = parties.put(work.weights)
+        cost = secure.jit(work.function, parties=parties).run(weights, *work.inputs).cost
+        found = record(cost, variant=variant, num_tokens=size["tokens"], num_layers=size["layers"])
+        found["embedding"] = "gather" if variant == BASELINE else "public"
+        found["per_op"] = per_op(cost)
+
+        jax.clear_caches()  # as a new process would: traced again, the code comes from disk
+        start = time.perf_counter()
+        secure.jit(work.function, parties=parties).compile(weights, *work.inputs)
+        found["compile_cached_seconds"] = time.perf_counter() - start
+        weights.delete()
+
+        if layer_too:  # what a second layer adds to one; a small vocabulary, which takes no part in it
+            small = {**size, "vocab_size": 100}
+            one, two = (workload(variant, **small | {"layers": layers}).run(parties) for layers in (1, 2))
+            found["bytes_per_layer"] = two.bytes_sent - one.bytes_sent
+            found["rounds_per_layer"] = two.rounds - one.rounds
+        return found
+
+
+def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
+    import transformers
+
+    size = QUICK if quick else FULL
+    names = [BASELINE, *VARIANTS]
+    if not hasattr(transformers, "FlaxBertForSequenceClassification"):
+        print(f"transformers {transformers.__version__} has no Flax BERT: {BASELINE} is left out", file=sys.stderr)
+        names = [*VARIANTS]
+    for repetition in range(1 if quick else REPETITIONS):
+        for variant in names:
+            yield (
+                f"{variant}, repetition {repetition + 1}",
+                partial(measure, variant, size, False)
+                if quick
+                else partial(in_child, measure, variant, size, repetition == 0),
+            )
+
+
+_TIMES = ("seconds", "lan_seconds", "wan_seconds", "compile_seconds", "compile_cached_seconds")
+
+
+_RATIOS = {
+    "time_ratio": "seconds",
+    "bytes_ratio": "bytes_sent_total",
+    "rounds_ratio": "rounds",
+    "lan_ratio": "lan_seconds",
+    "wan_ratio": "wan_seconds",
+}
+
+
+def finish(records: list[Record]) -> list[Record]:
+    """A record a variant, with medians, and how many times less than the baseline it takes."""
+    found: dict[str, Record] = {}
+    for variant in dict.fromkeys(run["variant"] for run in records):
+        runs = [run for run in records if run["variant"] == variant]
+        peak = max(run["peak_memory_bytes"] for run in runs)
+        found[variant] = medians(runs, _TIMES) | {"peak_memory_bytes": peak, "repetitions": len(runs)}
+    base = found.get(BASELINE)
+    for own in found.values():
+        for name, field in _RATIOS.items():
+            own[name] = None if base is None else base[field] / own[field]
+    return list(found.values())
+
+
+def notes(records: list[Record]) -> list[str]:
+    """What the fastest variant must hold, on the full size."""
+    by = {record["variant"]: record for record in records}
+    if any(by[name]["num_layers"] < FULL["layers"] for name in by) or BASELINE not in by:
+        return []
+    own, puma, mpcformer = (by[name] for name in ("2quad_freediv", "puma", "mpcformer"))
+    base = by[BASELINE]
+    lines = [
+        held("against the unmodified Flax BERT, at least 5x less time", own["time_ratio"], least=5),
+        held("20x fewer bytes", own["bytes_ratio"], least=20),
+        held("7x fewer rounds", own["rounds_ratio"], least=7),
+        held("7x fewer rounds in a layer, so without its embedding",
+             base["rounds_per_layer"] / own["rounds_per_layer"], least=7),
+        held("8x less time on the modelled WAN", own["wan_ratio"], least=8),
+        held("against PUMA's parts, at least 2.26x less time on the modelled LAN",
+             puma["lan_seconds"] / own["lan_seconds"], least=2.26),
+    ]  # fmt: skip
+    for field in ("seconds", "bytes_sent_total", "rounds"):
+        lines.append(held(f"against 2quad + quad, fewer {field}", mpcformer[field] / own[field], least=1))
+    return [
+        *lines,
+        held("a layer, MB of all parties, at most 105", own["bytes_per_layer"] / 1e6, most=105),
+        held("a layer, rounds, at most 85", own["rounds_per_layer"], most=85),
+        held("peak memory of all parties, GB, at most 12", own["peak_memory_bytes"] / 1e9, most=12),
+        held("compile the first time, seconds, at most 20", own["compile_seconds"], most=20),
+        held("compile from the disk cache, seconds, at most 2", own["compile_cached_seconds"], most=2),
+    ]
+
+
+# What operations do, by SPU's name of them.
+_KINDS = {
+    "matrix products": ("dot", "dot_general", "convolution"),
+    "products": ("multiply", "power", "negate", "subtract", "add"),
+    "inverse square roots": ("rsqrt", "sqrt"),
+    "divisions": ("divide", "reciprocal"),
+    "exponentials, tanh": ("exponential", "tanh", "log", "logistic", "sine", "cosine"),
+    "comparisons": ("less", "greater", "less_equal", "greater_equal", "equal", "select", "maximum", "minimum", "abs",
+                    "clamp", "reduce", "sign", "and", "or", "not", "convert"),
+    "gather of secret ids": ("while",),
+}  # fmt: skip
+
+
+def shares(record: Record, field: str) -> dict[str, float]:
+    """`field` of `per_op` by kind of operation; what is of no kind is "other"."""
+    kinds = {f"pphlo.{name}": kind for kind, names in _KINDS.items() for name in names}
+    found = dict.fromkeys([*_KINDS, "other"], 0.0)
+    for name, op in record["per_op"].items():
+        found[kinds.get(name, "other")] += op[field]
+    return found
+
+
+def plot_operations(records: list[Record]) -> Any:
+    """Where seconds, bytes and rounds go, before and after: parts of each's own total."""
+    by = {record["variant"]: record for record in records}
+    rows = {"unmodified\n(flax_bert)": by.get(BASELINE), "ours\n(2quad_freediv)": by["2quad_freediv"]}
+    rows = {label: found for label, found in reversed(rows.items()) if found is not None}
+    panels = (("seconds", "compute, 2 cores", 1, "s"), ("bytes_sent", "bytes sent", 1e6, "MB"),
+              ("rounds", "rounds", 1, ""))  # fmt: skip
+    made, axes = figure(1, len(panels), figsize=(11, 3.2), sharey=True)
+    for axis, (field, title, unit, symbol) in zip(axes[0], panels, strict=True):
+        for y, found in enumerate(rows.values()):
+            parts = shares(found, field)
+            total, left = sum(parts.values()), 0.0
+            for i, (kind, value) in enumerate(parts.items()):
+                axis.barh(y, 100 * value / total, left=left, color=f"C{i}", label=kind if y == 0 else None)
+                left += 100 * value / total
+            axis.text(50, y + 0.43, f"{total / unit:,.0f} {symbol}".strip(), ha="center", va="bottom", weight="bold")
+        axis.set(title=title, xlabel="% of the total above the bar", xlim=(0, 100), ylim=(-0.5, len(rows) - 0.25))
+    axes[0][0].set_yticks(range(len(rows)), rows)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return made
+
+
+def plot_variants(records: list[Record]) -> Any:
+    """The variants side by side."""
+    panels = {
+        "lan_seconds": ("LAN, modelled", "s", 1),
+        "wan_seconds": ("WAN, modelled", "s", 1),
+        "bytes_sent_total": ("sent, all parties", "GB", 1e9),
+        "rounds": ("rounds", "", 1),
+    }
+    made, axes = figure(1, len(panels), figsize=(12, 3), sharey=True)
+    names = [record["variant"] for record in reversed(records)]
+    for axis, (field, (title, symbol, unit)) in zip(axes[0], panels.items(), strict=True):
+        values = [record[field] / unit for record in reversed(records)]
+        bars = axis.barh(names, values, color=["C0" if "freediv" in name else "0.6" for name in names])
+        axis.bar_label(bars, [short(value) for value in values], padding=3)
+        axis.set(title=title, xlabel=symbol or "number", xlim=(0, max(values) * 1.3))
+        axis.spines[["top", "right"]].set_visible(False)
+    return made
+
+
+def benchmark(quick: bool) -> Benchmark:
+    return Benchmark(
+        "bert_base",
+        lambda: jobs(quick),
+        TABLES,
+        finish,
+        notes,
+        {"variants": plot_variants, "operations": plot_operations},
+    )
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options, description=__doc__)
+    benchmark(chosen.quick).run(chosen)

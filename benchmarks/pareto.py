@@ -1,0 +1,110 @@
+"""Accuracy against modelled latency, LAN and WAN, of every model in the zoo and of the teachers they come from.
+
+    python benchmarks/pareto.py [--json] [--show] [--quick]
+
+Accuracies are those in the zoo (models/*/results.json); costs are measured here, on ABY3, one sentence of 64 tokens. A
+teacher is the model's shape with softmax and GeLU, as written, in its place. About a minute and a half per model and
+half as long per teacher on 2 idle cores.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import tyro
+from harness import Benchmark, Options, Record, figure, record
+from variants import ours
+
+from flaxmpc import secure
+from flaxmpc.inference import SecureClassifier
+from flaxmpc.models import zoo
+from flaxmpc.models.config import BertConfig
+
+
+def names(config: BertConfig) -> dict[str, str]:
+    """The parts' names, of all layers that differ."""
+    layers = range(config.num_hidden_layers)
+    return {
+        "attention": ", ".join(dict.fromkeys(config.attention_of(i).name for i in layers)),
+        "activation": ", ".join(dict.fromkeys(config.hidden_act_of(i).name for i in layers)),
+    }
+
+
+def teacher_of(config: BertConfig) -> BertConfig:
+    return dataclasses.replace(config, attention="softmax", hidden_act="gelu", layer_norm="layer_norm")
+
+
+def measure_model(name: str, tokens: int) -> Record:
+    found = zoo.results(zoo.find(name))
+    classifier = SecureClassifier.from_folder(zoo.find(name), secure.InProcess("ABY3"))
+    cost = classifier.estimate(tokens, 1)
+    accuracies = {field: found[field] for field in ("accuracy", "teacher_accuracy")}
+    return record(cost, model=name, **names(classifier.plain.config), num_tokens=tokens, **accuracies)
+
+
+def measure_teacher(config: BertConfig, name: str, accuracy: float, tokens: int) -> Record:
+    cost = ours(config, folded=False, batch=1, tokens=tokens).run(secure.InProcess("ABY3"))
+    both = {"accuracy": accuracy, "teacher_accuracy": accuracy}
+    return record(cost, model=name, **names(config), num_tokens=tokens, **both)
+
+
+def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
+    tokens = 4 if quick else 64
+    teachers: dict[tuple[BertConfig, float], str] = {}
+    for name, folder in zoo.entries().items():
+        found = zoo.results(folder)
+        if "accuracy" not in found or "teacher_accuracy" not in found:
+            continue  # such as a teacher that is an entry itself, or one without measured results
+        yield name, partial(measure_model, name, tokens)
+        # Students of one teacher have its accuracy and, but for their parts, its shape.
+        config = dataclasses.replace(teacher_of(BertConfig.from_folder(folder)), id2label=("0", "1"))
+        key = (config, found["teacher_accuracy"])
+        if key not in teachers:
+            teachers[key] = f"teacher of {name}"
+            yield teachers[key], partial(measure_teacher, config, teachers[key], key[1], tokens)
+
+
+def finish(records: list[Record]) -> list[Record]:
+    """With `pareto_lan` and `pareto_wan`: that no model is as accurate in less time, or more so in no more."""
+
+    def better(a: Record, b: Record, field: str) -> bool:
+        return a["accuracy"] >= b["accuracy"] and a[field] <= b[field] and (
+            a["accuracy"] > b["accuracy"] or a[field] < b[field]
+        )  # fmt: skip
+
+    for network in ("lan", "wan"):
+        for own in records:
+            own[f"pareto_{network}"] = not any(better(r, own, f"{network}_seconds") for r in records)
+    return records
+
+
+def plot(records: list[Record]) -> Any:
+    made, axes = figure(1, 2, figsize=(11, 4), sharey=True)
+    for axis, network in zip(axes[0], ("lan", "wan"), strict=True):
+        field = f"{network}_seconds"
+        for i, own in enumerate(records):
+            marker = "o" if own["attention"] != "softmax" else "s"
+            label = f"{own['model']} ({own['attention']} + {own['activation']})"
+            axis.plot(own[field], 100 * own["accuracy"], marker, color=f"C{i}", markersize=9, label=label)
+        front = sorted((r for r in records if r[f"pareto_{network}"]), key=lambda r: r[field])
+        x, y = [r[field] for r in front], [100 * r["accuracy"] for r in front]
+        axis.step(x, y, where="post", color="0.6", zorder=0)
+        axis.set(xscale="log", xlabel=f"seconds, {network.upper()} (modelled)")
+        axis.grid(alpha=0.3, which="both")
+        axis.margins(x=0.15, y=0.2)
+    axes[0][0].set(ylabel="test accuracy, %")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", frameon=False, ncols=1)
+    return made
+
+
+def benchmark(quick: bool) -> Benchmark:
+    columns = ("model", "attention", "activation", "accuracy", "bytes_sent_total", "rounds", "lan_seconds",
+               "wan_seconds")  # fmt: skip
+    return Benchmark("pareto", partial(jobs, quick), (columns,), finish, plots={"": plot})
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options, description=__doc__)
+    benchmark(chosen.quick).run(chosen)

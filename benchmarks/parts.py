@@ -1,0 +1,87 @@
+"""Every activation, on 128 x 3072 numbers, and every normalisation, on 128 x 768: a BERT-Base layer's sizes.
+
+    python benchmarks/parts.py [--json] [--show] [--quick]
+
+A normalisation is measured as written, and as a folded model has it (`form`): only the division by the deviation is
+left there. The Newton parts are those of variants.py. About 3 minutes on 2 idle cores.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tyro
+from harness import Benchmark, Options, Record, figure, record, short
+from variants import AFTER_ATTENTION, AFTER_FEED_FORWARD, Workload
+
+from flaxmpc import secure
+from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.nn.normalization import EXACT, InverseSqrt, LayerNorm, square_mean_by_product
+
+NORMALIZATIONS = {
+    "layer_norm": EXACT,
+    "layer_norm_newton, after attention": AFTER_ATTENTION,
+    "layer_norm_newton, after feed-forward": AFTER_FEED_FORWARD,
+}
+
+
+def layer_norm(part: InverseSqrt, hidden: int) -> Workload:
+    """As written: (scale and bias, x) -> the normalised x."""
+    module = LayerNorm(part)
+    weights = {"scale": np.ones(hidden, np.float32), "bias": np.zeros(hidden, np.float32)}
+    return Workload(lambda weights, x: module.apply({"params": weights}, x), weights, ())
+
+
+def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
+    tokens, hidden, intermediate = (4, 16, 32) if quick else (128, 768, 3072)
+    rng = np.random.default_rng(0)
+    cases: list[tuple[str, str, str, int, Workload]] = [
+        ("activation", name, "as written", intermediate, Workload(lambda _, x, act=act: act(x), None, ()))
+        for name, act in ACTIVATIONS.items()
+    ]
+    for name, part in NORMALIZATIONS.items():
+        cases.append(("normalisation", name, "as written", hidden, layer_norm(part, hidden)))
+        folded = Workload(lambda _, c, part=part: c * part(square_mean_by_product(c)), None, ())
+        cases.append(("normalisation", name, "folded", hidden, folded))
+    for protocol in ("ABY3", "SEMI2K"):
+        parties = secure.InProcess(protocol)
+        for kind, name, form, width, case in cases:
+
+            def measure(parties=parties, kind=kind, name=name, form=form, width=width, case=case) -> Record:
+                cost = case._replace(inputs=(rng.normal(size=(tokens, width)),)).run(parties)
+                return record(cost, variant=name, kind=kind, form=form, num_tokens=tokens, width=width)
+
+            yield f"{protocol}, {name}, {form}", measure
+
+
+def plot(records: list[Record]) -> Any:
+    """MB and rounds of every part, ABY3."""
+    own = [r for r in reversed(records) if r["protocol"] == "ABY3"]
+    labels = [r["variant"] + (", folded" if r["form"] == "folded" else "") for r in own]
+    colors = ["C0" if r["kind"] == "activation" else "C1" for r in own]
+    made, axes = figure(1, 3, figsize=(12, 5), sharey=True)
+    panels = {
+        "bytes_sent_total": ("MB sent, all parties", 1e6),
+        "rounds": ("rounds", 1),
+        "wan_seconds": ("seconds, WAN (modelled)", 1),
+    }
+    for axis, (field, (label, unit)) in zip(axes[0], panels.items(), strict=True):
+        values = [r[field] / unit for r in own]
+        bars = axis.barh(labels, values, color=colors)
+        axis.bar_label(bars, [short(value) for value in values], padding=3)
+        axis.set(xlabel=label, xlim=(0, max(values) * 1.2))
+        axis.spines[["top", "right"]].set_visible(False)
+    sizes = {r["kind"]: f"{r['kind']}s ({r['num_tokens']} x {r['width']})" for r in own}
+    made.suptitle(f"ABY3: {sizes['activation']} and {sizes['normalisation']}")
+    return made
+
+
+def benchmark(quick: bool) -> Benchmark:
+    columns = ("protocol", "variant", "form", "bytes_sent_total", "rounds", "seconds", "lan_seconds", "wan_seconds")
+    return Benchmark("parts", partial(jobs, quick), (columns,), plots={"": plot})
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options, description=__doc__)
+    benchmark(chosen.quick).run(chosen)

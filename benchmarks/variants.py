@@ -1,0 +1,117 @@
+"""The models that are compared: published ones, and ours. Weights are random: the cost does not depend on them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxmpc import secure
+from flaxmpc.convert.fold import fold
+from flaxmpc.inference import split_at_shares
+from flaxmpc.models.bert import BertForSequenceClassification, init_params
+from flaxmpc.models.config import BertConfig, preset
+from flaxmpc.nn.normalization import NEWTON
+
+# Variances for which a distilled student's LayerNorms are calibrated. A Newton step is 5.3 rounds in ABY3: these
+# ranges take 5 steps after the attention and 7 after the feed-forward.
+AFTER_ATTENTION = NEWTON.calibrated(np.array([0.05, 4.0]), margin=1.0)
+AFTER_FEED_FORWARD = NEWTON.calibrated(np.array([0.3, 100.0]), margin=1.0)
+NEWTON_PARTS = (AFTER_ATTENTION, AFTER_FEED_FORWARD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Parts of a BERT, and how it is run.
+
+    Attributes:
+        attention, hidden_act: see `BertConfig`.
+        folded: run as `fold` returns it, with `NEWTON_PARTS` for its LayerNorms. Else exact LayerNorms, and a batched
+            matmul for the heads' products, as a user writes it.
+    """
+
+    attention: str
+    hidden_act: str
+    folded: bool = False
+
+    def config(self, shape: str, num_hidden_layers: int, **fields: Any) -> BertConfig:
+        """Of a preset's shape."""
+        layer_norm = [NEWTON_PARTS] * num_hidden_layers if self.folded else "layer_norm"
+        return preset(
+            shape,
+            attention=self.attention,
+            hidden_act=self.hidden_act,
+            layer_norm=layer_norm,
+            num_hidden_layers=num_hidden_layers,
+            **fields,
+        )
+
+
+VARIANTS: Mapping[str, Variant] = {
+    # PUMA, arXiv 2307.12533: no retraining.
+    "puma": Variant("softmax_puma", "gelu_puma"),
+    # MPCFormer, arXiv 2211.01452.
+    "mpcformer": Variant("2quad", "quad"),
+    # SecFormer, ACL Findings 2024, but with SPU's inverse square root and division in place of its Goldschmidt steps.
+    "secformer": Variant("2quad", "gelu_secformer"),
+    "2quad_freediv": Variant("2quad_freediv", "quad", folded=True),
+    "softmax_freediv": Variant("softmax_freediv", "quad", folded=True),
+}
+BASELINE = "flax_bert"
+
+
+class Workload(NamedTuple):
+    """What runs on shares: a function of (weights, *inputs), and those."""
+
+    function: Callable[..., Any]
+    weights: Any
+    inputs: tuple[Any, ...]
+
+    def run(self, parties: secure.Parties) -> secure.Cost:
+        """Its cost, the weights being resident."""
+        weights = parties.put(self.weights)
+        return secure.jit(self.function, parties=parties).run(weights, *self.inputs).cost
+
+
+def ours(config: BertConfig, *, folded: bool, batch: int, tokens: int) -> Workload:
+    """A classifier of this package as it is served: the client's part is done, the head is included."""
+    params = init_params(BertForSequenceClassification(config))
+    if folded:
+        params, config = fold(params, config)
+    model = BertForSequenceClassification(config)
+    function, client, weights = split_at_shares(model, params)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, tokens), np.int32)
+    shared = config.embedding_part.encode(jnp.asarray(ids), config.vocab_size)
+    if client:
+        shared = jax.jit(model.apply, static_argnames="method")({"params": client}, shared, method="embed")
+    return Workload(function, weights, jax.device_get((shared, config.keys(jnp.ones((batch, tokens))))))
+
+
+def flax_bert(config: BertConfig, *, batch: int, tokens: int) -> Workload:
+    """transformers' FlaxBertForSequenceClassification, unmodified, as SPU's own example runs it: ids are secret.
+
+    Raises:
+        ImportError: transformers 5 has no Flax models.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    theirs = transformers.BertConfig(**{name: getattr(config, name) for name in names})
+    model = transformers.FlaxBertForSequenceClassification(theirs)
+
+    def logits(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        return model(ids, mask, params=params).logits  # pyright: ignore[reportAttributeAccessIssue]
+
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, tokens), np.int32)
+    return Workload(logits, jax.device_get(model.params), (ids, np.ones_like(ids)))
+
+
+def workload(name: str, shape: str, layers: int, *, batch: int = 1, tokens: int = 128, **fields: Any) -> Workload:
+    """A variant by name, at a preset's shape; `fields` change its config."""
+    if name == BASELINE:
+        return flax_bert(preset(shape, num_hidden_layers=layers, **fields), batch=batch, tokens=tokens)
+    variant = VARIANTS[name]
+    return ours(variant.config(shape, layers, **fields), folded=variant.folded, batch=batch, tokens=tokens)
