@@ -159,7 +159,7 @@ class Batch(NamedTuple):
         input_ids, attention_mask, token_type_ids: (batch, token) int32; the types are 0 on padding.
         label: (batch,) int32, or float32 for regression.
         row_mask: (batch,) float32.
-        index: (batch,) int32, the row's place in its split; 0 for rows that only fill up.
+        place: (batch,) int32, the row's place in its split; 0 for rows that only fill up.
     """
 
     input_ids: np.ndarray
@@ -167,7 +167,7 @@ class Batch(NamedTuple):
     token_type_ids: np.ndarray
     label: np.ndarray
     row_mask: np.ndarray
-    index: np.ndarray
+    place: np.ndarray
 
 
 class Members(NamedTuple):
@@ -231,7 +231,7 @@ def collate(split: Split, members: Members, *, batch_size: int, pad_token_id: in
             batch.token_type_ids[i, : len(tokens)] = split.token_type_ids[row]
     batch.label[: len(members.rows)] = split.labels[members.rows]
     batch.row_mask[: len(members.rows)] = 1.0
-    batch.index[: len(members.rows)] = members.rows
+    batch.place[: len(members.rows)] = members.rows
     return batch
 
 

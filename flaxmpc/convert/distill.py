@@ -106,7 +106,7 @@ class Teacher:
         for batch in track(list(in_order(split)), description="teacher"):
             logits, states = jax.device_get(apply(self._params, batch))
             for row in np.flatnonzero(batch.row_mask):
-                index, n = batch.index[row], int(batch.attention_mask[row].sum())
+                index, n = batch.place[row], int(batch.attention_mask[row].sum())
                 self._logits[index] = logits[row]
                 # A copy, since a view would keep the whole padded batch.
                 self._states[index] = jax.tree.map(lambda leaf, row=row, n=n: _cut(leaf[row], n).copy(), states)
@@ -115,10 +115,10 @@ class Teacher:
         """Padded places are 0 where the teacher's outputs were kept; no loss looks at them."""
         if not self.kept:
             return Targets(batch, *self._apply(self._params, batch))
-        logits = np.where(batch.row_mask[:, None] > 0, self._logits[batch.index], np.float32(0))
+        logits = np.where(batch.row_mask[:, None] > 0, self._logits[batch.place], np.float32(0))
         if not (self._with_states or self._with_scores):
             return Targets(batch, logits, None)
-        rows = [self._states[index] for index in batch.index]
+        rows = [self._states[index] for index in batch.place]
         tokens = batch.input_ids.shape[1]
         return Targets(batch, logits, jax.tree.map(lambda *leaves: _padded(leaves, batch.row_mask, tokens), *rows))
 
@@ -189,7 +189,7 @@ def distill(
         if stage.logit_weight:
             terms["logit_loss"] = stage.logit_weight, losses.logit_loss(ours, theirs, rows)
         if stage.label_weight:
-            terms["label_loss"] = stage.label_weight, losses.label_loss(ours, batch.label, rows)
+            terms["label_loss"] = stage.label_weight, losses.label_loss(ours, jnp.asarray(batch.label), rows)
         if stage.range_weight and ranges:
             found = variances_in(collected["statistics"])
             terms["range_loss"] = stage.range_weight, losses.range_loss(found, ranges, tokens)

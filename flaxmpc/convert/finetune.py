@@ -31,8 +31,8 @@ def in_order(split: Split, batch_size: int = 64) -> Iterator[Batch]:
 
 
 @functools.lru_cache(maxsize=8)
-def _apply(model: BertForSequenceClassification) -> Callable[..., Any]:
-    return jax.jit(model.apply)  # pyright: ignore[reportReturnType]
+def _apply(model: Any) -> Callable[..., Any]:
+    return jax.jit(model.apply)
 
 
 def predict(
@@ -43,7 +43,7 @@ def predict(
     for batch in in_order(split, batch_size):
         output = _apply(model)({"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids)
         rows = batch.row_mask > 0
-        logits[batch.index[rows]] = np.asarray(output)[rows]
+        logits[batch.place[rows]] = np.asarray(output)[rows]
     return logits
 
 
@@ -94,7 +94,7 @@ def first_bad_layer(model: BertForSequenceClassification) -> Callable[[Mapping[s
 
 
 @functools.lru_cache(maxsize=8)
-def apply_with_states(model: BertForSequenceClassification) -> Callable[..., Any]:
+def apply_with_states(model: Any) -> Callable[..., Any]:
     return jax.jit(
         lambda params, batch: model.apply(
             {"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids, return_intermediates=True

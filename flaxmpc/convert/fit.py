@@ -168,7 +168,7 @@ def fit(
         frozen: the start of the paths that are not trained; empty: everything is.
         evaluate: called with the parameters after every epoch; what it returns is logged.
         choose_by: which of `evaluate`'s figures, the larger the better, decides about the epoch whose parameters are
-            returned (the first of equals); None takes the last.
+            returned (the last of equals); None takes the last.
         locate: says where in the model a loss that is not finite comes from.
 
     Raises:
@@ -214,7 +214,7 @@ def fit(
     best = ocp.CheckpointManager(
         folder.absolute() / "best",
         options=options(
-            max_to_keep=1, best_fn=lambda figures: (figures[str(choose_by)], -figures["epoch"]), best_mode="max"
+            max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max"
         ),
     )
     done = latest.latest_step() or 0

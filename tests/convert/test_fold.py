@@ -10,7 +10,7 @@ import pytest
 
 from flaxmpc import secure
 from flaxmpc.convert.data import Split, batches, encode
-from flaxmpc.convert.distill import calibrate
+from flaxmpc.convert.calibrate import calibrate_attention
 from flaxmpc.convert.fold import fold
 from flaxmpc.inference import split_at_shares
 from flaxmpc.models import folder as folders
@@ -136,7 +136,7 @@ def real_sentences(loaded, length=32):
 def test_real_weights(minilm):
     loaded = folders.load_pretrained(minilm, attention="2quad_freediv", hidden_act="quad")
     batch = real_sentences(loaded)
-    params = calibrate(loaded.model, loaded.params, batch)
+    params = calibrate_attention(loaded.model, loaded.params, batch)
     assert (params["bert"]["layer_5"]["attention"]["scale"] != 1).all()
     assert_the_same_function(loaded.model, params, ids=batch.input_ids, mask=batch.attention_mask)
 
