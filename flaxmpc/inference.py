@@ -93,12 +93,12 @@ class _Folded(NamedTuple):
     secret_params: dict[str, Any]
 
 
-def _folded(loaded: folders.LoadedModel) -> _Folded:
+def _folded(loaded: folders.LoadedModel, *, grouped_heads: bool = True) -> _Folded:
     """ValueError: the model is no sequence classifier."""
     if not isinstance(loaded.model, BertForSequenceClassification):
         raise ValueError(f"{loaded.folder} holds a {type(loaded.model).__name__}, not a sequence classifier")
     params, config = fold(loaded.params, loaded.model.config)
-    model = BertForSequenceClassification(config)
+    model = BertForSequenceClassification(dataclasses.replace(config, grouped_heads=grouped_heads))
     return _Folded(model, *split_at_shares(model, params))
 
 
@@ -219,7 +219,9 @@ class SecureClassifier(Client):
         Raises:
             ValueError: the model is no sequence classifier.
         """
-        self.model, function, client_params, secret_params = _folded(loaded)
+        self.model, function, client_params, secret_params = _folded(
+            loaded, grouped_heads=parties.config.grouped_products
+        )
         self.plain, self.plain_params, tokenizer, _ = loaded
         super().__init__(self.model, tokenizer, client_params)
         self.function = function

@@ -213,9 +213,7 @@ def fit(
     latest = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options(max_to_keep=2))
     best = ocp.CheckpointManager(
         folder.absolute() / "best",
-        options=options(
-            max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max"
-        ),
+        options=options(max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max"),
     )
     done = latest.latest_step() or 0
     if done:

@@ -61,6 +61,8 @@ class BertConfig:
         layer_norm: see `flaxmpc.nn.normalization.NORMALIZATIONS`.
         embedding: see `flaxmpc.nn.embedding.EMBEDDINGS`.
         folded: whether the parameters are those that `flaxmpc.convert.fold` returns.
+        grouped_heads: whether a folded model computes the products of its heads as one grouped convolution, which takes
+            fewer rounds on shares, and in some protocols more bytes.
 
     Raises:
         ValueError: an unknown part (the message lists the known ones), a list of the wrong length, or a
@@ -86,6 +88,7 @@ class BertConfig:
     layer_norm: Any = "layer_norm"
     embedding: Any = "public"
     folded: bool = False
+    grouped_heads: bool = True
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flaxmpc.models.config import BertConfig
-from flaxmpc.nn.attention import Keys, grouped_conv
+from flaxmpc.nn.attention import Keys, grouped_conv, matmul
 from flaxmpc.nn.normalization import Unit, square_mean_by_product
 
 State = Float[Array, "batch token hidden"]
@@ -64,13 +64,14 @@ class FoldedLayer(nn.Module):
 
         qkv = nn.Dense(2 * query_size + config.hidden_size, use_bias=False, name="qkv")(x)
         query, key, value = (split(y) for y in jnp.split(qkv, (query_size, 2 * query_size), -1))
-        scores = grouped_conv(query, key.swapaxes(-1, -2))
+        product = grouped_conv if config.grouped_heads else matmul
+        scores = product(query, key.swapaxes(-1, -2))
         if homogeneous:
             nothing = None if shift is None else jnp.zeros_like(shift)
-            context = grouped_conv(part.numerator(scores, keys, nothing), value)
+            context = product(part.numerator(scores, keys, nothing), value)
         else:
             if shift is not None:
                 shift = self.param("shift", lambda _: shift)
             numerator = part.numerator(scores, keys, shift)
-            context = part.normalise(numerator, value, keys, None, grouped_conv)
+            context = part.normalise(numerator, value, keys, None, product)
         return context.transpose(0, 2, 1, 3).reshape(*x.shape[:2], config.hidden_size)

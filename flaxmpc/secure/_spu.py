@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -59,6 +60,25 @@ def _log() -> int:
     return fd
 
 
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="flaxmpc-spu-", ignore_cleanup_errors=True)
+
+
+_CLONE_FS = 0x200
+
+
+def leave_working_directory() -> None:
+    """Gives the calling thread a working directory of its own, one for the process, that is removed at its end.
+
+    SEMI2K keeps what it opened in files, and only the working directory says where. Linux alone can do this, and may
+    not be allowed to in a container; elsewhere the files (BeaverCache.*) are in the process's working directory.
+    """
+    unshare = getattr(ctypes.CDLL(None), "unshare", None)
+    if unshare is not None and unshare(_CLONE_FS) == 0:
+        os.chdir(_scratch().name)
+
+
 class LogReader:
     """Reads what SPU logged since `recorded_log` was entered."""
 
@@ -70,13 +90,14 @@ class LogReader:
         return os.pread(self._fd, os.fstat(self._fd).st_size, 0).decode(errors="replace")
 
 
-_log_lock = threading.Lock()
+# Held by who writes to SPU's log, or reads it.
+log_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def recorded_log() -> Iterator[LogReader]:
     """Owns SPU's log: it is one per process and does not say which runtime wrote a line, so runs take turns."""
-    with _log_lock:
+    with log_lock:
         fd = _log()
         os.ftruncate(fd, 0)  # SPU appends, so that its next line starts at 0 again
         yield LogReader(fd)

@@ -183,7 +183,10 @@ class SecureFunction:
         """The program for such arguments, and the seconds that it took if it was not in memory yet."""
         structs = tuple(arg.struct if isinstance(arg, Resident) else jax.tree.map(_struct, arg) for arg in args)
         leaves, treedef = jax.tree.flatten(structs)
-        key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves), visibilities)
+        once = tuple(
+            self.config.opens_once and isinstance(arg, Resident) and arg.visibility == "secret" for arg in args
+        )
+        key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves), visibilities, once)
         with self._lock:
             if key in self._programs:
                 return self._programs[key], 0.0
@@ -193,8 +196,21 @@ class SecureFunction:
                 for struct, visibility in zip(structs, visibilities, strict=True)
                 for _ in jax.tree.leaves(struct)
             ]
-            program = self._programs[key] = _compile(self.fn, structs, per_leaf)
+            fn = _opened_once(self.fn, once) if any(once) else self.fn
+            program = self._programs[key] = _compile(fn, structs, per_leaf)
             return program, time.perf_counter() - start
+
+
+def _opened_once(fn: Callable[..., Any], once: Sequence[bool]) -> Callable[..., Any]:
+    """`fn` whose arguments are marked, where `once` says so, as values that products open on their first use only."""
+    load_spu()
+    from spu.experimental import make_cached_var
+
+    def marked(*args: Any) -> Any:
+        pairs = zip(args, once, strict=True)
+        return fn(*(jax.tree.map(make_cached_var, arg) if mark else arg for arg, mark in pairs))
+
+    return marked
 
 
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:

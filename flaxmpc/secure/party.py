@@ -17,11 +17,20 @@ import jax
 import numpy as np
 
 from flaxmpc.errors import unknown
-from flaxmpc.secure._spu import SecureError, load_spu, recorded_log
+from flaxmpc.secure._spu import SecureError, leave_working_directory, load_spu, log_lock, recorded_log
 from flaxmpc.secure.cost import Profile
 from flaxmpc.secure.protocol import Config
 
 VISIBILITIES = ("secret", "public")
+
+# Forgets that a value was opened. It takes one of any shape, and sends nothing.
+_FORGET = """
+func.func @main(%value: tensor<!pphlo.secret<f32>>) -> tensor<!pphlo.secret<f32>> {
+  %same = pphlo.custom_call @spu.drop_cached_var(%value) {has_side_effect = true}
+      : (tensor<!pphlo.secret<f32>>) -> tensor<!pphlo.secret<f32>>
+  return %same : tensor<!pphlo.secret<f32>>
+}
+"""
 
 # Between two messages a party may compute for long (CHEETAH: 20 s and more for one large product).
 _RECV_TIMEOUT_MS = 300_000
@@ -34,6 +43,7 @@ class Party:
         """Joins the parties on `link` (an spu.link.Context); blocks until all have."""
         self._link = link
         self._runtime = load_spu().Runtime(link, config.runtime_config())
+        self._opens_once = config.opens_once
         self.names: set[str] = set()
 
     def store(self, name: str, share: Any) -> None:
@@ -48,8 +58,16 @@ class Party:
     def delete(self, names: Iterable[str]) -> None:
         """Frees the values `names`; those that are not held are passed over."""
         for name in self.names.intersection(names):
+            if self._opens_once:
+                self._forget(name)
             self._runtime.del_var(name)
             self.names.remove(name)
+
+    def _forget(self, name: str) -> None:
+        """SPU knows by its address what was opened: the next value there would be taken for this one."""
+        output = f"{name}.forgotten"
+        self._runtime.run(load_spu().Executable("forget", [name], [output], _FORGET))
+        self._runtime.del_var(output)
 
     def run(self, executable: Any) -> None:
         """Runs an spu.Executable on values held under its input names and keeps its outputs under theirs.
@@ -98,6 +116,8 @@ class Parties(abc.ABC):
 
     def put(self, tree: Any, visibility: str = "secret") -> Resident:
         """Shares a pytree of arrays once; the result takes its place as an argument of secure functions.
+
+        Where the protocol opens an operand once (SEMI2K), the first run is cold, and later ones send less.
 
         Args:
             tree: a pytree of arrays or scalars.
@@ -188,10 +208,10 @@ class InProcess(Parties):
         joined = self._on_each(lambda rank: Party(link.create_mem(desc, rank), self.config), ranks)
         self.members = [future.result() for future in joined]
 
-    @staticmethod
-    def _on_each(action, items) -> list[concurrent.futures.Future]:
+    def _on_each(self, action, items) -> list[concurrent.futures.Future]:
         """`action` on every item at the same time, each in a thread; returns when all are done."""
-        with concurrent.futures.ThreadPoolExecutor(len(items), thread_name_prefix="flaxmpc-party") as pool:
+        start = leave_working_directory if self.config.opens_once else None
+        with concurrent.futures.ThreadPoolExecutor(len(items), "flaxmpc-party", start) as pool:
             return [pool.submit(action, item) for item in items]
 
     @contextlib.contextmanager
@@ -201,12 +221,18 @@ class InProcess(Parties):
             yield
             self._sweep()
 
-    def _sweep(self) -> None:
-        names = set()
-        while self._doomed:
-            names.add(self._doomed.popleft())
-        for party in self.members:
-            party.delete(names)
+    def _sweep(self, *, wait: bool = True) -> None:
+        # Freeing may write to SPU's log, which may be that of another group's run, or of this thread's.
+        if not self._doomed or not log_lock.acquire(blocking=wait):
+            return
+        try:
+            names = set()
+            while self._doomed:
+                names.add(self._doomed.popleft())
+            for done in self._on_each(lambda party: party.delete(names), self.members):
+                done.result()
+        finally:
+            log_lock.release()
 
     @property
     def session(self) -> str:
@@ -225,7 +251,7 @@ class InProcess(Parties):
         self._doomed.extend(names)
         if self._lock.acquire(blocking=False):
             try:
-                self._sweep()
+                self._sweep(wait=False)
             finally:
                 self._lock.release()
 
