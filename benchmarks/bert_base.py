@@ -30,8 +30,8 @@ TABLES = (
     ("variant", "time_ratio", "bytes_ratio", "rounds_ratio", "lan_ratio", "wan_ratio"),
     ("variant", "compile_seconds", "compile_cached_seconds", "peak_memory_bytes"),
 )  # fmt: skip
-FULL = {"shape": "base", "layers": 12, "tokens": 128, "vocab_size": 30522}
-QUICK = {"shape": "tiny", "layers": 1, "tokens": 8, "vocab_size": 100}
+FULL: dict[str, Any] = {"shape": "base", "layers": 12, "tokens": 128, "vocab_size": 30522}
+QUICK: dict[str, Any] = {"shape": "tiny", "layers": 1, "tokens": 8, "vocab_size": 100}
 
 
 def measure(variant: str, size: dict[str, Any], layer_too: bool) -> Record:

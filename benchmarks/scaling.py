@@ -92,20 +92,22 @@ def notes(records: list[Record]) -> list[str]:
 
 
 def plot(records: list[Record]) -> Any:
-    axes_names = list(dict.fromkeys(r["axis"] for r in records))
-    made, axes = figure(1, len(axes_names), figsize=(3.2 * len(axes_names), 3.4))
-    for axis, name in zip(axes[0], axes_names, strict=True):
+    names = list(dict.fromkeys(r["axis"] for r in records))
+    made, axes = figure(2, len(names), figsize=(3.2 * len(names), 5))
+    for name, (top, bottom) in zip(names, axes.T, strict=True):
         own = [r for r in records if r["axis"] == name]
         x = [r["value"] for r in own]
-        axis.plot(x, [r["bytes_sent_total"] / 1e6 for r in own], "o", color="C0", label="MB, all parties")
         grid = np.linspace(min(x), max(x), 100)
-        axis.plot(grid, np.polyval(own[0]["bytes_polynomial"][::-1], grid) / 1e6, color="C0", alpha=0.5, label="fit")
-        axis.plot(x, [r["rounds"] for r in own], "s--", color="C1", label="rounds")
-        axis.set(
-            xlabel=_LABELS[name], ylim=(0, None), title=f"bytes ~ {name}^{own[0]['bytes_sent_total_exponent']:.2f}"
-        )
-        axis.grid(alpha=0.3)
-    axes[0][0].set(ylabel="MB, rounds")
+        top.plot(grid, np.polyval(own[0]["bytes_polynomial"][::-1], grid) / 1e6, color="0.6", label="fit")
+        top.plot(x, [r["bytes_sent_total"] / 1e6 for r in own], "o", label="measured")
+        bottom.plot(x, [r["rounds"] for r in own], "o")
+        top.set(title=f"bytes ~ {name}^{own[0]['bytes_sent_total_exponent']:.2f}")
+        bottom.set(title=f"rounds ~ {name}^{own[0]['rounds_exponent']:.2f}", xlabel=_LABELS[name])
+        for axis in (top, bottom):
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+    axes[0][0].set(ylabel="MB sent, all parties")
+    axes[1][0].set(ylabel="rounds")
     axes[0][0].legend(frameon=False)
     return made
 
