@@ -183,7 +183,9 @@ class SecureFunction:
         """The program for such arguments, and the seconds that it took if it was not in memory yet."""
         structs = tuple(arg.struct if isinstance(arg, Resident) else jax.tree.map(_struct, arg) for arg in args)
         leaves, treedef = jax.tree.flatten(structs)
-        once = tuple(self.config.opens_once and isinstance(arg, Resident) and arg.visibility == "secret" for arg in args)
+        once = tuple(
+            self.config.opens_once and isinstance(arg, Resident) and arg.visibility == "secret" for arg in args
+        )
         key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves), visibilities, once)
         with self._lock:
             if key in self._programs:

@@ -88,6 +88,19 @@ def test_every_attention_with_quad_and_with_gelu(attention):
     assert not any(path.endswith("attention/scale") for path in flatten(folded))
 
 
+@pytest.mark.parametrize("attention", ["2quad_freediv", "softmax"])
+def test_heads_one_by_one(attention):
+    model = model_of(attention=attention)
+    folded, config = fold(random_params(model), model.config)
+    one_by_one = dataclasses.replace(config, grouped_heads=False)
+    results = [output(type(model)(each), folded) for each in (config, one_by_one)]
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+    programs = [
+        jax.jit(type(model)(each).apply).lower({"params": folded}, IDS, MASK).as_text() for each in (config, one_by_one)
+    ]
+    assert ["convolution" in program for program in programs] == [True, False]
+
+
 @pytest.mark.parametrize(
     "attention",
     [
