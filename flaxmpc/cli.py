@@ -192,9 +192,9 @@ def check(
     fraction_bits: int = 18,
     json_: Json = False,
 ) -> None:
-    """How far a model stays from the overflow of fixed point, which is silent; seen in the clear on sentences.
+    """How far a model stays from fixed-point overflow, on sentences in the clear.
 
-    The exit code is 2 if fewer than 2 bits are left.
+    SPU overflows silently. The exit code is 2 if fewer than 2 bits are left.
 
     Args:
         model: a name of the zoo or a model folder.
@@ -218,7 +218,7 @@ def check(
     if json_:
         print(json.dumps({"model": _name(folder), "sentences": len(texts), **margins.as_dict()}))
     else:
-        table = Table("operation", "quantity", "largest", "limit", "bits left")
+        table = Table(Column("operation", overflow="fold"), "quantity", "largest", "limit", "bits left")
         for op in margins.table(10):
             name = f"{op.where}: {op.primitive} ({op.source})"
             table.add_row(name, op.quantity, f"{op.magnitude:.3g}", f"{op.limit:.3g}", f"{op.margin_bits:.1f}")

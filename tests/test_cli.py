@@ -191,6 +191,27 @@ def test_zoo_show_prints_the_card(run, model):
     assert run("zoo", "show", model)[0] == 2
 
 
+def test_check_prints_the_worst_operations_and_the_margin(run, tmp_path):
+    code, out, err = run("check", "movie-tiny", "--sentences", 3)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    margin = float(re.search(r"3\s+sentences:\s+([\d.]+)\s+bits\s+of\s+margin", out).group(1))
+    assert margin > 4
+    file = tmp_path / "texts"
+    file.write_text("a good film\nbad\n")
+    code, out, _ = run("check", "movie-tiny", "--file", file, "--json", "--fraction-bits", 24)
+    record = json.loads(out)
+    assert (code, record["model"], record["sentences"], record["fraction_bits"]) == (0, "movie-tiny", 2, 24)
+    assert record["margin_bits"] == min(op["margin_bits"] for op in record["operations"] if op["magnitude"])
+
+
+def test_check_ends_with_2_where_the_margin_is_too_small(run):
+    code, out, err = run("check", "movie-tiny", "--sentences", 2, "--ring", "FM32", "--fraction-bits", 14)
+    assert code == 2
+    assert "bits of margin" in " ".join(out.split())
+    assert err.startswith("flaxmpc: the fixed point of FM32 with 14 fraction bits is too small for ")
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -364,7 +385,7 @@ def test_importing_is_light(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["infer", "cost", "zoo", None])
+@pytest.mark.parametrize("command", ["infer", "cost", "check", "zoo", None])
 def test_help_names_what_to_give_and_fits_80_columns(run, command):
     code, out, err = run(*([command] if command else []), "--help")
     assert (code, err) == (0, "")

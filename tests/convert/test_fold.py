@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
-from flaxmpc.convert.data import Split, batches, encode
 from flaxmpc.convert.calibrate import calibrate_attention
+from flaxmpc.convert.data import Split, batches, encode
 from flaxmpc.convert.fold import fold
 from flaxmpc.inference import split_at_shares
 from flaxmpc.models import folder as folders
@@ -86,6 +86,19 @@ def test_every_attention_with_quad_and_with_gelu(attention):
     folded, config = assert_the_same_function(model, random_params(model))
     assert [config.hidden_act_of(i).name for i in range(2)] == ["square", "gelu"]
     assert not any(path.endswith("attention/scale") for path in flatten(folded))
+
+
+@pytest.mark.parametrize("attention", ["2quad_freediv", "softmax"])
+def test_heads_one_by_one(attention):
+    model = model_of(attention=attention)
+    folded, config = fold(random_params(model), model.config)
+    one_by_one = dataclasses.replace(config, grouped_heads=False)
+    results = [output(type(model)(each), folded) for each in (config, one_by_one)]
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+    programs = [
+        jax.jit(type(model)(each).apply).lower({"params": folded}, IDS, MASK).as_text() for each in (config, one_by_one)
+    ]
+    assert ["convolution" in program for program in programs] == [True, False]
 
 
 @pytest.mark.parametrize(

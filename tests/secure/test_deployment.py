@@ -769,5 +769,13 @@ def test_two_parties(running, tmp_path, protocol):
     with running(tmp_path / "c", protocol=protocol, timeout=20) as parties:
         check_served(parties)
         if protocol == "SEMI2K":
+            with parties.connect() as owner:
+                resident = owner.put(np.eye(64, dtype=np.float32))
+                runs = [
+                    secure.jit(lambda a, b: a @ b, parties=owner).run(resident, np.ones((64, 2), np.float32))
+                    for _ in range(2)
+                ]
+            assert runs[0].cost.bytes_sent > 4 * runs[1].cost.bytes_sent  # opened once
+            np.testing.assert_allclose(runs[1].output, 1.0, atol=1e-3)
             assert "can compute every secret" in parties.wait_for(0, "insecure_dealer")["meaning"]
-    assert not Path("BeaverCache").exists()
+    assert not list(ROOT.glob("BeaverCache*"))

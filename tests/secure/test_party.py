@@ -1,5 +1,7 @@
 import gc
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -155,3 +157,66 @@ def test_two_threads_may_share_a_group(group):
     for thread in threads:
         thread.join()
     assert results == {i: pytest.approx(3 * i, abs=1e-3) for i in range(6)}
+
+
+# --------------------------------------------------------------------------------------- values that are opened once
+
+W = np.random.default_rng(0).normal(size=(5, 32, 32)).astype(np.float32)
+V = np.random.default_rng(1).normal(size=(4, 32)).astype(np.float32)
+
+
+def times(w, v):
+    return v @ w["w"]
+
+
+def test_a_resident_value_is_opened_once(group):
+    parties = group("SEMI2K")
+    f = secure.jit(times, parties=parties)
+    resident = parties.put({"w": W[0]})
+    cold, *warm = [f.run(resident, V) for _ in range(3)]
+    assert cold.cost.bytes_sent > 4 * warm[0].cost.bytes_sent == 4 * warm[1].cost.bytes_sent
+    for run in (cold, *warm):
+        np.testing.assert_allclose(run.output, V @ W[0], atol=2e-3)
+    # Another function opens it no more than the first; what is not resident is opened every time.
+    double = secure.jit(lambda w, v: 2 * (v @ w["w"]), parties=parties)
+    assert double.run(resident, V).cost.bytes_sent < cold.cost.bytes_sent / 2
+    given = [f.run({"w": W[0]}, V).cost.bytes_sent for _ in range(2)]
+    assert given == [cold.cost.bytes_sent] * 2
+
+
+def test_a_new_value_is_never_taken_for_one_that_was_opened(group):
+    """They often get the same address, by which SPU knows what was opened."""
+    parties, others = group("SEMI2K"), secure.InProcess("SEMI2K")
+    functions = [secure.jit(times, parties=each) for each in (parties, others)]
+    sent = set()
+    for w in W:
+        residents = [parties.put({"w": w}), others.put({"w": -w})]
+        for _ in range(2):
+            runs = [f.run(resident, V) for f, resident in zip(functions, residents, strict=True)]
+            np.testing.assert_allclose(runs[0].output, V @ w, atol=2e-3)
+            np.testing.assert_allclose(runs[1].output, -V @ w, atol=2e-3)
+            sent.update(run.cost.bytes_sent for run in runs)
+        residents[0].delete()
+        del residents
+    assert len(sent) == 2  # cold and warm
+
+
+def test_deleting_never_waits_for_a_run(group):
+    """It may happen in a garbage collection within one."""
+    parties = secure.InProcess("SEMI2K")
+    resident = parties.put(W[0])
+    with party.recorded_log():
+        resident.delete()
+        assert held(parties) == [1, 1]
+    parties.put(W[1])
+    assert held(parties) == [0, 0]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has a working directory for a thread")
+def test_nothing_is_left_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parties = secure.InProcess("SEMI2K")
+    resident = parties.put({"w": W[0]})
+    secure.jit(times, parties=parties)(resident, V)
+    assert Path.cwd() == tmp_path
+    assert not list(tmp_path.iterdir())
