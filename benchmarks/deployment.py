@@ -1,49 +1,54 @@
-"""A cluster of real processes on this machine: latency, throughput, memory and bytes of many clients at once.
+"""Real parties over mutual TLS: many clients at once, and limited networks beside their model.
 
-    python benchmarks/deployment.py            # the zoo's default model; --model FOLDER for another
-    python benchmarks/deployment.py --quick    # 8 requests of 2 clients
-    python benchmarks/deployment.py --network 100mbit --requests 8 --clients 1    # root: network namespaces
+    python benchmarks/deployment.py [--json] [--show] [--quick]
 
-Latencies p50, p95 and p99 are seconds of a request, its wait for the others' included; memory is of all processes of
-the parties together, after a quarter of the requests and after all.
+First 200 requests of 8 clients to the zoo's default model, all on this machine: throughput, latency (the wait for the
+others' requests included, p50 to p99 in seconds), memory of each party after a quarter of the requests and at the end,
+bytes from a client.
+Then the same model and one BERT-Base layer of 128 tokens, a party in each network namespace (Linux, root, iproute2;
+else left out): measured seconds of a run beside those of the model, which starts from the cost in process.
+It says how long it still takes; --quick is 8 requests of 2 clients, one network, a tiny layer.
 """
 
 import contextlib
 import dataclasses
+import functools
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
+import jax
+import jax.numpy as jnp
+import namespaces
 import numpy as np
 import tyro
+from rich.console import Console
 
 from flaxmpc import secure, serving
+from flaxmpc.convert.fold import fold
 from flaxmpc.inference import SecureClassifier
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
+from flaxmpc.models.bert import BertForSequenceClassification, init_params
+from flaxmpc.models.config import preset
+from flaxmpc.models.folded import FoldedLayer
 from flaxmpc.secure.cluster import ClusterFile, write_local
 
 SENTENCES = ("A gripping, beautifully acted film.", "A tedious, lifeless mess.", "Good, but not very good.")
-COLUMNS = (
-    "network",
-    "clients",
-    "requests",
-    "per_second",
-    "p50",
-    "p95",
-    "p99",
-    "request_bytes",
-    "memory_mb_quarter",
-    "memory_mb",
-)
+NETWORKS = {"3gbit": secure.Network("3 Gbit/s", 3e9, 0.0), "100mbit": secure.Network("100 Mbit/s", 100e6, 0.0)}
+_MOST_DIFFERENCE = 0.05  # of two runs' outputs: the truncation of shares is random
+_MORE_BYTES = 64 << 10  # that a warm request may take, beside the shares of its inputs
+
+console = Console(stderr=True, highlight=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,60 +57,95 @@ class Options(harness.Options):
 
     Attributes:
         model: a name of the zoo or a model folder.
-        protocol: ABY3, CHEETAH or SEMI2K.
         requests: of all clients together, one sentence each.
         clients: at once.
-        network: loopback, or the rate of every party's own network namespace: 3gbit, 100mbit (needs root and iproute2).
     """
 
     model: str = zoo.DEFAULT
-    protocol: str = "ABY3"
     requests: int = 200
     clients: int = 8
-    network: str = "loopback"
 
 
-@contextlib.contextmanager
-def network(cluster: ClusterFile, rate: str) -> Iterator[tuple[ClusterFile, list[list[str]]]]:
-    """The cluster with the parties' addresses in their own namespaces, and a command prefix for each.
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What parties are asked.
 
-    The namespaces hang on one bridge, each sending at `rate`. Loopback needs none.
+    Attributes:
+        name: for the table.
+        cost: of one request, in process.
+        put: the owner's part.
+        connect: the client's part: makes a function that sends the i-th request, and returns its cost and how far its
+            output is from that in process.
+        numbers: that a request shares.
     """
-    ranks = range(len(cluster.party))
-    if rate == "loopback":
-        yield cluster, [[] for _ in ranks]
-        return
-    text = cluster.path.read_text()
-    for entry in cluster.party:
-        for address in (entry.control, entry.link):
-            text = text.replace(address, f"10.77.0.{entry.rank + 1}:{address.rpartition(':')[2]}")
-    cluster.path.write_text(text)
-    bridge = [
-        "link add flaxmpc type bridge",
-        "addr add 10.77.0.254/24 dev flaxmpc",
-        "link set flaxmpc up",
-    ]
-    hosts = [
-        f"netns add flaxmpc{r}|link add flaxmpc{r} type veth peer name eth0 netns flaxmpc{r}|"
-        f"link set flaxmpc{r} master flaxmpc up|-n flaxmpc{r} addr add 10.77.0.{r + 1}/24 dev eth0|"
-        f"-n flaxmpc{r} link set eth0 up|-n flaxmpc{r} link set lo up"
-        for r in ranks
-    ]
-    limit = f"tc qdisc add dev eth0 root tbf rate {rate} burst 64kb latency 300ms"
-    try:
-        for line in [*bridge, *(line for host in hosts for line in host.split("|"))]:
-            subprocess.run(["ip", *line.split()], check=True)
-        for r in ranks:
-            subprocess.run(["ip", "netns", "exec", f"flaxmpc{r}", *limit.split()], check=True)
-        yield ClusterFile.read(cluster.path), [["ip", "netns", "exec", f"flaxmpc{r}"] for r in ranks]
-    finally:
-        for r in ranks:
-            subprocess.run(["ip", "netns", "del", f"flaxmpc{r}"], check=False)
-        subprocess.run(["ip", "link", "del", "flaxmpc"], check=False)
+
+    name: str
+    cost: secure.Cost
+    put: Callable[[secure.Cluster], Any]
+    connect: Callable[[secure.Cluster], Callable[[int], tuple[secure.Cost, float]]]
+    numbers: int
 
 
-def memory_mb(root: int) -> float:
-    """Resident memory of a process and its descendants: here the supervisors' and workers'."""
+def sentences(model: str) -> Workload:
+    """The demo: a sentence of up to 16 tokens."""
+    loaded = folders.load(zoo.find(model))
+    local = SecureClassifier(loaded, secure.InProcess())
+    expected = [local.classify([text]) for text in SENTENCES]
+
+    def connect(parties: secure.Cluster) -> Callable[[int], tuple[secure.Cost, float]]:
+        classifier = serving.RemoteClassifier(parties)
+
+        def ask(i: int) -> tuple[secure.Cost, float]:
+            (prediction,) = classifier.classify([SENTENCES[i % len(SENTENCES)]])
+            logits = expected[i % len(SENTENCES)].predictions[0].logits
+            return prediction.cost, float(np.abs(np.subtract(prediction.logits, logits)).max())
+
+        return ask
+
+    inputs = local.share(*local.encode(SENTENCES[:1])[:2])
+    return Workload(
+        zoo.find(model).name,
+        expected[-1].cost,
+        lambda parties: serving.put(loaded, parties, lengths=(16,)),
+        connect,
+        sum(leaf.size for leaf in jax.tree.leaves(inputs)),
+    )
+
+
+def layer(size: str, tokens: int) -> Workload:
+    """One folded 2quad_freediv + quad layer with random weights."""
+    # The last layer leaves out what another one needs; so this is the first of two.
+    config = preset(size, num_hidden_layers=2, vocab_size=100, attention="2quad_freediv", hidden_act="quad")
+    params, config = fold(init_params(BertForSequenceClassification(config)), config)
+    module: Any = FoldedLayer(config, 0)
+    hidden = np.random.default_rng(0).normal(size=(1, tokens, config.hidden_size)).astype(np.float32)
+    inputs = (hidden, jax.device_get(config.keys(jnp.ones(hidden.shape[:2]))))
+    weights = params["bert"]["layer_0"]
+
+    def function(params: Any, hidden: jax.Array, keys: Any) -> jax.Array:
+        return module.apply({"params": params}, hidden, keys)
+
+    expected, cost = secure.jit(function).run(weights, *inputs)
+    program = f"1x{tokens}"
+
+    def put(parties: secure.Cluster) -> None:
+        resident = parties.put(weights)
+        parties.publish("layer", resident, {program: parties.program(function, resident, *inputs, length=tokens)}, b"")
+
+    def connect(parties: secure.Cluster) -> Callable[[int], tuple[secure.Cost, float]]:
+        name, model = parties.find("layer")
+
+        def ask(_: int) -> tuple[secure.Cost, float]:
+            (output,), cost = parties.infer(name, model, program, inputs)
+            return cost, float(np.abs(output - expected).max())
+
+        return ask
+
+    return Workload(f"{size} layer", cost, put, connect, sum(leaf.size for leaf in jax.tree.leaves(inputs)))
+
+
+def resident_mb(root: int) -> int:
+    """Resident memory of a process and its descendants: a party's supervisor and worker."""
     children: dict[int, list[int]] = {}
     resident: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
@@ -121,86 +161,187 @@ def memory_mb(root: int) -> float:
         pid = left.pop()
         total += resident.get(pid, 0)
         left += children.get(pid, [])
-    return total / 1e6
+    return round(total / 1e6)
 
 
-def measure(options: Options) -> harness.Record:
-    requests, clients = (8, 2) if options.quick else (options.requests, options.clients)
-    loaded = folders.load(zoo.find(options.model))
-    local = SecureClassifier(loaded, secure.InProcess(options.protocol))
-    expected = {text: np.array(local.classify([text]).predictions[0].logits) for text in SENTENCES}
-    with tempfile.TemporaryDirectory() as directory:
-        local_cluster = write_local(Path(directory) / "cluster", options.protocol, allow_insecure_dealer=True)
-        with network(local_cluster, options.network) as (cluster, prefixes):
-            command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(cluster.path), "--rank"]
-            processes = [
-                subprocess.Popen([*prefix, *command, str(rank)], stderr=subprocess.DEVNULL)
-                for rank, prefix in enumerate(prefixes)
-            ]
-            pids = [process.pid for process in processes]
+class Running:
+    """The parties of a cluster, each a process; on this machine, or each in a namespace. Use as a context."""
+
+    def __init__(self, rate: str | None, together: int):
+        """`rate` of each namespace; `together`: requests that may run together."""
+        self._rate = rate
+        self._together = together
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Running":
+        with contextlib.ExitStack() as stack:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cluster"
+            cluster = write_local(directory, timeout_seconds=120)
+            text = cluster.path.read_text().replace(
+                f"max_batch_sentences = {cluster.limits.max_batch_sentences}", f"max_batch_sentences = {self._together}"
+            )
+            place: Callable[[int, Sequence[str]], Sequence[str]] = lambda _, command: command  # noqa: E731
+            if self._rate is not None:
+                hosts = stack.enter_context(namespaces.hosts(len(cluster.party), rate=self._rate))
+                place = hosts.command
+                for entry, address in zip(cluster.party, hosts.addresses, strict=True):
+                    for own in (entry.control, entry.link):
+                        text = text.replace(own, own.replace("127.0.0.1", address))
+            cluster.path.write_text(text)
+            self.cluster = ClusterFile.read(cluster.path)
+            self._log = directory / "party0.log"
+            self._processes = []
+            for rank in range(len(cluster.party)):
+                command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(cluster.path), "--rank"]
+                log = stack.enter_context((directory / f"party{rank}.log").open("wb"))
+                process = subprocess.Popen(place(rank, [*command, str(rank)]), stderr=log)
+                stack.callback(process.wait)
+                stack.callback(process.terminate)
+                self._processes.append(process)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def memory_mb(self) -> list[int]:
+        """Of each party."""
+        return [resident_mb(process.pid) for process in self._processes]
+
+    def runs(self) -> int:
+        """Secure runs of clients' requests so far; one may serve several."""
+        return self._log.read_text().count('"event": "run"')
+
+
+def measure(workload: Workload, rate: str | None, requests: int, clients: int, together: int) -> harness.Record:
+    """One record; the first request of every client is not counted."""
+    with Running(rate, together) as running:
+        with secure.Cluster(running.cluster, "owner") as owner:
+            workload.put(owner)
+        latencies: list[float] = []
+        costs: list[secure.Cost] = []
+        differences: list[float] = []
+        client_bytes: list[int] = []
+        memory: list[list[int]] = []
+        errors: list[BaseException] = []
+        warm = threading.Barrier(clients + 1)
+        done = threading.Lock()
+        start = 0.0
+
+        def work(number: int) -> None:
             try:
-                return _ask(options, cluster, loaded, pids, expected, requests, clients)
-            finally:
-                for process in processes:
-                    process.terminate()
-                for process in processes:
-                    process.wait(120)
+                with secure.Cluster(running.cluster, "client") as parties:
+                    ask = workload.connect(parties)
+                    ask(number)
+                    warm.wait()
+                    for i in range(number, requests, clients):
+                        before, begin = parties.bytes_sent, time.perf_counter()
+                        cost, difference = ask(i)
+                        seconds = time.perf_counter() - begin
+                        with done:
+                            latencies.append(seconds)
+                            costs.append(cost)
+                            differences.append(difference)
+                            client_bytes.append(parties.bytes_sent - before)
+                            count = len(latencies)
+                            if count == max(1, requests // 4):
+                                memory.append(running.memory_mb())
+                            if count % max(1, requests // 20) == 0:
+                                left = (time.perf_counter() - start) / count * (requests - count)
+                                console.print(f"  {count} of {requests} requests, {left:.0f} s left")
+            except BaseException as error:
+                errors.append(error)
+                warm.abort()
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+        for thread in threads:
+            thread.start()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            warm.wait()
+        start, runs = time.perf_counter(), running.runs()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - start
+        if errors:
+            raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
+        if max(differences) > _MOST_DIFFERENCE:
+            raise SystemExit(f"{workload.name}: an answer is {max(differences):.3f} from that in process")
+        cuts = statistics.quantiles(latencies, n=100, method="inclusive")
+        network = NETWORKS[rate] if rate is not None else None
+        return harness.record(
+            workload.cost,
+            workload=workload.name,
+            network=network.name if network else "loopback",
+            clients=clients,
+            requests=requests,
+            runs=running.runs() - runs,
+            per_second=requests / seconds,
+            p50=cuts[49],
+            p95=cuts[94],
+            p99=cuts[98],
+            # Three parties, each two of three parts of 64 bits.
+            share_bytes=workload.numbers * 3 * 2 * 8,
+            client_bytes=max(client_bytes),
+            party_memory_mb_quarter=memory[0],
+            party_memory_mb_end=running.memory_mb(),
+            max_difference=max(differences),
+            measured_seconds=statistics.median(cost.seconds for cost in costs) if network else None,
+            modelled_seconds=network.seconds(workload.cost) if network else None,
+        )
 
 
-def _ask(
-    options: Options, cluster: ClusterFile, loaded: folders.LoadedModel, pids: list[int], expected: Any, requests: int,
-    clients: int,
-) -> harness.Record:  # fmt: skip
-    with secure.Cluster(cluster, "owner") as owner:
-        serving.put(loaded, owner, lengths=(16,))
-    seconds: list[float] = []
-    differences: list[float] = []
-    request_bytes: list[int] = []
-    cost: list[secure.Cost] = []
-    memory: list[float] = []
-    errors: list[Exception] = []
-
-    def work(number: int) -> None:
-        try:
-            with secure.Cluster(cluster, "client") as parties:
-                classifier = serving.RemoteClassifier(parties)
-                for i in range(number, requests, clients):
-                    text = SENTENCES[i % len(SENTENCES)]
-                    before, begin = parties.bytes_sent, time.perf_counter()
-                    (prediction,) = classifier.classify([text])
-                    seconds.append(time.perf_counter() - begin)
-                    request_bytes.append(parties.bytes_sent - before)
-                    differences.append(float(np.abs(prediction.logits - expected[text]).max()))
-                    cost.append(prediction.cost)
-                    if len(seconds) == requests // 4:
-                        memory.append(sum(map(memory_mb, pids)))
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
-    begin = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    total = time.perf_counter() - begin
-    if errors:
-        raise errors[0]
-    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
-    names = {
-        "model": zoo.find(options.model).name, "network": options.network, "clients": clients, "requests": len(seconds),
-        "per_second": len(seconds) / total, "p50": cuts[49], "p95": cuts[94],
-        "p99": cuts[98], "request_bytes": max(request_bytes), "max_difference": max(differences),
-        "memory_mb_quarter": memory[0], "memory_mb": sum(map(memory_mb, pids)),
-    }  # fmt: skip
-    return harness.record(cost[-1], **names)
+def jobs(options: Options) -> Iterator[tuple[str, Callable[[], harness.Record]]]:
+    requests, clients = (8, 2) if options.quick else (options.requests, options.clients)
+    demo = functools.cache(lambda: sentences(options.model))
+    base = functools.cache(lambda: layer("tiny", 16) if options.quick else layer("base", 128))
+    yield f"{requests} requests of {clients} clients", lambda: measure(demo(), None, requests, clients, 8)
+    if reason := namespaces.unavailable():
+        console.print(f"left out, the runs over limited networks: {reason}")
+        return
+    for rate in ("100mbit",) if options.quick else NETWORKS:
+        for name, workload in (("a sentence", demo), ("a layer", base)):
+            yield (
+                f"{name} over {NETWORKS[rate].name}",
+                lambda workload=workload, rate=rate: measure(workload(), rate, 3, 1, 1),
+            )
 
 
-def jobs(options: Options) -> Iterable[tuple[str, Callable[[], harness.Record]]]:
-    yield f"{options.requests} requests of {options.clients} clients", lambda: measure(options)
+def notes(records: Sequence[harness.Record]) -> list[str]:
+    lines = []
+    for row in records:
+        title = f"{row['workload']}, {row['network']}"
+        lines.append(
+            harness.held(
+                f"{title}: kB of a warm request beside its shares",
+                (row["client_bytes"] - row["share_bytes"]) / 1024,
+                most=_MORE_BYTES / 1024,
+            )
+        )
+        if row["network"] == "loopback":
+            grown = max(np.divide(row["party_memory_mb_end"], row["party_memory_mb_quarter"]))
+            lines.append(harness.held(f"{title}: memory of a party, end / first quarter", float(grown), most=1.1))
+        else:
+            lines.append(f"{title}: measured / modelled {row['measured_seconds'] / row['modelled_seconds']:.2f}")
+    return lines
+
+
+def benchmark(options: Options) -> harness.Benchmark:
+    asked = (
+        "workload",
+        "network",
+        "requests",
+        "runs",
+        "per_second",
+        "p50",
+        "p95",
+        "p99",
+    )
+    sizes = ("workload", "network", "client_bytes", "share_bytes", "party_memory_mb_quarter", "party_memory_mb_end")
+    beside = ("workload", "network", "bytes_sent_total", "rounds", "seconds", "measured_seconds", "modelled_seconds")
+    return harness.Benchmark("deployment", lambda: jobs(options), (asked, sizes, beside), notes=notes)
 
 
 if __name__ == "__main__":
     chosen = tyro.cli(Options, description=__doc__)
-    name = "deployment" if chosen.network == "loopback" else f"deployment_{chosen.network}"
-    harness.Benchmark(name, lambda: jobs(chosen), (COLUMNS,)).run(chosen)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the parties end with it
+    benchmark(chosen).run(chosen)

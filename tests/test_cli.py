@@ -212,6 +212,19 @@ def test_check_ends_with_2_where_the_margin_is_too_small(run):
     assert err.startswith("flaxmpc: the fixed point of FM32 with 14 fraction bits is too small for ")
 
 
+def test_a_cluster_is_written_and_gets_a_client_more(run, tmp_path):
+    code, out, _ = run("cluster", "init", str(tmp_path / "c"))
+    assert code == 0
+    assert "ABY3, 3 parties" in out
+    code, out, _ = run("cluster", "certificate", str(tmp_path / "c"), "--name", "bob")
+    assert code == 0
+    assert "client.bob.pem" in out
+    assert (tmp_path / "c" / "client.bob.key").is_file()
+    code, _, err = run("cluster", "certificate", str(tmp_path / "c"))
+    assert code == 2
+    assert "--name NAME" in err
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -221,9 +221,10 @@ def collate(split: Split, members: Members, *, batch_size: int, pad_token_id: in
         np.zeros(batch_size, np.float32),
         np.zeros(batch_size, np.int32),
     )
-    # A row that only fills up keeps one token, so that its softmax has a sum to divide by.
-    batch.attention_mask[:, 0] = 1
-    for i, row in enumerate(members.rows):
+    # Rows that only fill up are the first once more: what is out of the ordinary, such as an empty sentence, may leave
+    # the range that a LayerNorm is calibrated for, and 0 x inf is no 0.
+    filling = [members.rows[0]] * (batch_size - len(members.rows))
+    for i, row in enumerate([*members.rows, *filling]):
         tokens = split.input_ids[row]
         batch.input_ids[i, : len(tokens)] = tokens
         batch.attention_mask[i, : len(tokens)] = 1

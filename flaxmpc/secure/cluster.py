@@ -304,9 +304,8 @@ def issue_client(directory: str | Path, name: str) -> Path:
     try:
         authority = Authority.read(directory)
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{directory} holds no authority: ca.pem and ca.key, which `flaxmpc cluster init` made"
-        ) from error
+        reason = f"{directory} holds no authority: it has no {Path(error.filename).name}, which `cluster init` makes"
+        raise ValueError(reason) from error
     authority.issue(directory, f"client.{name}", server=False)
     return directory / f"client.{name}.pem"
 

@@ -108,9 +108,8 @@ class Turns:
     def has(self, request: str, timeout: float) -> bool:
         """Whether a request came here within `timeout` seconds."""
         with self._changed:
-            return (
-                self._changed.wait_for(lambda: request in self._waiting or self._closed, timeout) and not self._closed
-            )
+            self._changed.wait_for(lambda: request in self._waiting or self._closed, timeout)
+            return request in self._waiting
 
     def came(self, request: Request, rank: int) -> None:
         """Party `rank` has it too."""

@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from flaxmpc.secure.certificates import Authority
-from flaxmpc.secure.cluster import ClusterFile, Limits, write_local
+from flaxmpc.secure.cluster import ClusterFile, Limits, issue_client, write_local
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,35 @@ def test_an_expired_certificate_can_be_made(tmp_path):
     assert certificate.not_valid_after_utc < datetime.datetime.now(datetime.timezone.utc)
 
 
+def test_a_client_more(tmp_path):
+    write_local(tmp_path / "c")
+    path = issue_client(tmp_path / "c", "bob")
+    assert path == tmp_path / "c" / "client.bob.pem"
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    assert certificate.subject.rfc4514_string() == "CN=client.bob"
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((tmp_path / "c" / "ca.pem").read_bytes()))
+    assert stat.S_IMODE(path.with_suffix(".key").stat().st_mode) == 0o600
+    with pytest.raises(FileExistsError):
+        issue_client(tmp_path / "c", "bob")
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "../x", "bob ", "ünal"])
+def test_a_clients_name_is_plain(tmp_path, name):
+    with pytest.raises(ValueError, match="a client's name has letters, digits, '_' and '-', not "):
+        issue_client(tmp_path, name)
+
+
+def test_without_the_authority_there_are_no_more_clients(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no authority: it has no ca\.pem, which `cluster init` makes"):
+        issue_client(tmp_path, "bob")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("# clients = [", "clients = [3, ", r"clients\[0\]: Expected `str`, got `int`, not 3"),
+        ("# clients = [", 'clients = ["owner", ', r"clients\[0\]: Expected `str` matching regex .*, not 'owner'"),
+        ("max_batch_sentences = 8", "max_batch_sentences = 0", r"max_batch_sentences: Expected `int` >= 1, not 0"),
         ("queue = 64", "queue = 0", r"limits\.queue: Expected `int` >= 1, not 0"),
         ("queue = 64", 'queue = "many"', r"limits\.queue: Expected `int`, got `str`, not 'many'"),
         ("queue = 64", "queued = 64", "unknown field `queued`"),
