@@ -399,6 +399,7 @@ class _Instrumented:
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], config: Config):
         program = _Flat(jax.make_jaxpr(fn)(*args), "")
+        self._operations: list[OpMargin] = []
 
         def magnitudes(leaves: list[Any]) -> jax.Array:
             found = _evaluate(program, leaves, config)[1]
@@ -406,7 +407,7 @@ class _Instrumented:
             return _stack(found)
 
         # Compiling takes longer than running, and thoroughly it would take three times as long.
-        options = {"xla_backend_optimization_level": 0}
+        options: dict[str, Any] = {"xla_backend_optimization_level": 0}
         self._magnitudes = jax.jit(magnitudes).lower(jax.tree.leaves(args)).compile(compiler_options=options)
 
     def __call__(self, leaves: list[Any]) -> list[OpMargin]:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import checkpoint as remat  # pyright: ignore[reportPrivateImportUsage]
 
 from flaxmpc import secure
 from flaxmpc.convert.data import movie_sentences
@@ -101,7 +102,7 @@ def test_all_calls_are_looked_into():
 
         y, cubes = jax.lax.scan(turn, x, jnp.array([2.0, 30.0, 4.0]))
         z = jax.lax.cond(x.sum() > 0, lambda: y * 3.0, lambda: y * 5.0 * y)
-        w = jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jax.checkpoint(cube)(s[1])), (0, z / 1e3))
+        w = jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, remat(cube)(s[1])), (0, z / 1e3))
         return w[1], cubes
 
     margins = secure.check(f, [(np.ones(3, np.float32),)])
