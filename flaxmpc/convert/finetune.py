@@ -30,9 +30,8 @@ def in_order(split: Split, batch_size: int = 64) -> Iterator[Batch]:
     return batches(split, batch_size=batch_size, lengths=LENGTHS)
 
 
-@functools.lru_cache(maxsize=8)
-def _apply(model: Any) -> Callable[..., Any]:
-    return jax.jit(model.apply)
+# Compiled once for a model, however often it is evaluated.
+_apply: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=8)(lambda model: jax.jit(model.apply))
 
 
 def predict(
@@ -94,12 +93,17 @@ def first_bad_layer(model: BertForSequenceClassification) -> Callable[[Mapping[s
 
 
 @functools.lru_cache(maxsize=8)
+def _with_states(model: Any) -> Callable[..., Any]:
+    def apply(params: Any, batch: Batch) -> Any:
+        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        return model.apply({"params": params}, *inputs, return_intermediates=True)
+
+    return jax.jit(apply)
+
+
 def apply_with_states(model: Any) -> Callable[..., Any]:
-    return jax.jit(
-        lambda params, batch: model.apply(
-            {"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids, return_intermediates=True
-        )
-    )
+    """(params, batch) -> (logits, `Intermediates`), compiled once for a model."""
+    return _with_states(model)
 
 
 def finetune(

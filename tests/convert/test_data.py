@@ -183,10 +183,11 @@ def test_a_sentence_is_padded_to_the_first_length_that_holds_it():
     assert found == {0: (2, 8), 1: (2, 8), 2: (2, 8), 3: (2, 16), 4: (2, 16)}
 
 
-def test_what_only_fills_a_batch_has_one_token_and_no_weight():
+def test_what_only_fills_a_batch_is_its_first_row_without_weight():
     (batch,) = batches(Split([[5, 6, 7]], np.array([1])), batch_size=3, lengths=LENGTHS)
     assert batch.row_mask.tolist() == [1, 0, 0]
-    assert batch.attention_mask.sum(1).tolist() == [3, 1, 1]
+    assert batch.attention_mask.sum(1).tolist() == [3, 3, 3]
+    assert batch.input_ids[:, :4].tolist() == [[5, 6, 7, 0]] * 3
     assert batch.label.tolist() == [1, 0, 0]
     assert not batch.token_type_ids.any()
     for column in (batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.label):
