@@ -170,7 +170,7 @@ def plot_operations(records: list[Record]) -> Any:
             for i, (kind, value) in enumerate(parts.items()):
                 axis.barh(y, 100 * value / total, left=left, color=f"C{i}", label=kind if y == 0 else None)
                 left += 100 * value / total
-            axis.text(50, y + 0.43, f"{total / unit:,.0f} {symbol}".strip(), ha="center", va="bottom", weight="bold")
+            axis.text(50, y + 0.43, f"{short(total / unit)} {symbol}".strip(), ha="center", va="bottom", weight="bold")
         axis.set(title=title, xlabel="% of the total above the bar", xlim=(0, 100), ylim=(-0.5, len(rows) - 0.25))
     axes[0][0].set_yticks(range(len(rows)), rows)
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -91,6 +91,8 @@ def plot(records: list[Record]) -> Any:
         x, y = [r[field] for r in front], [100 * r["accuracy"] for r in front]
         axis.step(x, y, where="post", color="0.6", zorder=0)
         axis.set(xscale="log", xlabel=f"seconds, {network.upper()} (modelled)")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
         axis.margins(x=0.15, y=0.2)
     axes[0][0].set(ylabel="test accuracy, %")

@@ -17,8 +17,8 @@ from flaxmpc.nn.normalization import NEWTON
 
 # Variances for which a distilled student's LayerNorms are calibrated. A Newton step is 5.3 rounds in ABY3: these
 # ranges take 5 steps after the attention and 7 after the feed-forward.
-AFTER_ATTENTION = NEWTON.calibrated(np.array([0.05, 4.0]), margin=1.0)
-AFTER_FEED_FORWARD = NEWTON.calibrated(np.array([0.3, 100.0]), margin=1.0)
+AFTER_ATTENTION = NEWTON.calibrated(jnp.array([0.05, 4.0]), margin=1.0)
+AFTER_FEED_FORWARD = NEWTON.calibrated(jnp.array([0.3, 100.0]), margin=1.0)
 NEWTON_PARTS = (AFTER_ATTENTION, AFTER_FEED_FORWARD)
 
 
@@ -54,7 +54,8 @@ VARIANTS: Mapping[str, Variant] = {
     "puma": Variant("softmax_puma", "gelu_puma"),
     # MPCFormer, arXiv 2211.01452.
     "mpcformer": Variant("2quad", "quad"),
-    # SecFormer, ACL Findings 2024, but with SPU's inverse square root and division in place of its Goldschmidt steps.
+    # SecFormer, ACL Findings 2024, its functions alone: SPU has no cheap sine, as its own two-party protocols have;
+    # and its Goldschmidt steps are SPU's inverse square root and division here.
     "secformer": Variant("2quad", "gelu_secformer"),
     "2quad_freediv": Variant("2quad_freediv", "quad", folded=True),
     "softmax_freediv": Variant("softmax_freediv", "quad", folded=True),
