@@ -78,7 +78,7 @@ class Benchmark:
         else:
             console = Console()
             for columns in self.tables:
-                console.print(_rich(_table(records, columns)))
+                console.print(rich_table(_table(records, columns)))
             for note in self.notes(records):
                 console.print(note, markup=False, highlight=False)
         return records
@@ -120,7 +120,7 @@ class Benchmark:
         Path(f"{stem}.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
         flat = pd.json_normalize([{k: v for k, v in record.items() if k != "per_op"} for record in records])
         flat.to_csv(f"{stem}.csv", index=False)
-        blocks = [_markdown(_table(records, columns)) for columns in self.tables]
+        blocks = [markdown(_table(records, columns)) for columns in self.tables]
         blocks.append("\n".join(f"- {note}" for note in self.notes(records)))
         Path(f"{stem}.md").write_text("\n\n".join(blocks).rstrip() + "\n", "utf-8")
         for suffix, plot in self.plots.items():
@@ -233,11 +233,13 @@ def _table(records: Sequence[Record], columns: Sequence[str]) -> list[list[str]]
     return [[_HEADINGS.get(column, column) for column in columns], *rows]
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
+    """Rows, the first the heading, as a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
-def _rich(rows: list[list[str]]) -> Table:
+def rich_table(rows: list[list[str]]) -> Table:
+    """Rows, the first the heading, for the terminal."""
     table = Table(*rows[0])
     for row in rows[1:]:
         table.add_row(*row)

@@ -11,7 +11,7 @@ from rich.progress import track
 from flaxmpc import secure
 from flaxmpc.convert import card, metrics, tasks
 from flaxmpc.convert.data import Split, collate, plan
-from flaxmpc.inference import SecureClassifier
+from flaxmpc.inference import SecureClassifier, buckets, check_encoded
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 
@@ -54,6 +54,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: the folder has no recipe.json.
+        secure.OverflowRisk: fewer than 2 bits are left between the model's numbers and the fixed point's largest.
     """
     path = folder / "recipe.json"
     if not path.is_file():
@@ -68,6 +69,7 @@ def evaluate(
         label_column=recipe["label_column"],
     )
     results = zoo.results(folder)
+    results |= _margin(loaded, task.validation)
     for protocol, count in (("REF2K", ref2k_sentences), ("ABY3", aby3_sentences)):
         rows = spread(len(task.test), count)
         if not len(rows):
@@ -84,6 +86,21 @@ def evaluate(
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     card.write(folder)
     return results
+
+
+# Sentences whose largest numbers are looked at before a model runs in fixed point, and the bits that must be left.
+_CHECKED, _MARGIN = 200, 2.0
+
+
+def _margin(loaded: folders.LoadedModel, split: Split) -> dict[str, Any]:
+    """The margin to overflow on validation rows, each a run of its own, so that padding is as it will be."""
+    rows = split[spread(len(split), _CHECKED)]
+    lengths = buckets(loaded.model.config.max_position_embeddings)
+    found = (collate(rows, members, batch_size=1) for members in plan(rows, batch_size=1, lengths=lengths))
+    types = (lambda batch: None) if split.token_type_ids is None else (lambda batch: batch.token_type_ids)
+    margins = check_encoded(loaded, ((batch.input_ids, batch.attention_mask, types(batch)) for batch in found))
+    margins.require(_MARGIN)
+    return {"margin_bits": margins.margin_bits, "margin_sentences": len(rows), "margin_worst": str(margins.worst)}
 
 
 def spread(total: int, count: int | None) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Sentences classified on secret shares: where the models meet the secure runtime."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,12 +112,29 @@ def check(
     Raises:
         ValueError: see `Client.encode` and `secure.check`; or the model is no sequence classifier.
     """
+    model, _, client_params, _ = _folded(loaded)
+    ids, mask, _ = Client(model, loaded.tokenizer, client_params).encode(texts)
+    rows = ((ids[i : i + 1], mask[i : i + 1], None) for i in range(len(texts)))
+    return check_encoded(loaded, rows, ring=ring, fraction_bits=fraction_bits)
+
+
+def check_encoded(
+    loaded: folders.LoadedModel,
+    runs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+    *,
+    ring: str = "FM64",
+    fraction_bits: int = 18,
+) -> secure.Margins:
+    """The same for runs of encoded sentences or pairs: ids, mask and types as `Client.share` takes them.
+
+    Raises:
+        ValueError: see `secure.check`; or the model is no sequence classifier.
+    """
     model, function, client_params, secret_params = _folded(loaded)
     client = Client(model, loaded.tokenizer, client_params)
-    ids, mask, _ = client.encode(texts)
     secret_params = jax.device_put(secret_params)
-    batches = ((secret_params, *client.share(ids[i : i + 1], mask[i : i + 1])) for i in range(len(texts)))
-    return secure.check(function, batches, ring=ring, fraction_bits=fraction_bits)
+    inputs = ((secret_params, *client.share(*run)) for run in runs)
+    return secure.check(function, inputs, ring=ring, fraction_bits=fraction_bits)
 
 
 def buckets(most: int) -> list[int]:

@@ -37,6 +37,7 @@ def text(folder: Path) -> str:
         f"On the {results['test_sentences']:,} test rows; the epoch was chosen on the validation rows.",
         _table(("", *_names(results)), _measured(results)),
         *_interval(results),
+        *_margin(results),
         "## Data",
         _DATA.get(recipe["data"], f"`{recipe['data']}`."),
         "## How it was made",
@@ -117,6 +118,14 @@ def _interval(results: Mapping[str, Any]) -> Iterable[str]:
                 f"{name}: {100 * results[f'{key}_agreement']:.1f} % of {results[f'{key}_sentences']:,} labels as in "
                 f"the clear, largest logit difference {results[f'{key}_max_logit_difference']:.4f}."
             )
+
+
+def _margin(results: Mapping[str, Any]) -> Iterable[str]:
+    if "margin_bits" in results:
+        yield (
+            f"Fixed point: {results['margin_bits']:.1f} bits between the largest numbers of "
+            f"{results['margin_sentences']} validation rows and overflow (`secure.check`)."
+        )
 
 
 def _method(recipe: Mapping[str, Any]) -> str:

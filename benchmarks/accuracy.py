@@ -1,0 +1,123 @@
+"""What every attention variant costs in accuracy: in the clear, in fixed point, on three parties' shares.
+
+    python benchmarks/accuracy.py [--json]
+
+Nothing is measured here: the figures are those that `train/movie.py` leaves with each model (models/*/results.json, and
+models/*/runs/*.json for other seeds and for what was left out). Fractions, not per cent. `difference` is student minus
+teacher over the same test rows, with its 95 % paired bootstrap interval.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+from harness import RESULTS, Options, Record, markdown, rich_table
+from rich.console import Console
+
+ZOO = Path(__file__).parent.parent / "models"
+
+FIGURES = (
+    "accuracy",
+    "teacher_accuracy",
+    "difference",
+    "ci_low",
+    "ci_high",
+    "ref2k_accuracy",
+    "ref2k_agreement",
+    "ref2k_max_logit_difference",
+    "aby3_agreement",
+    "aby3_max_logit_difference",
+    "aby3_sentences",
+)
+
+
+def stages(recipe: dict[str, Any]) -> str:
+    """What a recipe trains on: `hidden, then logits`; `labels` for no distillation."""
+    names = []
+    for stage in (recipe["stage1"], recipe["stage2"]):
+        weights = {name: stage[f"{name}_weight"] for name in ("hidden", "score", "logit", "label")}
+        if stage["epochs"]:
+            names.append(max(weights, key=lambda name: weights[name]))
+    return ", then ".join(names) or "none"
+
+
+def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, recipe and results of every student."""
+    for path in sorted(ZOO.glob("*/recipe.json")):
+        recipe = json.loads(path.read_text("utf-8"))
+        if "attention" in recipe:
+            yield path.parent.name, recipe, json.loads((path.parent / "results.json").read_text("utf-8"))
+        for other in sorted(path.parent.glob("runs/*.json")):
+            found = json.loads(other.read_text("utf-8"))
+            yield f"{path.parent.name}/{other.stem}", found["recipe"], found["results"]
+
+
+def records() -> list[Record]:
+    """One for each student; a figure that was not measured is None."""
+    return [
+        {
+            "model": name,
+            "attention": recipe["attention"],
+            "activation": recipe["activation"],
+            "layer_norm": recipe["layer_norm"],
+            "stages": stages(recipe),
+            "seed": recipe["seed"],
+            "train_embeddings": recipe["train_embeddings"],
+            **{figure: results.get(figure) for figure in FIGURES},
+        }
+        for name, recipe, results in runs()
+    ]
+
+
+def plot(found: list[Record]) -> Any:
+    """Each student's difference from its teacher, with its interval, in points."""
+    from matplotlib.figure import Figure
+
+    rows = [record for record in found if record["difference"] is not None]
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for y, row in enumerate(reversed(rows)):
+        low, middle, high = (100 * row[name] for name in ("ci_low", "difference", "ci_high"))
+        axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color="C0", capsize=3)
+    axis.axvline(0, color="0.4", linewidth=0.8)
+    axis.axvspan(-0.5, 0.5, color="0.92", zorder=0)
+    axis.set_yticks(range(len(rows)), [row["model"] for row in reversed(rows)])
+    axis.set(xlabel="student minus teacher, points of test accuracy (95 % interval; grey: within 0.5)")
+    return figure
+
+
+def table(found: list[Record]) -> list[list[str]]:
+    """Heading and rows, in per cent."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f}"
+
+    head = ["model", "stages", "seed", "test", "teacher", "difference", "REF2K", "same: REF2K", "same: ABY3"]
+    rows = []
+    for row in found:
+        interval = "" if row["ci_low"] is None else f" ({percent(row['ci_low'])} to {percent(row['ci_high'])})"
+        names = ("ref2k_accuracy", "ref2k_agreement", "aby3_agreement")
+        figures = [percent(row["accuracy"]), percent(row["teacher_accuracy"]), percent(row["difference"]) + interval]
+        name = row["model"].removeprefix("movie-minilm-l6-")
+        rows.append([name, row["stages"], str(row["seed"]), *figures, *(percent(row[name]) for name in names)])
+    return [head, *rows]
+
+
+def main(options: Options) -> None:
+    """Prints the table or the records; without --show and --quick also writes table and plot."""
+    found = records()
+    rows = table(found)
+    if not (options.show or options.quick):
+        RESULTS.mkdir(exist_ok=True)
+        plot(found).savefig(RESULTS / "accuracy.png", dpi=150)
+        (RESULTS / "accuracy.md").write_text(markdown(rows) + "\n", "utf-8")
+    if options.json:
+        print(json.dumps(found))
+    else:
+        Console().print(rich_table(rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
