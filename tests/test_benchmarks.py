@@ -248,3 +248,16 @@ def test_saved_results_say_what_made_them(path: Path):
     for record in records:
         assert record.keys() >= promised | ALWAYS
     assert f"spu{records[0]['versions']['spu']}-{records[0]['machine']['cpus']}cores" in path.name
+
+
+def test_every_student_of_the_zoo_is_in_the_table_of_accuracies(load, capsys):
+    accuracy, harness = load("accuracy"), sys.modules["harness"]
+    accuracy.main(harness.Options(show=True, json=True))
+    records = json.loads(capsys.readouterr().out)
+    assert "movie-minilm-l6-2quad-freediv" in {record["model"] for record in records}
+    for record in records:
+        assert {"attention", "activation", "stages", "seed", *accuracy.FIGURES} <= record.keys()
+        shares = [record[name] for name in ("accuracy", "teacher_accuracy", "ref2k_agreement", "aby3_agreement")]
+        assert all(share is None or 0 <= share <= 1 for share in shares)
+    accuracy.main(harness.Options(quick=True))
+    assert "2quad-freediv" in capsys.readouterr().out

@@ -147,14 +147,15 @@ def test_batches_hold_every_row_once_and_whole(sizes, lengths, batch_size, seed,
             size = mask.sum()
             assert (mask == (np.arange(length) < size)).all()
             if not batch.row_mask[i]:
-                assert size == 1
-                assert (tokens == 9).all()
-                assert not types.any()
+                assert (tokens == batch.input_ids[0]).all()
+                assert (mask == batch.attention_mask[0]).all()
+                assert (types == batch.token_type_ids[0]).all()
                 continue
             assert length == next(enough for enough in lengths if size <= enough)
             assert (tokens[size:] == 9).all()
             assert not types[size:].any()
             assert batch.label[i] not in seen
+            assert split.labels[batch.place[i]] == batch.label[i]
             seen[batch.label[i]] = tokens[:size].tolist(), types[:size].tolist()
     assert seen == dict(enumerate(zip(split.input_ids, numbered(sizes).token_type_ids or [], strict=True)))
 
