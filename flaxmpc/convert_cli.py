@@ -36,7 +36,9 @@ class Hosts:
             jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
 
 
-def finetune(config: tyro.conf.OmitArgPrefixes[FineTuning], hosts: tyro.conf.OmitArgPrefixes[Hosts] = Hosts()) -> None:
+def finetune(
+    config: Annotated[FineTuning, tyro.conf.arg(name="")], hosts: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
+) -> None:
     """Fine-tunes a pre-trained BERT on labelled sentences: the teacher of a conversion.
 
     A run that was killed goes on from its last checkpoint when the same command is given again.
@@ -47,7 +49,9 @@ def finetune(config: tyro.conf.OmitArgPrefixes[FineTuning], hosts: tyro.conf.Omi
     _show(config.out, results)
 
 
-def convert(config: tyro.conf.OmitArgPrefixes[Conversion], hosts: tyro.conf.OmitArgPrefixes[Hosts] = Hosts()) -> None:
+def convert(
+    config: Annotated[Conversion, tyro.conf.arg(name="")], hosts: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
+) -> None:
     """Converts a fine-tuned BERT into one that is cheap under MPC: replaces parts, distils, evaluates, writes a card.
 
     A run that was killed goes on from its last checkpoint when the same command is given again.

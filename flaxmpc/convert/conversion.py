@@ -60,14 +60,15 @@ class Conversion:
         data: that the teacher was fine-tuned on: `movie`, a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte,
             wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
         out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
-        attention, activation: the student's parts, names in `flaxmpc.nn`.
+        attention: the student's, a name in `flaxmpc.nn.ATTENTION`.
+        activation: the student's, a name in `flaxmpc.nn.ACTIVATIONS`.
         layer_norm: its LayerNorm; `layer_norm_newton` is calibrated, and trained to stay in its range.
         stage1: by default hidden states alone.
         stage2: by default logits and a tenth of the hidden states.
         max_length: tokens a text is cut at.
         train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
-        word_embedding_bits, matrix_bits: how the weights are stored (32, 8 or 4). The student is trained on the
-            stored embeddings.
+        word_embedding_bits: how the table of words is stored: 32, 8 or 4. The student is trained on what is stored.
+        matrix_bits: how every other matrix is stored.
         ref2k_sentences: of the test set under the secure protocols' arithmetic; None: all.
         aby3_sentences: of the test set on three parties' shares; 0 leaves it out.
         teacher_memory: gigabytes for the teacher's outputs; if they need more, they are computed in every epoch.

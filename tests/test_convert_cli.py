@@ -1,0 +1,75 @@
+"""The commands that train, on a small model and a file of sentences, as a user would give them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flaxmpc import cli
+from flaxmpc.evaluation import spread
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    words = ["a", "the", "film", "movie", "acted", "very", "beautifully"]
+    moods = {"good": 1, "gripping": 1, "bad": 0, "tedious": 0}
+    rows = [(f"{a} {b} {mood}", label) for mood, label in moods.items() for a in words for b in words[:3]]
+    path = tmp_path_factory.mktemp("data") / "films.jsonl"
+    path.write_text("".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows))
+    return path
+
+
+def test_a_model_is_fine_tuned_converted_and_measured_by_command(data, tmp_path, write_classifier, capsys):
+    encoder = write_classifier(tmp_path / "encoder", attention="softmax", hidden_act="gelu")
+    teacher, student = str(tmp_path / "teacher"), tmp_path / "student"
+    short = ["--schedule.epochs", "1", "--schedule.batch-size", "8", "--max-length", "16"]
+    cli.main(["finetune", "--encoder", str(encoder), "--data", str(data), "--out", teacher, *short])
+    assert "accuracy" in capsys.readouterr().out
+    stages = [f"--stage{i}.{option}" for i in (1, 2) for option in ("epochs=1", "batch-size=8")]
+    sizes = ["--max-length", "16", "--ref2k-sentences", "4", "--aby3-sentences", "2", "--notes", "## Tried\n\nThis."]
+    command = ["convert", "--teacher", teacher, "--data", str(data), "--out", str(student)]
+    cli.main([*command, *(part for stage in stages for part in stage.split("=")), *sizes])
+    results = json.loads((student / "results.json").read_text())
+    assert (results["ref2k_sentences"], results["aby3_sentences"]) == (4, 2)
+    assert results["margin_bits"] > 2
+    for protocol in ("ref2k", "aby3"):
+        assert 0 <= results[f"{protocol}_accuracy"] <= 1
+        assert results[f"{protocol}_max_logit_difference"] < 0.05
+    card = (student / "README.md").read_text()
+    assert "This." in card
+    assert "bits between the largest numbers" in card
+    cli.main(["evaluate", str(student), "--ref2k-sentences", "3", "--aby3-sentences", "0"])
+    again = json.loads((student / "results.json").read_text())
+    assert again["ref2k_sentences"] == 3
+    assert again["accuracy"] == results["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--attention", "2quad_fredev"), "2quad_freediv"),
+        (("--data", "movies"), "movie"),
+        (("--teacher", "nowhere"), "nowhere/config.json does not exist"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line(change, message, data, tmp_path, write_classifier, capsys):
+    teacher = write_classifier(tmp_path / "teacher", attention="softmax", hidden_act="gelu")
+    options = {"--teacher": str(teacher), "--data": str(data), "--out": str(tmp_path / "out"), change[0]: change[1]}
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["convert", *(word for option in options.items() for word in option)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_evaluation_asks_for_a_recipe(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tmp_path)])
+    assert "recipe.json does not exist" in capsys.readouterr().err
+
+
+def test_a_sample_is_evenly_spread():
+    assert spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert spread(3, None).tolist() == spread(3, 7).tolist() == [0, 1, 2]
+    assert not len(spread(5, 0))
