@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import os
 import re
+import shutil
 import tempfile
 import threading
 import warnings
@@ -61,10 +63,13 @@ def _log() -> int:
 
 
 @functools.cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="flaxmpc-spu-", ignore_cleanup_errors=True)
+def _scratch() -> str:
+    path = tempfile.mkdtemp(prefix="flaxmpc-spu-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
+_scratch_lock = threading.Lock()
 _CLONE_FS = 0x200
 
 
@@ -76,7 +81,9 @@ def leave_working_directory() -> None:
     """
     unshare = getattr(ctypes.CDLL(None), "unshare", None)
     if unshare is not None and unshare(_CLONE_FS) == 0:
-        os.chdir(_scratch().name)
+        with _scratch_lock:  # the cache alone would let two threads make one each
+            path = _scratch()
+        os.chdir(path)
 
 
 class LogReader:

@@ -64,7 +64,7 @@ class Party:
             self.names.remove(name)
 
     def _forget(self, name: str) -> None:
-        """SPU knows by its address what was opened: the next value there would be taken for this one."""
+        """Else SPU keeps the value, and what it opened of it, for good: by its address it knows what was opened."""
         output = f"{name}.forgotten"
         self._runtime.run(load_spu().Executable("forget", [name], [output], _FORGET))
         self._runtime.del_var(output)

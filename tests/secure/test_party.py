@@ -1,4 +1,5 @@
 import gc
+import os
 import sys
 import threading
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_a_resident_value_is_opened_once(group):
 
 
 def test_a_new_value_is_never_taken_for_one_that_was_opened(group):
-    """They often get the same address, by which SPU knows what was opened."""
+    """SPU knows by its address what was opened."""
     parties, others = group("SEMI2K"), secure.InProcess("SEMI2K")
     functions = [secure.jit(times, parties=each) for each in (parties, others)]
     sent = set()
@@ -201,7 +202,33 @@ def test_a_new_value_is_never_taken_for_one_that_was_opened(group):
     assert len(sent) == 2  # cold and warm
 
 
-def test_deleting_never_waits_for_a_run(group):
+def test_what_was_opened_is_forgotten(group):
+    parties = group("SEMI2K")
+    f = secure.jit(times, parties=parties)
+    resident = parties.put({"w": W[0]})
+    cold, warm = (f.run(resident, V).cost.bytes_sent for _ in range(2))
+    for member in parties.members:
+        member._forget(resident.names[0])
+    assert [f.run(resident, V).cost.bytes_sent for _ in range(2)] == [cold, warm]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_what_was_opened_takes_no_memory_after_its_value():
+    parties = secure.InProcess("SEMI2K")
+    f = secure.jit(times, parties=parties)
+
+    def resident_megabytes():
+        for _ in range(4):
+            resident = parties.put({"w": np.eye(1024, dtype=np.float32)})
+            f(resident, np.ones((1, 1024), np.float32))
+            resident.delete()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    first, *_, last = [resident_megabytes() for _ in range(4)]
+    assert last < first + 100  # kept, the twelve later ones would take 190 MB
+
+
+def test_deleting_never_waits_for_a_run():
     """It may happen in a garbage collection within one."""
     parties = secure.InProcess("SEMI2K")
     resident = parties.put(W[0])
