@@ -1,6 +1,5 @@
 """The commands that train: `finetune`, `convert` and `evaluate`. What they do stands in `flaxmpc.convert`."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,51 +13,23 @@ from flaxmpc.convert.conversion import Conversion, FineTuning, finetune_encoder
 from flaxmpc.convert.conversion import convert as convert_teacher
 
 
-@dataclasses.dataclass(frozen=True)
-class Hosts:
-    """Training on several hosts: the same command on each, with its own --process-id.
-
-    Attributes:
-        coordinator: HOST:PORT of the first host; without, this host trains alone.
-        num_processes: the number of hosts.
-        process_id: of this host, from 0.
-    """
-
-    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="")] = None
-    num_processes: int = 1
-    process_id: int = 0
-
-    def join(self) -> None:
-        if self.coordinator is not None:
-            import jax
-
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")  # says nothing to other devices
-            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
-
-
-def finetune(
-    config: Annotated[FineTuning, tyro.conf.arg(name="")], hosts: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
-) -> None:
+def finetune(config: Annotated[FineTuning, tyro.conf.arg(name="")]) -> None:
     """Fine-tunes a pre-trained BERT on labelled sentences: the teacher of a conversion.
 
     A run that was killed goes on from its last checkpoint when the same command is given again.
     """
-    hosts.join()
     results = finetune_encoder(config)
     card.write(config.out)
     _show(config.out, results)
 
 
-def convert(
-    config: Annotated[Conversion, tyro.conf.arg(name="")], hosts: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
-) -> None:
+def convert(config: Annotated[Conversion, tyro.conf.arg(name="")]) -> None:
     """Converts a fine-tuned BERT into one that is cheap under MPC: replaces parts, distils, evaluates, writes a card.
 
     A run that was killed goes on from its last checkpoint when the same command is given again.
     """
     from flaxmpc.evaluation import evaluate as evaluate_folder
 
-    hosts.join()
     convert_teacher(config)
     if config.notes:
         (config.out / "notes.md").write_text(config.notes.strip() + "\n", "utf-8")

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,7 +76,7 @@ def merge(trainable: Params, frozen: Params) -> dict[str, Any]:
 
 
 class _Devices:
-    """All devices of all hosts: each batch is split over them, parameters are on every one."""
+    """All devices: each batch is split over them, parameters are on every one."""
 
     def __init__(self, batch_size: int):
         self.count = jax.device_count()
@@ -91,15 +90,8 @@ class _Devices:
             NamedSharding(mesh, PartitionSpec()),
         )
 
-    def own_rows(self, batch: Batch) -> Batch:
-        """The rows of a batch that this host's devices compute."""
-        rows = len(batch.row_mask) // jax.process_count()
-        start = jax.process_index() * rows
-        return Batch(*(array[start : start + rows] for array in batch))
-
     def split(self, rows: Any) -> Any:
-        """Every host's rows as one global array."""
-        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self._split, np.asarray(leaf)), rows)
+        return jax.device_put(rows, self._split)
 
     def everywhere(self, tree: Any) -> Any:
         return jax.device_put(tree, self._everywhere)
@@ -154,7 +146,7 @@ def fit(
     """Trains, and returns the parameters: after the last step, or of the best epoch.
 
     A run that was killed goes on from its last checkpoint in `folder`, to the same parameters as without the kill.
-    Every batch is split over all devices of all hosts (`jax.distributed`); the hosts must see one `folder`.
+    Every batch is split over all of `jax.devices()`.
 
     Args:
         loss: (params, prepared batch, key) -> (loss, metrics).
@@ -208,33 +200,32 @@ def fit(
             f"longer warm-up than {schedule.warmup:g} may do. The last checkpoint is in {folder}"
         )
 
-    # Several hosts write together, and wait: orbax's asynchronous writing asks for more than stable jax's hosts have.
-    options = partial(ocp.CheckpointManagerOptions, enable_async_checkpointing=jax.process_count() == 1)
-    latest = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options(max_to_keep=2))
+    latest = ocp.CheckpointManager(
+        folder.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    )
     best = ocp.CheckpointManager(
         folder.absolute() / "best",
-        options=options(max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max"),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max"
+        ),
     )
     done = latest.latest_step() or 0
     if done:
         state = latest.restore(done, args=ocp.args.StandardRestore(state))  # pyright: ignore[reportCallIssue]
-    chief = jax.process_index() == 0
     metrics_file = folder / "metrics.jsonl"
     # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
     lines = metrics_file.read_text().splitlines(keepends=True) if metrics_file.is_file() else []
-    if chief:
-        metrics_file.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= done // steps_per_epoch))
+    metrics_file.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= done // steps_per_epoch))
     divergence = _Divergence()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(latest)
         stack.enter_context(best)
-        progress = stack.enter_context(Progress(*_columns(), disable=not chief))
+        progress = stack.enter_context(Progress(*_columns()))
         bar = progress.add_task(name, total=num_steps, completed=done, shown="")
-        log = stack.enter_context(metrics_file.open("a")) if chief else None
-        board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None) if chief else None
-        if board is not None:
-            stack.callback(board.close)
+        log = stack.enter_context(metrics_file.open("a"))
+        board = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None)
+        stack.callback(board.close)
         for epoch in range(done // steps_per_epoch, schedule.epochs):
             totals: dict[str, float] = {}
             started, count = time.perf_counter(), 0
@@ -243,7 +234,7 @@ def fit(
                 if number < done:
                     continue
                 before = state["params"]
-                rows = devices.split(prepare(devices.own_rows(batch)))
+                rows = devices.split(prepare(batch))
                 state, metrics = step(state, fixed, rows, jax.random.fold_in(key, number))
                 values = {metric: float(value) for metric, value in metrics.items()}
                 if (what := divergence.bad(values["loss"])) is not None:
@@ -253,7 +244,7 @@ def fit(
                 rate = count * schedule.batch_size / (time.perf_counter() - started)
                 shown = "  ".join(f"{metric} {total / count:.4f}" for metric, total in totals.items())
                 progress.update(bar, completed=number + 1, shown=f"{shown}  {rate:.0f} sentences/s")
-                if board is not None and number % 10 == 0:
+                if number % 10 == 0:
                     for metric, value in values.items():
                         board.add_scalar(f"train/{metric}", value, number)
                 if (number + 1) % schedule.checkpoint_every == 0 or number + 1 == num_steps:
@@ -267,13 +258,11 @@ def fit(
                 if choose_by is not None and epoch not in best.all_steps():
                     kept = ocp.args.StandardSave(state["params"])  # pyright: ignore[reportCallIssue]
                     best.save(epoch, args=kept, metrics={**figures, "epoch": epoch})
-                if board is not None:
-                    for figure, value in figures.items():
-                        board.add_scalar(figure, value, (epoch + 1) * steps_per_epoch)
-            if log is not None:
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                progress.console.print(record)
+                for figure, value in figures.items():
+                    board.add_scalar(figure, value, (epoch + 1) * steps_per_epoch)
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            progress.console.print(record)
         chosen = state["params"]
         if choose_by is not None:
             best.wait_until_finished()

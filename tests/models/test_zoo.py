@@ -77,7 +77,12 @@ def test_every_entry_is_whole_small_and_measured(name):
     folder = zoo.find(name)
     config = BertConfig.from_folder(folder)
     assert config.embedding.name in (folder / "README.md").read_text("utf-8")  # the card says which mode it is for
-    assert (folder / "model.safetensors").stat().st_size <= 20e6
     results = zoo.results(folder)
     assert 0.5 < results["accuracy"] <= 1
-    assert 0.5 < results["ref2k_accuracy"] <= 1
+    assert (folder / "recipe.json").is_file()
+    weights = folder / "model.safetensors"
+    if weights.is_file():
+        assert weights.stat().st_size <= 20e6
+        assert 0.5 < results["ref2k_accuracy"] <= 1
+    else:
+        assert "by recipe" in (folder / "README.md").read_text("utf-8")
