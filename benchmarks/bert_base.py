@@ -53,7 +53,7 @@ def measure(variant: str, size: dict[str, Any], layer_too: bool) -> Record:
         weights.delete()
 
         if layer_too:  # what a second layer adds to one; a small vocabulary, which takes no part in it
-            small = {**size, "vocab_size": 100}
+            small: dict[str, Any] = {**size, "vocab_size": 100}
             one, two = (workload(variant, **small | {"layers": layers}).run(parties) for layers in (1, 2))
             found["bytes_per_layer"] = two.bytes_sent - one.bytes_sent
             found["rounds_per_layer"] = two.rounds - one.rounds

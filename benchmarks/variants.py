@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 
 from flaxmpc import secure
 from flaxmpc.convert.fold import fold
@@ -118,7 +118,7 @@ def flax_bert(config: BertConfig, *, batch: int, tokens: int) -> Workload:
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     theirs = transformers.BertConfig(**{name: getattr(config, name) for name in names})
     model = transformers.FlaxBertForSequenceClassification(theirs, _do_init=False)
-    params = random_params(flax.core.unfreeze(model.params_shape_tree))
+    params = random_params(unfreeze(model.params_shape_tree))
 
     def logits(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
         return model(ids, mask, params=params).logits  # pyright: ignore[reportAttributeAccessIssue]
