@@ -53,8 +53,8 @@ def measure(variant: str, size: dict[str, Any], layer_too: bool) -> Record:
         weights.delete()
 
         if layer_too:  # what a second layer adds to one; a small vocabulary, which takes no part in it
-            small: dict[str, Any] = {**size, "vocab_size": 100}
-            one, two = (workload(variant, **small | {"layers": layers}).run(parties) for layers in (1, 2))
+            small: list[dict[str, Any]] = [{**size, "vocab_size": 100, "layers": layers} for layers in (1, 2)]
+            one, two = (workload(variant, **shape).run(parties) for shape in small)
             found["bytes_per_layer"] = two.bytes_sent - one.bytes_sent
             found["rounds_per_layer"] = two.rounds - one.rounds
         return found
