@@ -281,7 +281,6 @@ def main(arguments: list[str] | None = None) -> None:
     app.command(name="zoo")(zoo_)
     app.command(convert_cli.finetune)
     app.command(convert_cli.convert)
-    app.command(convert_cli.evaluate)
     app.command(serving_cli.cluster)
     app.command(serving_cli.party)
     app.command(serving_cli.put)

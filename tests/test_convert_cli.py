@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flaxmpc import cli
-from flaxmpc.evaluation import spread
+from flaxmpc.evaluation import evaluate, spread
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,7 @@ def test_a_model_is_fine_tuned_converted_and_measured_by_command(data, tmp_path,
     card = (student / "README.md").read_text()
     assert "This." in card
     assert "bits between the largest numbers" in card
-    cli.main(["evaluate", str(student), "--ref2k-sentences", "3", "--aby3-sentences", "0"])
-    again = json.loads((student / "results.json").read_text())
+    again = evaluate(student, ref2k_sentences=3, aby3_sentences=0)
     assert again["ref2k_sentences"] == 3
     assert again["accuracy"] == results["accuracy"]
 
@@ -63,10 +62,9 @@ def test_what_cannot_be_converted_is_one_line(change, message, data, tmp_path, w
     assert error.count("\n") == 1
 
 
-def test_evaluation_asks_for_a_recipe(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["evaluate", str(tmp_path)])
-    assert "recipe.json does not exist" in capsys.readouterr().err
+def test_evaluation_asks_for_a_recipe(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"recipe\.json does not exist"):
+        evaluate(tmp_path)
 
 
 def test_a_sample_is_evenly_spread():
