@@ -12,14 +12,20 @@ from flax.core import unfreeze
 from flaxmpc import secure
 from flaxmpc.convert.fold import fold
 from flaxmpc.inference import split_at_shares
+from flaxmpc.models import zoo
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.models.config import BertConfig, preset
-from flaxmpc.nn.normalization import NEWTON
 
-# Variances for which a distilled student's LayerNorms are calibrated. A Newton step is 5.3 rounds in ABY3: these
-# ranges take 5 steps after the attention and 7 after the feed-forward.
-AFTER_ATTENTION = NEWTON.calibrated(jnp.array([0.05, 4.0]), margin=1.0)
-AFTER_FEED_FORWARD = NEWTON.calibrated(jnp.array([0.3, 100.0]), margin=1.0)
+
+def _most_steps(place: int) -> Any:
+    """Of the LayerNorms after attention (0) or feed-forward (1) of the zoo's default student, the widest range's."""
+    config = BertConfig.from_folder(zoo.find(zoo.DEFAULT))
+    parts: list[Any] = [config.layer_norms_of(layer)[place] for layer in range(config.num_hidden_layers)]
+    return max(parts, key=lambda part: (part.steps, part.high / part.low))
+
+
+# A Newton step is 5.3 rounds in ABY3, so a comparison takes the steps that a trained student needs.
+AFTER_ATTENTION, AFTER_FEED_FORWARD = _most_steps(0), _most_steps(1)
 NEWTON_PARTS = (AFTER_ATTENTION, AFTER_FEED_FORWARD)
 
 
