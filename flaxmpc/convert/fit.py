@@ -224,7 +224,8 @@ def fit(
         progress = stack.enter_context(Progress(*_columns()))
         bar = progress.add_task(name, total=num_steps, completed=done, shown="")
         log = stack.enter_context(metrics_file.open("a"))
-        board = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None)
+        # Events files are named by the second: the suffix keeps a run that goes on at once from writing over the last.
+        board = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None, filename_suffix=f".{done}")
         stack.callback(board.close)
         for epoch in range(done // steps_per_epoch, schedule.epochs):
             totals: dict[str, float] = {}

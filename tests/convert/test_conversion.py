@@ -16,6 +16,7 @@ from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.fit import Schedule
 from flaxmpc.models import folder as folders
 
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 STAGE = Stage(epochs=2, learning_rate=3e-3, batch_size=8, checkpoint_every=5, hidden_weight=1.0, range_weight=0.3)
 CONVERSION = Conversion(
     teacher=Path("teacher"),
@@ -35,7 +36,7 @@ def data(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     words = ["a", "the", "film", "movie", "acted", "very", "beautifully"]
     rows = set()
-    while len(rows) < 90:
+    while len(rows) < 180:
         label = int(rng.integers(2))
         mood = rng.choice(["gripping", "good"] if label else ["tedious", "bad"])
         text = [*rng.choice(words, rng.integers(1, 8)), mood, *rng.choice(words, rng.integers(0, 3))]
@@ -48,7 +49,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory, write_classifier) -> Path:
     return write_classifier(
-        tmp_path_factory.mktemp("encoder"), attention="softmax", hidden_act="gelu", hidden_dropout_prob=0.0
+        tmp_path_factory.mktemp("encoder"), attention="softmax", hidden_act="gelu", **NO_DROPOUT
     )
 
 
