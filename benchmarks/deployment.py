@@ -320,6 +320,7 @@ def notes(records: Sequence[harness.Record]) -> list[str]:
         if row["network"] == "loopback":
             grown = max(np.divide(row["party_memory_mb_end"], row["party_memory_mb_quarter"]))
             lines.append(harness.held(f"{title}: memory of a party, end / first quarter", float(grown), most=1.1))
+            lines.append(harness.held(f"{title}: logits beside those in process", row["max_difference"], most=0.01))
         else:
             lines.append(f"{title}: measured / modelled {row['measured_seconds'] / row['modelled_seconds']:.2f}")
     return lines

@@ -125,8 +125,19 @@ def test_every_benchmark_runs_quickly_and_saves_and_shows_what_it_promises(name,
 @pytest.mark.slow  # three real parties with the zoo's model: minutes
 def test_the_deployment_benchmark_runs_quickly(load):
     deployment = load("deployment")
-    (record,) = [measure() for _, measure in deployment.jobs(deployment.Options(quick=True))]
-    assert record["requests"] == 8
+    (_, measure), *_ = deployment.jobs(deployment.Options(quick=True))
+    assert measure()["requests"] == 8
+
+
+def test_parties_in_namespaces_are_measured_beside_the_model(load):
+    deployment = load("deployment")
+    if reason := sys.modules["namespaces"].unavailable():
+        pytest.skip(reason)
+    record = deployment.measure(deployment.layer("tiny", 16), "100mbit", 3, 1, 1)
+    assert record["network"] == "100 Mbit/s"
+    assert 0 < record["modelled_seconds"] < record["measured_seconds"] * 10
+    assert record["client_bytes"] - record["share_bytes"] <= 64 << 10
+    assert any("measured / modelled" in note for note in deployment.notes([record]))
 
 
 def test_show_without_saved_results_says_so(load):

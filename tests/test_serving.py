@@ -107,7 +107,7 @@ def test_no_party_receives_ids_logits_or_anything_but_uniform_shares(parties, mo
     logits = np.array(prediction.logits, np.float32)
     encoded = [np.rint(values.astype(np.float64) * 2**18).astype(np.int64) for values in (tokens[0, 0, :4], logits)]
     secrets = {
-        "ids": [form.tobytes() for form in (ids, ids.astype(np.int64), ids.astype(np.int64) << 18)],
+        "ids": [form[0, :4].tobytes() for form in (ids, ids.astype(np.int64), ids.astype(np.int64) << 18)],
         "embeddings": [tokens[0, 0].tobytes(), encoded[0].tobytes()],
         "logits": [logits.tobytes(), encoded[1].tobytes()],
         "text": [TEXTS[0].encode()],
@@ -115,12 +115,14 @@ def test_no_party_receives_ids_logits_or_anything_but_uniform_shares(parties, mo
     for rank, start in enumerate(starts):
         received = (parties.directory / f"capture{rank}").read_bytes()[start:]
         own = [chunk for shares in made for chunk in shares[rank].share_chunks]
-        assert all(chunk in received for chunk in own)  # it captures what it should
+        assert all(chunk in received for chunk in own)  # it captures what it should,
+        assert received.count(b"PRPC") > 10  # and brpc's messages of the other parties too
         for other in {0, 1, 2} - {rank}:
             chunks = [chunk for shares in made for chunk in shares[other].share_chunks]
             assert not any(chunk in received for chunk in chunks if len(chunk) >= 64)
         for kind, forms in secrets.items():
             assert not any(form in received for form in forms), f"party {rank} received the {kind}"
+        assert TEXTS[0] not in parties.log_of(rank).read_text()
         counts = np.bincount(np.frombuffer(b"".join(own), np.uint8), minlength=256)
         assert counts.sum() > 256 * 20
         assert scipy.stats.chisquare(counts).pvalue > 1e-4

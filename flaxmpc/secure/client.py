@@ -114,18 +114,27 @@ class Cluster(Parties):
         return self._gather(futures, kind)
 
     def _gather(self, futures: Sequence[Any], kind: type[Any]) -> list[Any]:
-        """All answers; at the first error the other calls end too."""
+        """All answers; at the first error, of a call or in an answer, the other calls end too.
+
+        They might not end by themselves: a request that party 0 has given up waits at the others.
+        """
         import grpc
 
+        from flaxmpc.secure import messages as m
         from flaxmpc.secure import rpc
 
-        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for future in futures:
-            future.add_done_callback(ended.put)
+        ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        for rank, future in enumerate(futures):
+            future.add_done_callback(lambda future, rank=rank: ended.put((rank, future)))
+        answers: dict[int, Any] = {}
         try:
-            for _ in futures:
-                if ended.get().exception() is not None:
+            while len(answers) < len(futures):
+                rank, future = ended.get()
+                if future.exception() is not None:
                     break
+                answer = answers[rank] = rpc.decode(future.result(), kind)
+                if isinstance(answer, m.Answer) and answer.error is not None:
+                    raise SecureError(answer.error)
             failed = [
                 (rank, future.exception())
                 for rank, future in enumerate(futures)
@@ -138,7 +147,7 @@ class Cluster(Parties):
             # A party that refuses says more than one that can't be reached.
             rank, error = min(failed, key=lambda pair: pair[1].code() is grpc.StatusCode.UNAVAILABLE)
             raise SecureError(rpc.describe(self.cluster.party[rank], error)) from error
-        return [rpc.decode(future.result(), kind) for future in futures]
+        return [answers[rank] for rank in range(len(futures))]
 
     def _refresh(self) -> None:
         """After an error: the session that the parties are in, if they are."""
@@ -207,15 +216,10 @@ class Cluster(Parties):
         from flaxmpc.secure import messages as m
 
         try:
-            answers: list[m.Answer] = self._all(method, messages, m.Answer, bounded=False)
+            return self._all(method, messages, m.Answer, bounded=False)
         except SecureError:
             self._refresh()
             raise
-        errors = [answer.error for answer in answers if answer.error is not None]
-        if errors:
-            self._refresh()
-            raise SecureError(errors[0])
-        return answers
 
     def program(self, fn: Callable[..., Any], weights: Resident, *inputs: Any, length: int) -> m.Program:
         """Compiles a function for `publish`, for one request and for 2, 4, 8, ... that wait at the same time.
@@ -280,22 +284,34 @@ class Cluster(Parties):
         Raises:
             SecureError: a party can't be reached.
         """
+        return _alike(self._models_of_each())
+
+    def _models_of_each(self) -> list[dict[str, m.Model]]:
         from flaxmpc.secure import messages as m
 
         every: list[m.Status] = self._all("status", self._same(m.Empty()), m.Status)
         self._session = every[0].session
-        first = every[0].models
-        return {name: model for name, model in first.items() if all(s.models.get(name) == model for s in every)}
+        return [status.models for status in every]
 
     def find(self, name: str | None) -> tuple[str, m.Model]:
         """A model by name, or the only one. SecureError: there is no such, with those there are."""
-        models = self.models()
+        from flaxmpc.secure import messages as m
+
+        each = self._models_of_each()
+        models = _alike(each)
         if name is None and len(models) == 1:
             return next(iter(models.items()))
         if name is None or name not in models:
             which = f"model {name!r}" if name else "one model only"
+            puts = [{"put": held[name].hash} if name in held else {} for held in each]
+            unlike = [rank for rank, put in enumerate(puts) if put != puts[0]]
+            reason = (
+                f"alike: party {unlike[0]} differs from party 0: {m.difference(puts[0], puts[unlike[0]])}"
+                if unlike
+                else f"(they have {', '.join(models) or 'none'})"
+            )
             raise SecureError(
-                f"the parties do not hold {which} (they have {', '.join(models) or 'none'}): "
+                f"the parties do not hold {which} {reason}: "
                 "was a party restarted? The owner puts it again with `flaxmpc put`"
             )
         return name, models[name]
@@ -355,6 +371,12 @@ class Cluster(Parties):
         ]
         seconds = max(answer.seconds for answer in answers)
         return Answer(outputs, Cost.from_profile(self.config, _profile(answers), seconds, 0.0))
+
+
+def _alike(each: Sequence[Mapping[str, m.Model]]) -> dict[str, m.Model]:
+    """Of what each party holds, that which all hold the same put of."""
+    first, *others = each
+    return {name: model for name, model in first.items() if all(held.get(name) == model for held in others)}
 
 
 def _profile(answers: Sequence[m.Answer]) -> Profile:

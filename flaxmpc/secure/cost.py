@@ -91,7 +91,7 @@ class Cost:
             bytes_sent_per_party=sent,
             rounds=sum(actions for _, actions in profile.totals) / n,
             per_op=per_op,
-            versions=dict(_versions()),
+            versions=dict(versions()),
             machine={"platform": platform.platform(), "cpus": os.cpu_count() or 1},
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
@@ -143,11 +143,12 @@ class Profile:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of what decides what a run computes and costs, by package."""
+    found = {"python": platform.python_version()}
     for package in ("flaxmpc", "spu", "jax", "numpy"):
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # flaxmpc used from a source tree
-            versions[package] = "not installed"
-    return versions
+            found[package] = "not installed"
+    return found

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import collections
 import functools
-import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
 
+from flaxmpc.secure import cost, monitor, rpc
 from flaxmpc.secure import messages as m
-from flaxmpc.secure import monitor, rpc
 from flaxmpc.secure.child import WorkerLost
 from flaxmpc.secure.cluster import ClusterFile, PartyEntry
 from flaxmpc.secure.kept import KeptShares
@@ -25,8 +24,20 @@ from flaxmpc.secure.turns import Request, command
 
 
 def versions() -> m.Facts:
-    """Of what must be the same everywhere: SPU's programs and messages are locked to its version."""
-    return {package: importlib.metadata.version(package) for package in ("spu",)} | {"schema": "2"}
+    """Of what must be the same everywhere: SPU's programs are locked to its version, its settings are flaxmpc's."""
+    return {package: cost.versions()[package] for package in ("flaxmpc", "spu")} | {"schema": "2"}
+
+
+_COUNTED = (
+    "requests_total",
+    "failures_total",
+    "runs_total",
+    "run_seconds_total",
+    "bytes_sent_total",
+    "rounds_total",
+    "sessions_total",
+    "sessions_lost_total",
+)
 
 
 class Host:
@@ -56,7 +67,7 @@ class Host:
             "parties": str(len(cluster.party)),
             **versions(),
         }
-        self._metrics: collections.Counter[str] = collections.Counter()
+        self._metrics: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTED, 0))
         self.tunnel = Tunnel(cluster, rank, self.log)
         self._kept = KeptShares.of(cluster, self.entry)
         self.sessions = Sessions(

@@ -83,6 +83,7 @@ def _options(cluster: ClusterFile) -> list[tuple[str, Any]]:
         # A host that is frozen or gone does not say so.
         ("grpc.keepalive_time_ms", alive),
         ("grpc.keepalive_timeout_ms", alive),
+        ("grpc.http2.ping_timeout_ms", 2 * alive),  # a minute unless set; a line that is merely slow needs some time
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),

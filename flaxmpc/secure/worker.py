@@ -82,16 +82,26 @@ class Worker:
         return m.Answer()
 
     def _execute(self, command: m.Execute) -> m.Answer:
-        agree(self._link, command.facts)
+        facts, unreadable = command.facts, None
         temporary = list(command.inputs[len(command.inputs) - len(command.given) :])
         if command.answer:
             temporary += command.outputs
-        executable = load_spu().Executable(
-            name="run", input_names=list(command.inputs), output_names=list(command.outputs), code=command.code
-        )
         try:
-            for name, share in zip(temporary, command.given, strict=False):
-                self._party.store(name, share.unpack())
+            try:
+                for name, share in zip(temporary, command.given, strict=False):
+                    self._party.store(name, share.unpack())
+            except Exception as error:
+                unreadable = error
+            if facts is not None:
+                # A client that sends one party something else must not cost the others the session.
+                shapes = m.digest(*(share.meta for share in command.given))
+                facts = facts | {"shares": "unreadable" if unreadable else shapes}
+            agree(self._link, facts)
+            if unreadable:
+                raise unreadable
+            executable = load_spu().Executable(
+                name="run", input_names=list(command.inputs), output_names=list(command.outputs), code=command.code
+            )
             with recorded_log() as log:
                 start = time.perf_counter()
                 self._party.run(executable)

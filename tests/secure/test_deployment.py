@@ -26,6 +26,7 @@ import pytest
 from flaxmpc import secure
 from flaxmpc.secure import messages as m
 from flaxmpc.secure import rpc
+from flaxmpc.secure._spu import load_spu
 from flaxmpc.secure.certificates import Authority
 from flaxmpc.secure.cluster import ClusterFile, Identity, issue_client, split, write_local
 
@@ -210,19 +211,23 @@ def test_health_and_metrics(parties, client):
         with urllib.request.urlopen(f"http://{entry.metrics}/metrics", timeout=5) as response:
             values = dict(line.split() for line in response.read().decode().splitlines() if line[0] != "#")
         assert float(values["flaxmpc_requests_total"]) >= 1
-        assert float(values["flaxmpc_rounds_total"]) > 0
+        for counted in ("run_seconds", "bytes_sent", "rounds"):
+            assert float(values[f"flaxmpc_{counted}_total"]) > 0
+        assert "flaxmpc_failures_total" in values
         assert values["flaxmpc_ready"] == "1"
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(f"http://{entry.metrics}/other", timeout=5)
 
 
-def test_a_program_that_fails_everywhere_leaves_the_shares(owner, client):
+def test_a_program_that_fails_everywhere_leaves_the_shares(parties, owner, client):
     import jax
 
     loop = secure.jit(lambda x: jax.lax.while_loop(lambda v: v.sum() < 100, lambda v: v * 2, x), parties=owner)
     session = owner.session
+    failures = parties.metrics(0)["flaxmpc_failures_total"]
     with pytest.raises(secure.SecureError, match="While with secret condition is not supported"):
         loop(X)
+    assert parties.metrics(0)["flaxmpc_failures_total"] == failures + 1
     assert owner.session == session
     np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
 
@@ -274,6 +279,12 @@ def test_more_than_the_limit_is_refused(owner, client, parties):
     too_long = {"1x4096": m.Program(b"", (), (), 1, 4096)}
     with pytest.raises(secure.SecureError, match="program 1x4096 is for 1 x 4096 tokens, the limit is 32 x 512"):
         owner.publish("big", weights, too_long, b"")
+    too_many = {"33x16": m.Program(b"", (), (), 33, 16)}
+    with pytest.raises(secure.SecureError, match="program 33x16 is for 33 x 16 tokens, the limit is 32 x 512"):
+        owner.publish("big", weights, too_many, b"")
+    too_many_together = {"2x16": m.Program(b"", (), (), 2, 16, {8: b""})}
+    with pytest.raises(secure.SecureError, match="joins 8 requests of 2 sentences, the limit is max_batch_sentences 8"):
+        owner.publish("big", weights, too_many_together, b"")
     limits = msgspec.structs.replace(parties.cluster.limits, max_request_bytes=1 << 30)
     careless = msgspec.structs.replace(parties.cluster, limits=limits)
     peer = rpc.Peer(careless, careless.identity("client"), careless.party[1])
@@ -312,7 +323,7 @@ def test_another_model_at_one_party_is_refused(owner, client):
         owner.session, "affine", "another", weights.names, {"2x4": m.Program(program.code, (array,), (array,), 2, 4)}
     )
     owner._peers[1].send_later("publish", header, rpc.pieces("bundle", b"")).result()
-    with pytest.raises(secure.SecureError, match="do not hold model 'affine'"):
+    with pytest.raises(secure.SecureError, match="alike: party 1 differs from party 0: put 'another' against '"):
         ask(client)
     publish(owner)
     np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
@@ -330,11 +341,29 @@ def test_a_request_that_one_party_was_not_sent_ends(owner, client):
     assert client.find("affine") == (name, model)
 
 
+@pytest.mark.parametrize("what", ["garbage", "a larger one"])
+def test_a_client_that_sends_one_party_another_share_costs_the_others_nothing(client, what):
+    name, model = client.find("affine")
+    session = client.session
+    secret = load_spu().parse_visibility("VIS_SECRET")
+    shares, others = (client._io.make_shares(array, secret) for array in (X, np.ones((200, 4), np.float32)))
+    sent = [m.Share.pack(share) for share in shares]
+    sent[1] = m.Share(b"garbage", [b"\xff"]) if what == "garbage" else m.Share.pack(others[1])
+    found = "unreadable" if what == "garbage" else "[0-9a-f]+"
+    with pytest.raises(secure.SecureError, match=f"party 1 differs from party 0: shares '{found}' against '[0-9a-f]+'"):
+        client._run(
+            "infer", [m.Infer(session, what.replace(" ", "-"), name, model.hash, "2x4", [share]) for share in sent]
+        )
+    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+    assert client.session == session
+
+
 @pytest.mark.parametrize(
     ("how", "difference"),
     [
         ("config", "fraction_bits '17' against '18'"),
-        ("version", "spu '0.0.1' against '[0-9.a-z]+'"),
+        ("spu", "spu '0.0.1' against '[0-9.a-z]+'"),
+        ("flaxmpc", "flaxmpc '0.0.1' against '[0-9.a-z]+'"),
     ],
 )
 def test_another_config_or_version_at_one_party_is_refused(mortal, how, difference):
@@ -342,7 +371,7 @@ def test_another_config_or_version_at_one_party_is_refused(mortal, how, differen
         other = mortal.changed("other.toml", ("fraction_bits = 18", "fraction_bits = 17"))
         mortal.restart(2, path=other.path)
     else:
-        code = "import flaxmpc.secure.host as h; real = h.versions; h.versions = lambda: real() | {'spu': '0.0.1'}"
+        code = f"import flaxmpc.secure.host as h; real = h.versions; h.versions = lambda: real() | {{'{how}': '0.0.1'}}"
         mortal.restart(2, code=code)
     mortal.wait_for(2, "serving")
     refused_within(mortal, f"party 2 differs from party 0: {difference}")
@@ -439,6 +468,23 @@ def test_a_party_that_is_frozen_is_bounded(mortal):
     check_served(mortal)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_that_is_frozen_is_bounded(mortal, rank):
+    with mortal.connect() as owner:
+        publish(owner)
+    with mortal.connect("client") as client:
+        name, model = client.find("affine")
+        mortal.processes[rank].send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        try:
+            with pytest.raises(secure.SecureError, match=f"party {rank}"):
+                client.infer(name, model, "2x4", X)
+            assert time.monotonic() - start < 4 * SHORT + 10
+        finally:
+            mortal.processes[rank].send_signal(signal.SIGCONT)
+    check_served(mortal)
+
+
 def test_a_slow_party_is_waited_for(parties, client):
     worker = parties.worker_of(1)
     os.kill(worker, signal.SIGSTOP)
@@ -480,7 +526,7 @@ def test_kept_shares_survive_a_kill_without_the_owner(running, tmp_path):
         parties.start(1)
         with (
             parties.connect("client") as client,
-            pytest.raises(secure.SecureError, match="do not hold model 'affine'"),
+            pytest.raises(secure.SecureError, match="do not hold model 'affine' alike: party 1 differs"),
         ):
             ask(client)
         check_served(parties)
@@ -560,11 +606,42 @@ def test_a_party_behind_a_thin_line_is_waited_for_or_given_up(mortal):
         check_served(mortal)
 
 
+def test_a_client_that_reaches_one_party_too_late_is_told(parties, owner):
+    with contextlib.closing(Throttle(split(parties.cluster.party[2].control))) as line:
+        other = parties.changed("thin.toml", (parties.cluster.party[2].control, line.address))
+        with secure.Cluster(other, "client") as client:
+            np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+            name, model = client.find("affine")
+            line.bytes_per_second = 50
+            start = time.monotonic()
+            with pytest.raises(secure.SecureError, match="party 2 was not sent this request"):
+                client.infer(name, model, "2x4", X)
+            assert time.monotonic() - start < 4 * TIMEOUT
+            line.bytes_per_second = 1e9
+    np.testing.assert_allclose(ask(owner), X * 3 + 1, atol=1e-3)
+
+
 def test_sigterm_finishes_the_running_request_first(mortal):
-    with mortal.connect() as owner, long_run(mortal, owner):
+    def long_affine(w, x):
+        return x + x @ long(w)
+
+    with mortal.connect() as owner:
+        w, x = np.full((32, 32), 0.1, np.float32), np.ones((1, 32), np.float32)
+        weights = owner.put(w)
+        owner.publish("long", weights, {"1x32": owner.program(long_affine, weights, x, length=32)}, b"")
+    answers = []
+    with mortal.connect("client") as client:
+        name, model = client.find("long")
+        thread = threading.Thread(target=lambda: answers.append(client.infer(name, model, "1x32", x).outputs[0]))
+        thread.start()
+        mortal.wait_for_requests(1)
+        time.sleep(0.3)
+        assert thread.is_alive()
         for process in mortal.processes.values():
             process.terminate()
         assert [process.wait(300) for process in mortal.processes.values()] == [0, 0, 0]
+        thread.join(60)
+    np.testing.assert_allclose(answers, [x], atol=1e-3)
     for rank in range(3):
         assert mortal.events(rank, "stopped")
         assert mortal.events(rank, "run")[-1]["error"] is None
@@ -617,8 +694,8 @@ def brpc_push() -> bytes:
 def test_garbage_plain_text_and_a_forged_push_get_no_answer(parties, client, port, content):
     for entry in parties.cluster.party:
         answer = b""
-        address = split(getattr(entry, port))
-        with contextlib.suppress(OSError), socket.create_connection(address, timeout=5) as connection:
+        connection = socket.create_connection(split(getattr(entry, port)), timeout=5)
+        with contextlib.suppress(ConnectionError), connection:
             connection.sendall(content)
             connection.shutdown(socket.SHUT_WR)
             answer = connection.recv(65536)
@@ -762,6 +839,20 @@ def test_semi2k_demands_to_be_allowed(tmp_path):
     assert ended.returncode == 2
     assert "That party can compute every secret" in ended.stderr
     assert "--allow-insecure-dealer" in ended.stderr
+
+
+def test_a_party_that_allows_it_says_what_that_means(tmp_path):
+    cluster = write_local(tmp_path / "c", "SEMI2K")
+    command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(cluster.path), "--rank", "0"]
+    with subprocess.Popen([*command, "--allow-insecure-dealer"], cwd=ROOT, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        said = json.loads(process.stderr.readline())
+        assert said["event"] == "insecure_dealer"
+        assert "That party can compute every secret" in said["meaning"]
+        while json.loads(process.stderr.readline())["event"] != "serving":
+            pass
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize("protocol", ["SEMI2K", "CHEETAH"])
