@@ -54,6 +54,7 @@ class Benchmark:
         finish: from the measured records to those that are saved and shown: medians, ratios, fits.
         notes: lines below the table.
         plots: figures by the end of their file name, "" for the first.
+        libraries: those whose versions its files are named by.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Benchmark:
     finish: Callable[[list[Record]], list[Record]] = lambda records: records
     notes: Callable[[list[Record]], list[str]] = lambda records: []
     plots: Mapping[str, Callable[[list[Record]], "Figure"]] = dataclasses.field(default_factory=dict)
+    libraries: Sequence[str] = ("spu",)
 
     def run(self, options: Options) -> list[Record]:
         """Measures (or reads what is saved), saves and prints; returns the records."""
@@ -112,9 +114,11 @@ class Benchmark:
         """JSON, CSV, Markdown and PNG, named by what made them."""
         import pandas as pd
 
-        protocols = "+".join(dict.fromkeys(record["protocol"] for record in records))
         first = records[0]
-        made = f"{protocols}-{first['ring']}-spu{first['versions']['spu']}-{first['machine']['cpus']}cores"
+        made = [f"{library}{first['versions'][library]}" for library in self.libraries]
+        if "protocol" in first:
+            made = ["+".join(dict.fromkeys(record["protocol"] for record in records)), first["ring"], *made]
+        made = "-".join([*made, f"{first['machine']['cpus']}cores"])
         stem = RESULTS / f"{self.name}-{made}"
         RESULTS.mkdir(exist_ok=True)
         Path(f"{stem}.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
@@ -200,6 +204,7 @@ _HEADINGS = {
     "seconds": "s",
     "lan_seconds": "LAN s",
     "wan_seconds": "WAN s",
+    "sentences_per_second": "sentences/s",
     "compile_seconds": "compile s",
     "compile_cached_seconds": "cached s",
     "peak_memory_bytes": "peak MB",

@@ -12,7 +12,7 @@ import numpy as np
 
 from flaxmpc.convert import losses, metrics
 from flaxmpc.convert.data import Batch, Split, batches
-from flaxmpc.convert.fit import Schedule, fit
+from flaxmpc.convert.fit import Loss, Schedule, fit
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.params import flatten
 
@@ -106,18 +106,8 @@ def apply_with_states(model: Any) -> Callable[..., Any]:
     return _with_states(model)
 
 
-def finetune(
-    model: BertForSequenceClassification,
-    params: Mapping[str, Any],
-    train: Split,
-    evaluate: Evaluate,
-    schedule: Schedule,
-    folder: Path,
-    *,
-    frozen: str = "bert/embeddings/",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Trains on labelled sentences; resumable, see `fit`. Returns the parameters of the best epoch."""
+def classification_loss(model: BertForSequenceClassification) -> Loss:
+    """For `fit`: the loss against the true labels, with dropout, and the accuracy of a classifier."""
 
     def loss(params: Mapping[str, Any], batch: Batch, key: jax.Array):
         logits = model.apply(
@@ -134,8 +124,24 @@ def finetune(
         hits = (jnp.argmax(logits, -1) == batch.label) * batch.row_mask  # pyright: ignore[reportArgumentType]
         return value, {"train_accuracy": hits.sum() / batch.row_mask.sum()}
 
+    return loss
+
+
+def finetune(
+    model: BertForSequenceClassification,
+    params: Mapping[str, Any],
+    train: Split,
+    evaluate: Evaluate,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    frozen: str = "bert/embeddings/",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Trains on labelled sentences; resumable, see `fit`. Returns the parameters of the best epoch."""
+
     return fit(
-        loss,
+        classification_loss(model),
         params,
         epoch_batches(train, schedule, seed),
         schedule,

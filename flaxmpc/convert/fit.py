@@ -75,6 +75,26 @@ def merge(trainable: Params, frozen: Params) -> dict[str, Any]:
     return unflatten({**trainable, **frozen})
 
 
+def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """One compiled step: (state, frozen, batch, key) -> (state, metrics).
+
+    The state is {"params": what is trained, "optimizer": its moments}, frozen the other part of `partition`.
+    """
+
+    @jax.jit
+    def step(
+        state: dict[str, Any], frozen: Params, batch: Any, key: jax.Array
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        (value, metrics), grads = jax.value_and_grad(
+            lambda trainable: loss(merge(trainable, frozen), batch, key), has_aux=True
+        )(state["params"])
+        updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
+        new = {"params": optax.apply_updates(state["params"], updates), "optimizer": moments}
+        return new, {"loss": value, **metrics}
+
+    return step
+
+
 class _Devices:
     """All devices: each batch is split over them, parameters are on every one."""
 
@@ -181,17 +201,7 @@ def fit(
     state = devices.everywhere({"params": trainable, "optimizer": optimizer.init(trainable)})
     fixed = devices.everywhere(fixed)
     key = jax.random.key(seed)
-
-    @jax.jit
-    def step(
-        state: dict[str, Any], fixed: Params, batch: Any, key: jax.Array
-    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        (value, metrics), grads = jax.value_and_grad(
-            lambda trainable: loss(merge(trainable, fixed), batch, key), has_aux=True
-        )(state["params"])
-        updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
-        new = {"params": optax.apply_updates(state["params"], updates), "optimizer": moments}
-        return new, {"loss": value, **metrics}
+    step = train_step(loss, optimizer)
 
     def stop(what: str, number: int, params: Params, batch: Batch) -> NoReturn:
         where = "" if locate is None else f", first in {locate(jax.device_get(params), batch)}"

@@ -91,9 +91,7 @@ class Cost:
             bytes_sent_per_party=sent,
             rounds=sum(actions for _, actions in profile.totals) / n,
             per_op=per_op,
-            versions=dict(versions()),
-            machine={"platform": platform.platform(), "cpus": os.cpu_count() or 1},
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **provenance(),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,6 +101,15 @@ class Cost:
     def to_json(self) -> str:
         """`as_dict` as one line of JSON."""
         return json.dumps(self.as_dict())
+
+
+def provenance() -> dict[str, Any]:
+    """Where a measurement comes from: `versions`, `machine` and `date` as in a `Cost`."""
+    return {
+        "versions": dict(versions()),
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count() or 1},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 _OP = re.compile(

@@ -1,0 +1,164 @@
+"""Fine-tuning MiniLM-L6 on movie sentences: sentences a second, ours against PyTorch with transformers.
+
+    python benchmarks/train_speed.py [--json] [--show] [--quick]
+
+The same weights, batches and lengths, AdamW with the same trained parameters, clipping and dropout, float32, the same
+threads, in one process: blocks of the same steps in turn, and the median of the blocks' ratios. PyTorch is in no lock
+file: pip install 'flaxmpc[bench-torch]'. About 5 minutes on 2 idle cores.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import tyro
+from harness import Benchmark, Options, Record, held
+
+from flaxmpc.convert import tasks
+from flaxmpc.convert.data import Batch, batches
+from flaxmpc.convert.finetune import LENGTHS, classification_loss
+from flaxmpc.convert.fit import Schedule, partition, train_step
+from flaxmpc.convert.recipes import minilm_l6
+from flaxmpc.models import folder as folders
+from flaxmpc.secure.cost import provenance
+
+OURS, THEIRS = "flaxmpc", "torch"
+SCHEDULE = Schedule(epochs=3, learning_rate=5e-5)
+REPETITIONS, STEPS = 7, 12
+
+
+class Ours:
+    """The step that `fit` takes."""
+
+    def __init__(self):
+        base = folders.load_pretrained(minilm_l6(), id2label=("negative", "positive"))
+        trainable, self.frozen = jax.device_put(partition(base.params, "bert/embeddings/"))
+        optimizer = SCHEDULE.optimizer(1000)
+        self.state = {"params": trainable, "optimizer": optimizer.init(trainable)}
+        self.trained = sum(leaf.size for leaf in trainable.values())
+        self.run = train_step(classification_loss(base.model), optimizer)
+        self.key = jax.random.key(0)
+
+    def step(self, batch: Batch) -> float:
+        self.key, key = jax.random.split(self.key)
+        self.state, metrics = self.run(self.state, self.frozen, batch, key)
+        return float(metrics["loss"])
+
+
+def _torch() -> Any:
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise SystemExit("train_speed needs PyTorch: pip install 'flaxmpc[bench-torch]'") from None
+
+
+class Theirs:
+    """A step as transformers' Trainer takes it: default attention, fused AdamW."""
+
+    def __init__(self):
+        self.torch = torch = _torch()
+        from transformers import BertForSequenceClassification
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.manual_seed(0)
+        self.model: Any = BertForSequenceClassification.from_pretrained(minilm_l6(), num_labels=2)
+        self.model.train()
+        self.model.bert.embeddings.requires_grad_(False)
+        self.params = [leaf for leaf in self.model.parameters() if leaf.requires_grad]
+        self.trained = sum(leaf.numel() for leaf in self.params)
+        matrices = [leaf for leaf in self.params if leaf.ndim > 1]
+        vectors = [leaf for leaf in self.params if leaf.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": SCHEDULE.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=SCHEDULE.learning_rate, fused=True)
+
+    def step(self, batch: Batch) -> float:
+        rows = {name: self.torch.from_numpy(getattr(batch, name)).long()
+                for name in ("input_ids", "attention_mask", "token_type_ids")}  # fmt: skip
+        loss = self.model(**rows, labels=self.torch.from_numpy(batch.label).long()).loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.torch.nn.utils.clip_grad_norm_(self.params, SCHEDULE.clip_norm)
+        self.optimizer.step()
+        return loss.item()
+
+
+SIDES: dict[str, Callable[[], Any]] = {OURS: Ours, THEIRS: Theirs}
+
+
+@functools.cache
+def full_batches() -> list[Batch]:
+    """The batches of an epoch that need no filling, for the loss over their rows is the mean in both."""
+    task = tasks.load("movie", folders.load_tokenizer(minilm_l6()), 64)
+    found = batches(task.train, batch_size=SCHEDULE.batch_size, lengths=LENGTHS, seed=0)
+    return [batch for batch in found if batch.row_mask.all()]
+
+
+@functools.cache
+def warm(variant: str) -> Any:
+    """A side that has seen a batch of every length."""
+    side = SIDES[variant]()
+    for batch in {batch.input_ids.shape: batch for batch in full_batches()}.values():
+        side.step(batch)
+    return side
+
+
+def measure(variant: str, block: int, steps: int) -> Record:
+    """A block of steps."""
+    side, found = warm(variant), full_batches()[block * steps : (block + 1) * steps]
+    started = time.perf_counter()
+    losses = [side.step(batch) for batch in found]
+    seconds = time.perf_counter() - started
+    made = provenance()
+    made["versions"] |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {
+        "variant": variant,
+        "seconds": seconds,
+        "sentences_per_second": steps * SCHEDULE.batch_size / seconds,
+        "steps": steps,
+        "loss": statistics.mean(losses),
+        "trained_parameters": side.trained,
+        **made,
+    }
+
+
+def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
+    _torch()
+    for block in range(1 if quick else REPETITIONS):
+        for variant in SIDES:
+            yield f"{variant}, block {block + 1}", partial(measure, variant, block, 2 if quick else STEPS)
+
+
+def finish(records: list[Record]) -> list[Record]:
+    """A record a side, with its median block, and how many times less than PyTorch it takes: the median over blocks."""
+    runs = {variant: [record for record in records if record["variant"] == variant] for variant in SIDES}
+    found = []
+    for own in runs.values():
+        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in zip(runs[THEIRS], own, strict=True)]
+        medians = {field: statistics.median(run[field] for run in own) for field in ("seconds", "sentences_per_second")}
+        loss = statistics.mean(run["loss"] for run in own)
+        found.append(
+            own[0] | medians | {"time_ratio": statistics.median(ratios), "loss": loss, "repetitions": len(own)}
+        )
+    return found
+
+
+def notes(records: list[Record]) -> list[str]:
+    (ours,) = (record for record in records if record["variant"] == OURS)
+    return [held("against PyTorch, at least 1.3x the sentences a second", ours["time_ratio"], least=1.3)]
+
+
+def benchmark(quick: bool) -> Benchmark:
+    columns = ("variant", "sentences_per_second", "time_ratio", "seconds", "steps", "repetitions", "loss")
+    return Benchmark("train_speed", partial(jobs, quick), (columns,), finish, notes, libraries=("jax", "torch"))
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options, description=__doc__)
+    benchmark(chosen.quick).run(chosen)
