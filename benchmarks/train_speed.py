@@ -25,8 +25,8 @@ from flaxmpc.convert import tasks
 from flaxmpc.convert.data import Batch, batches
 from flaxmpc.convert.finetune import LENGTHS, classification_loss
 from flaxmpc.convert.fit import Schedule, partition, train_step
-from flaxmpc.convert.recipes import minilm_l6
 from flaxmpc.models import folder as folders
+from flaxmpc.recipes import minilm_l6
 from flaxmpc.secure.cost import provenance
 
 OURS, THEIRS = "flaxmpc", "torch"

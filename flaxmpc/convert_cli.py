@@ -1,16 +1,12 @@
-"""The commands that train: `finetune` and `convert`. What they do stands in `flaxmpc.convert`."""
+"""The commands that train: `finetune` and `convert`. What they do stands in `flaxmpc.recipes`."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flaxmpc.convert import card
-from flaxmpc.convert.conversion import Conversion, FineTuning, finetune_encoder
-from flaxmpc.convert.conversion import convert as convert_teacher
+from flaxmpc.convert.conversion import Conversion, FineTuning
 
 
 def finetune(config: Annotated[FineTuning, tyro.conf.arg(name="")]) -> None:
@@ -18,9 +14,7 @@ def finetune(config: Annotated[FineTuning, tyro.conf.arg(name="")]) -> None:
 
     A run that was killed goes on from its last checkpoint when the same command is given again.
     """
-    results = finetune_encoder(config)
-    card.write(config.out)
-    _show(config.out, results)
+    _make(config)
 
 
 def convert(config: Annotated[Conversion, tyro.conf.arg(name="")]) -> None:
@@ -28,22 +22,18 @@ def convert(config: Annotated[Conversion, tyro.conf.arg(name="")]) -> None:
 
     A run that was killed goes on from its last checkpoint when the same command is given again.
     """
-    from flaxmpc.evaluation import evaluate
-
-    convert_teacher(config)
-    if config.notes:
-        (config.out / "notes.md").write_text(config.notes.strip() + "\n", "utf-8")
-    results = evaluate(config.out, ref2k_sentences=config.ref2k_sentences, aby3_sentences=config.aby3_sentences)
-    _show(config.out, results)
+    _make(config)
 
 
-def _show(folder: Path, results: Mapping[str, Any]) -> None:
+def _make(config: FineTuning | Conversion) -> None:
+    from flaxmpc.recipes import make
+
     table = Table("figure", "value")
-    for name, value in results.items():
+    for name, value in make(config).items():
         if isinstance(value, float):
             table.add_row(name, f"{value:.4f}")
         elif isinstance(value, int):
             table.add_row(name, f"{value:,}")
     console = Console(markup=False, emoji=False, highlight=False)
     console.print(table)
-    console.print(f"written: {folder}")
+    console.print(f"written: {config.out}")

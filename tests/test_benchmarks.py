@@ -31,6 +31,7 @@ SCRIPTS = {
     "network": {"network", "modelled_seconds", "measured_seconds", "relative_error"},
     "pareto": {"model", "attention", "activation", "accuracy", "teacher_accuracy", "pareto_lan", "pareto_wan"},
 }
+TRAIN_SPEED = {"variant", "sentences_per_second", "time_ratio", "loss", "trained_parameters", "steps", "repetitions"}
 ALWAYS = {
     "protocol",
     "ring",
@@ -208,6 +209,40 @@ def test_a_variant_is_the_median_of_its_runs_and_compared_with_the_baseline(load
     assert ours["time_ratio"] == 3.5
 
 
+def test_training_is_compared_block_by_block(load, tmp_path):
+    train_speed = load("train_speed")
+    made = {"machine": {"cpus": 2}, "versions": {"jax": "1", "torch": "2"}, "date": "2026-01-01"}
+    seconds = {"flaxmpc": (1.0, 2.0, 4.0), "torch": (3.0, 2.0, 8.0)}
+    runs = [
+        {"variant": variant, "seconds": s, "sentences_per_second": 32 / s, "loss": 0.5, "steps": 1, **made}
+        for block in range(3)
+        for variant, s in ((variant, found[block]) for variant, found in seconds.items())
+    ]
+    ours, theirs = train_speed.finish(runs)
+    assert (ours["variant"], ours["time_ratio"], ours["seconds"]) == ("flaxmpc", 2.0, 2.0)
+    assert (theirs["variant"], theirs["time_ratio"], theirs["seconds"]) == ("torch", 1.0, 3.0)
+    assert train_speed.notes([ours, theirs])[0].startswith("holds")
+    train_speed.benchmark(False).save([ours, theirs])
+    assert (tmp_path / "train_speed-jax1-torch2-2cores.json").is_file()
+
+
+def test_training_steps_are_those_of_fit(load):
+    """A side of the comparison that needs no PyTorch: the loss falls on a batch that is seen again."""
+    train_speed = load("train_speed")
+    ours = train_speed.Ours()
+    batch = min(train_speed.full_batches(), key=lambda batch: batch.input_ids.size)
+    losses = [ours.step(batch) for _ in range(12)]
+    assert ours.trained < 11e6  # without the embeddings
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_without_pytorch_a_line_says_how_to_get_it(load, monkeypatch):
+    train_speed = load("train_speed")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match=r"train_speed needs PyTorch: pip install 'flaxmpc\[bench-torch\]'"):
+        list(train_speed.jobs(quick=True))
+
+
 def test_the_growth_law_is_found(load):
     scaling = load("scaling")
     sizes = scaling.AXES["length"][0]
@@ -255,10 +290,11 @@ def test_hosts_have_their_rate_and_latency(load):
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_saved_results_say_what_made_them(path: Path):
     records = json.loads(path.read_text("utf-8"))
-    promised = SCRIPTS.get(path.name.partition("-")[0], set())
+    name = path.name.partition("-")[0]
+    promised, library = (TRAIN_SPEED, "torch") if name == "train_speed" else (SCRIPTS.get(name, set()) | ALWAYS, "spu")
     for record in records:
-        assert record.keys() >= promised | ALWAYS
-    assert f"spu{records[0]['versions']['spu']}-{records[0]['machine']['cpus']}cores" in path.name
+        assert record.keys() >= promised | {"versions", "machine", "date"}
+    assert f"{library}{records[0]['versions'][library]}-{records[0]['machine']['cpus']}cores" in path.name
 
 
 def test_every_student_of_the_zoo_is_in_the_table_of_accuracies(load, capsys):

