@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 
@@ -30,18 +30,48 @@ class SecureError(RuntimeError):
         return cls(f"{doing} failed: {found.group(1) if found else lines[0]}")
 
 
+THREAD_LIMIT = "OMP_THREAD_LIMIT"
+
+
+def thread_limit(parties: int) -> dict[str, str]:
+    """The environment in which SPU takes no more threads than cores, `parties` of it being on this machine.
+
+    SPU multiplies matrices with more threads than a small machine has cores, and they wait for one another in a loop:
+    on two cores, three parties, 128 x 768 by 768 x 128 took 0.19 s in place of 0.02 s. A limit that is set stays.
+    """
+    return {THREAD_LIMIT: os.environ.get(THREAD_LIMIT) or str(max(1, (os.cpu_count() or 1) // parties))}
+
+
 _load_lock = threading.Lock()
 
 
 @functools.cache
 def load_spu() -> ModuleType:
-    """The module spu, imported without its warnings and with its log off the terminal."""
-    with _load_lock, warnings.catch_warnings():
+    """The module spu, imported without its warnings, with its log off the terminal, and with as many threads as fit.
+
+    In one process all parties run, so three.
+    """
+    with _load_lock, warnings.catch_warnings(), _environment(thread_limit(3)):
         warnings.simplefilter("ignore")
         import spu
 
         _log()
     return spu
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """With environment variables that a library reads when it is loaded, and that others are not to see."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @functools.cache

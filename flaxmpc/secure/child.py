@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from flaxmpc.secure import messages as m
+from flaxmpc.secure._spu import thread_limit
 
 
 class WorkerLost(Exception):
@@ -22,7 +23,8 @@ class WorkerLost(Exception):
 class WorkerProcess:
     """A child process that holds SPU; commands take turns."""
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: str, parties: int):
+        """`directory`: of its files. `parties`: how many are on this machine, and share its cores."""
         ours, theirs = socket.socketpair()
         package_root = Path(__file__).parents[2]
         paths = [str(package_root), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -33,7 +35,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                env={**os.environ, **thread_limit(parties), "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C is the supervisor's to handle
             )
         self._pipe = Connection(ours.detach())

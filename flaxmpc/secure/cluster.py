@@ -119,6 +119,11 @@ class ClusterFile(_Table, frozen=True):
     limits: Limits = Limits()
     path: Path = Path(FILE_NAME)
 
+    def parties_beside(self, rank: int) -> int:
+        """How many parties have the host of this one, itself included."""
+        hosts = [entry.control.rpartition(":")[0] for entry in self.party]
+        return hosts.count(hosts[rank])
+
     @classmethod
     def read(cls, path: str | Path) -> ClusterFile:
         """Reads a cluster.toml, or that of a directory.

@@ -141,7 +141,7 @@ class Sessions:
                 own = f"127.0.0.1:{free.getsockname()[1]}"
             addresses = tuple(self._tunnel.entrances.get(rank, own) for rank in range(len(self._cluster.party)))
             self._tunnel.link = own
-            worker = self._joining = WorkerProcess(self._directory.name)
+            worker = self._joining = WorkerProcess(self._directory.name, self._cluster.parties_beside(self._rank))
             if session_id == self._given_up:
                 worker.kill()
             config, timeout = self._cluster.config, self._cluster.timeout_seconds
