@@ -41,6 +41,7 @@ from flaxmpc.models import zoo
 from flaxmpc.models.bert import BertForSequenceClassification, init_params
 from flaxmpc.models.config import preset
 from flaxmpc.models.folded import FoldedLayer
+from flaxmpc.secure._spu import thread_limit
 from flaxmpc.secure.cluster import ClusterFile, write_local
 
 SENTENCES = ("A gripping, beautifully acted film.", "A tedious, lifeless mess.", "Good, but not very good.")
@@ -194,7 +195,9 @@ class Running:
             for rank in range(len(cluster.party)):
                 command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(cluster.path), "--rank"]
                 log = stack.enter_context((directory / f"party{rank}.log").open("wb"))
-                process = subprocess.Popen(place(rank, [*command, str(rank)]), stderr=log)
+                # Hosts in namespaces share the cores of this machine.
+                env = os.environ | thread_limit(len(cluster.party))
+                process = subprocess.Popen(place(rank, [*command, str(rank)]), stderr=log, env=env)
                 stack.callback(process.wait)
                 stack.callback(process.terminate)
                 self._processes.append(process)

@@ -10,7 +10,7 @@ from flaxmpc.convert import card
 from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder, resolve
 from flaxmpc.evaluation import evaluate
 
-Config = TypeVar("Config", FineTuning, Conversion)
+Config = TypeVar("Config", bound=FineTuning | Conversion)
 
 
 def make(config: FineTuning | Conversion) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -25,6 +26,13 @@ def test_a_local_cluster_is_read_as_it_was_written(local):
     assert ClusterFile.read(local.path.parent) == local
     ports = {getattr(entry, field) for entry in local.party for field in ("control", "link", "metrics")}
     assert len(ports) == 9
+
+
+def test_parties_of_one_host_are_counted(local):
+    assert local.parties_beside(1) == 3
+    first, *others = local.party
+    moved = msgspec.structs.replace(local, party=(msgspec.structs.replace(first, control="host0:4321"), *others))
+    assert [moved.parties_beside(rank) for rank in range(3)] == [1, 2, 2]
 
 
 def test_keys_are_their_owners_only(local):
