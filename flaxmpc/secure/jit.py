@@ -147,6 +147,7 @@ class SecureFunction:
             for arg, resident in zip(args, inputs, strict=True):
                 if arg is not resident:
                     resident.delete()
+            parties.sweep()
         cost = Cost.from_profile(self.config, profile, seconds, compile_seconds)
         return Run(jax.tree.unflatten(treedef, opened), cost)
 

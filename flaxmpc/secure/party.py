@@ -104,7 +104,13 @@ class Parties(abc.ABC):
 
     @abc.abstractmethod
     def delete(self, names: Sequence[str]) -> None:
-        """Frees values at all parties, now or before the next use of the group. Never blocks: it may run at a GC."""
+        """Notes values that all parties are to free, before the next use of the group at the latest.
+
+        It takes no lock and starts no thread: it may run in a garbage collection, in the middle of anything.
+        """
+
+    def sweep(self) -> None:  # noqa: B027 - groups that leave it to their next use have nothing to do
+        """Frees at once what was deleted, where the group can without waiting."""
 
     @abc.abstractmethod
     def run(self, executable: Any) -> tuple[float, Profile]:
@@ -148,7 +154,7 @@ class Resident:
     """A pytree of values that the parties hold shares of; made by `Parties.put`.
 
     Pass it in place of an argument of a secure function on the same parties. The parties free the values on
-    `delete()`, or when the last reference to this object is gone.
+    `delete()`; or, when the last reference to this object is gone, before their next use.
 
     Attributes:
         parties: who holds it.
@@ -169,6 +175,7 @@ class Resident:
     def delete(self) -> None:
         """Frees the values at the parties; this object can't be used any more."""
         self._free()
+        self.parties.sweep()
 
     def check(self, parties: Parties) -> None:
         """ValueError unless `parties` still hold the values."""
@@ -249,6 +256,8 @@ class InProcess(Parties):
 
     def delete(self, names: Sequence[str]) -> None:
         self._doomed.extend(names)
+
+    def sweep(self) -> None:
         if self._lock.acquire(blocking=False):
             try:
                 self._sweep(wait=False)
