@@ -23,7 +23,7 @@ CONVERSION = Conversion(
     data="data.csv",
     out=Path("student"),
     stage1=STAGE,
-    stage2=dataclasses.replace(STAGE, epochs=1, logit_weight=1.0, hidden_weight=0.1),
+    stage2=dataclasses.replace(STAGE, epochs=1, learning_rate=1e-3, logit_weight=1.0, hidden_weight=0.1),
     max_length=16,
     ref2k_sentences=4,
     aby3_sentences=0,
@@ -110,7 +110,7 @@ def test_embeddings_stay_the_published_ones_unless_they_are_trained(teacher, stu
     np.testing.assert_array_equal(weights(student)[name], weights(teacher)[name])
     assert folders.load(student).model.config.embedding.name == "public"
     none = dataclasses.replace(STAGE, epochs=0)
-    labels = dataclasses.replace(STAGE, epochs=1, hidden_weight=0.0, label_weight=1.0)
+    labels = dataclasses.replace(STAGE, epochs=1, learning_rate=3e-4, hidden_weight=0.0, label_weight=1.0)
     convert(conversion(teacher, data, tmp_path / "own", train_embeddings=True, stage1=none, stage2=labels))
     assert not np.array_equal(weights(tmp_path / "own")[name], weights(teacher)[name])
     assert folders.load(tmp_path / "own").model.config.embedding.name == "secret"
