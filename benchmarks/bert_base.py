@@ -5,7 +5,7 @@
 Embedding and head are included; weights are random, as the cost does not depend on them. flax_bert is transformers'
 own model as SPU's example runs it: it looks its secret ids up in its secret table (a loop of about 130 rounds a
 token). In all others the client embeds, see embedding.py for that. Three repetitions of all variants, alternating,
-each in a fresh process; seconds are medians. About 35 minutes on 2 idle cores.
+each in a fresh process; seconds are medians. About 40 minutes on 2 idle cores.
 """
 
 import os

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--json] [--show] [--quick]
 
 2quad_freediv + quad, folded, heads of size 64, on ABY3; one of the four varies, the others stay at 128 tokens,
-2 layers, 1 sentence, width 768. Head included, the client embeds. About 7 minutes on 2 idle cores.
+2 layers, 1 sentence, width 768. Head included, the client embeds. About 4 minutes on 2 idle cores.
 """
 
 from collections.abc import Callable, Iterator

@@ -4,7 +4,7 @@
 
 Each step alone, at BERT-Base's sizes: 12 heads of size 64, width 768, 128 tokens, on ABY3 unless it says otherwise; the
 products of the heads at 32 tokens, since one way to write them needs 64 times their memory. `kept` is what a folded
-model does. About a minute on 2 idle cores.
+model does. Seconds on 2 idle cores.
 """
 
 from collections.abc import Callable, Iterator

@@ -4,9 +4,9 @@
     python train/movie.py 2quad-freediv            # then also: 2quad-freediv/seed-1, 2quad-freediv/no-stage-1, ...
 
 Method: MPCFormer (arXiv 2211.01452), stage 1 on hidden states alone at a higher rate, with the seed paper's
-division-free attention. On 2 cores: the teacher a quarter of an hour, a student three quarters, its evaluation under
-MPC another. A killed run goes on from its last checkpoint when it is started again. Expected: about 86.5 % for the
-teacher and as much for its students.
+division-free attention. On 2 cores: the teacher a quarter of an hour, a student three quarters, and its evaluation
+under MPC. A killed run goes on from its last checkpoint when it is started again. Expected: about 86.5 % for the teacher
+and as much for its students.
 """
 
 import dataclasses
