@@ -5,8 +5,8 @@
 
 Method: MPCFormer (arXiv 2211.01452), stage 1 on hidden states alone at a higher rate, with the seed paper's
 division-free attention. On 2 cores: the teacher a quarter of an hour, a student three quarters, and its evaluation
-under MPC. A killed run goes on from its last checkpoint when it is started again. Expected: about 86.5 % for the teacher
-and as much for its students.
+under MPC. A killed run goes on from its last checkpoint when it is started again. Expected: about 86.5 %
+for the teacher and as much for its students.
 """
 
 import dataclasses
