@@ -6,7 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flaxmpc.convert import card
+import numpy as np
+
+from flaxmpc.convert import card, hosts
 from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder, resolve
 from flaxmpc.evaluation import evaluate
 
@@ -16,21 +18,30 @@ Config = TypeVar("Config", bound=FineTuning | Conversion)
 def make(config: FineTuning | Conversion) -> dict[str, Any]:
     """Fine-tunes, or converts and measures under MPC; writes the folder with its card, and returns the results.
 
-    What was killed goes on from its last checkpoint; a conversion that is done is only measured again.
+    What was killed goes on from its last checkpoint; a conversion that is done is only measured again. Of several
+    hosts (`hosts.Hosts.join`) the first writes and measures; the others return nothing.
 
     Raises:
         Exception: see `finetune_encoder`, `convert` and `evaluate`.
     """
-    if isinstance(config, FineTuning):
-        results = finetune_encoder(config)
-        card.write(config.out)
-        return results
+    with hosts.kept(config) as own:
+        if isinstance(own, FineTuning):
+            results = finetune_encoder(own)
+            card.write(own.out)
+            return results if hosts.first() else {}
+        if not hosts.from_first(np.bool_(_done(own))):
+            convert(own)
+        if not hosts.first():
+            return {}
+        if own.notes:
+            (own.out / "notes.md").write_text(own.notes.strip() + "\n", "utf-8")
+        return evaluate(own.out, ref2k_sentences=own.ref2k_sentences, aby3_sentences=own.aby3_sentences)
+
+
+def _done(config: Conversion) -> bool:
+    """Whether the folder holds the model that this config makes."""
     recipe = config.out / "recipe.json"
-    if not (recipe.is_file() and json.loads(recipe.read_text("utf-8")) == resolve(config)):
-        convert(config)
-    if config.notes:
-        (config.out / "notes.md").write_text(config.notes.strip() + "\n", "utf-8")
-    return evaluate(config.out, ref2k_sentences=config.ref2k_sentences, aby3_sentences=config.aby3_sentences)
+    return recipe.is_file() and json.loads(recipe.read_text("utf-8")) == resolve(config)
 
 
 def with_epochs(config: Config, epochs: int) -> Config:

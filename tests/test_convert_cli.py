@@ -1,6 +1,9 @@
 """The commands that train, on a small model and a file of sentences, as a user would give them."""
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,9 +46,39 @@ def test_a_model_is_fine_tuned_converted_and_measured_by_command(data, tmp_path,
     assert again["accuracy"] == results["accuracy"]
 
 
+def test_two_hosts_convert_and_the_first_writes(data, tmp_path, write_classifier):
+    teacher = write_classifier(tmp_path / "teacher", attention="softmax", hidden_act="gelu")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    stages = [f"--stage{i}.{option}" for i in (1, 2) for option in ("epochs=1", "batch-size=8")]
+    sizes = ["--max-length=16", "--ref2k-sentences=4", "--aby3-sentences=0", f"--data={data}", f"--teacher={teacher}"]
+    command = [sys.executable, "-m", "flaxmpc.cli", "convert", *stages, *sizes, "--num-processes=2"]
+    hosts = [
+        subprocess.Popen(
+            [*command, f"--coordinator={address}", f"--process-id={i}", f"--out={tmp_path / f'host{i}'}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [host.communicate(timeout=120) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    assert "ref2k_agreement" in outputs[0][0]
+    assert f"done: the first host, {address}, has written it" in outputs[1][0]
+    assert (tmp_path / "host0" / "README.md").is_file()
+    assert (tmp_path / "host0.run").is_dir()
+    assert not list(tmp_path.glob("host1*"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (("--num-processes", "2"), "2 hosts need a --coordinator HOST:PORT"),
+        (("--process-id", "1"), "1 hosts"),
         (("--attention", "2quad_fredev"), "2quad_freediv"),
         (("--data", "movies"), "movie"),
         (("--teacher", "nowhere"), "nowhere/config.json does not exist"),

@@ -1,4 +1,8 @@
-"""The training loop of fine-tuning and distillation: AdamW on all devices, progress, metrics, resumable checkpoints."""
+"""The training loop of fine-tuning and distillation: AdamW on all devices, progress, metrics, resumable checkpoints.
+
+Of several hosts (`jax.distributed`) the first keeps checkpoints and metrics, and hands the others what it reads, so
+they need no common folder.
+"""
 
 import contextlib
 import dataclasses
@@ -15,6 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flaxmpc.convert import hosts
 from flaxmpc.convert.data import Batch
 from flaxmpc.models.params import flatten, unflatten
 
@@ -96,7 +101,7 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[
 
 
 class _Devices:
-    """All devices: each batch is split over them, parameters are on every one."""
+    """All devices of all hosts: each batch is split over them, parameters are on every one."""
 
     def __init__(self, batch_size: int):
         self.count = jax.device_count()
@@ -110,11 +115,73 @@ class _Devices:
             NamedSharding(mesh, PartitionSpec()),
         )
 
+    def own_rows(self, batch: Batch) -> Batch:
+        """The rows of a batch that this host's devices compute."""
+        rows = len(batch.row_mask) // jax.process_count()
+        start = jax.process_index() * rows
+        return Batch(*(array[start : start + rows] for array in batch))
+
     def split(self, rows: Any) -> Any:
-        return jax.device_put(rows, self._split)
+        """Every host's rows as one global array."""
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self._split, np.asarray(leaf)), rows)
 
     def everywhere(self, tree: Any) -> Any:
         return jax.device_put(tree, self._everywhere)
+
+
+class _Checkpoints:
+    """Trees by their step, in a folder of the first host; every host makes the same calls."""
+
+    def __init__(self, folder: Path, **options: Any):
+        import orbax.checkpoint as ocp
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._args = ocp.args
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        self._manager: Any = None
+        if hosts.first():
+            self._manager = ocp.CheckpointManager(
+                folder.absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    create=False,
+                    multiprocessing_options=alone,
+                    async_options=ocp.AsyncOptions(barrier_sync_fn=lambda **_: None),  # it waits for no other host
+                    **options,
+                ),
+            )
+
+    def __enter__(self) -> "_Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._manager is not None:
+            self._manager.close()
+
+    def _step(self, name: str) -> int:
+        found = getattr(self._manager, name)() if self._manager is not None else None
+        return int(hosts.from_first(np.int32(-1 if found is None else found)))
+
+    def latest_step(self) -> int:
+        """The last step that is kept; -1: none."""
+        return self._step("latest_step")
+
+    def best_step(self) -> int:
+        """The step of the best metrics, when it is written; -1: none."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+        return self._step("best_step")
+
+    def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
+        """A step that is there is left."""
+        if self._manager is not None and step not in self._manager.all_steps():
+            self._manager.save(step, args=self._args.StandardSave(jax.device_get(tree)), metrics=metrics)
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The tree of a step, shaped as `like`, in the memory of each host."""
+        found = jax.device_get(like)
+        if self._manager is not None:
+            found = self._manager.restore(step, args=self._args.StandardRestore(found))
+        return hosts.from_first(found)
 
 
 # A run whose loss has grown this much over its own lowest, both as running means, does not come back.
@@ -166,14 +233,15 @@ def fit(
     """Trains, and returns the parameters: after the last step, or of the best epoch.
 
     A run that was killed goes on from its last checkpoint in `folder`, to the same parameters as without the kill.
-    Every batch is split over all of `jax.devices()`.
+    Every batch is split over all of `jax.devices()`, those of all hosts.
 
     Args:
         loss: (params, prepared batch, key) -> (loss, metrics).
         params: where to start.
         epoch_batches: the batches of an epoch; the same number for every epoch, and the same batches when asked again.
         schedule: see `Schedule`. With 0 epochs the parameters are returned as they are.
-        folder: of this run: checkpoints, metrics.jsonl with one object an epoch, and TensorBoard events.
+        folder: of this run, and of this host: checkpoints (the first host's), metrics.jsonl with one object an epoch,
+            and TensorBoard events.
         name: shown with the progress.
         seed: of dropout.
         prepare: what the loss gets of a batch, any pytree of arrays whose first axis is the batch's.
@@ -187,7 +255,6 @@ def fit(
         ValueError: a batch size that the devices do not divide.
         FloatingPointError: the loss is not finite or has diverged; says at which step and in which layer.
     """
-    import orbax.checkpoint as ocp
     from tensorboardX import SummaryWriter
 
     if schedule.epochs == 0:
@@ -210,18 +277,13 @@ def fit(
             f"longer warm-up than {schedule.warmup:g} may do. The last checkpoint is in {folder}"
         )
 
-    latest = ocp.CheckpointManager(
-        folder.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    latest = _Checkpoints(folder / "checkpoints", max_to_keep=2)
+    best = _Checkpoints(
+        folder / "best", max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max"
     )
-    best = ocp.CheckpointManager(
-        folder.absolute() / "best",
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max"
-        ),
-    )
-    done = latest.latest_step() or 0
+    done = max(0, latest.latest_step())
     if done:
-        state = latest.restore(done, args=ocp.args.StandardRestore(state))  # pyright: ignore[reportCallIssue]
+        state = devices.everywhere(latest.restore(done, state))
     metrics_file = folder / "metrics.jsonl"
     # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
     lines = metrics_file.read_text().splitlines(keepends=True) if metrics_file.is_file() else []
@@ -245,7 +307,7 @@ def fit(
                 if number < done:
                     continue
                 before = state["params"]
-                rows = devices.split(prepare(batch))
+                rows = devices.split(prepare(devices.own_rows(batch)))
                 state, metrics = step(state, fixed, rows, jax.random.fold_in(key, number))
                 values = {metric: float(value) for metric, value in metrics.items()}
                 if (what := divergence.bad(values["loss"])) is not None:
@@ -259,16 +321,15 @@ def fit(
                     for metric, value in values.items():
                         board.add_scalar(f"train/{metric}", value, number)
                 if (number + 1) % schedule.checkpoint_every == 0 or number + 1 == num_steps:
-                    latest.save(number + 1, args=ocp.args.StandardSave(state))  # pyright: ignore[reportCallIssue]
+                    latest.save(number + 1, state)
             seconds = time.perf_counter() - started
             record = {"name": name, "epoch": epoch + 1, "seconds": round(seconds, 1)}
             record |= {metric: total / max(count, 1) for metric, total in totals.items()}
             if evaluate is not None:
                 figures = evaluate(jax.device_get(merge(state["params"], fixed)))
                 record |= figures
-                if choose_by is not None and epoch not in best.all_steps():
-                    kept = ocp.args.StandardSave(state["params"])  # pyright: ignore[reportCallIssue]
-                    best.save(epoch, args=kept, metrics={**figures, "epoch": epoch})
+                if choose_by is not None:
+                    best.save(epoch, state["params"], {**figures, "epoch": epoch})
                 for figure, value in figures.items():
                     board.add_scalar(figure, value, (epoch + 1) * steps_per_epoch)
             log.write(json.dumps(record) + "\n")
@@ -276,7 +337,5 @@ def fit(
             progress.console.print(record)
         chosen = state["params"]
         if choose_by is not None:
-            best.wait_until_finished()
-            abstract = ocp.args.StandardRestore(chosen)  # pyright: ignore[reportCallIssue]
-            chosen = best.restore(best.best_step(), args=abstract)
+            chosen = best.restore(best.best_step(), chosen)
     return jax.device_get(merge(chosen, fixed))

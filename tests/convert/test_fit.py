@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -116,10 +117,8 @@ test_fit.train(folder)
 
 @pytest.mark.parametrize("kill_at", [7, 13])
 def test_a_killed_run_goes_on_to_the_same_parameters(kill_at, run, tmp_path):
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(kill_at)]
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    killed = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert kept
@@ -198,28 +197,89 @@ def test_metrics_go_to_tensorboard(run):
     assert b"bias" in written
 
 
-# Trains the toy on two devices, and writes its parameters.
+# Trains the toy on two devices, of this process or of two, and writes its parameters.
 ON_TWO_DEVICES = """
 import json, sys
 from pathlib import Path
 import jax
 import test_fit
-folder = Path(sys.argv[1])
+from flaxmpc.convert.hosts import Hosts
+folder, address = Path(sys.argv[1]), sys.argv[2:]
+if address:
+    Hosts(address[0], 2, int(address[1])).join()
 assert jax.device_count() == 2, jax.devices()
-params = test_fit.train(folder)
+params = test_fit.train(folder, evaluate=test_fit.third_weight, choose_by="third")
 (folder / "found.json").write_text(json.dumps([float(x) for leaf in jax.tree.leaves(params) for x in leaf.ravel()]))
 """
 
 
-def test_two_devices_follow_the_same_loss_curve(run, tmp_path):
+def third_weight(params):
+    """Grows from epoch to epoch, so the last is the best."""
+    return {"third": float(params["bert"]["layer"]["w"][2, 0])}
+
+
+def environment(**variables):
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parents[1])])
-    environment = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    subprocess.run([sys.executable, "-c", ON_TWO_DEVICES, str(tmp_path)], env=environment, check=True)
-    found = json.loads((tmp_path / "found.json").read_text())
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]), **variables}
+
+
+def on_two_hosts(*folders):
+    """Trains on two processes, each with its folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [[sys.executable, "-c", ON_TWO_DEVICES, str(own), address, str(i)] for i, own in enumerate(folders)]
+    hosts = [subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for host in hosts:
+            _, errors = host.communicate(timeout=120)
+            assert host.returncode == 0, errors
+    finally:
+        for host in hosts:
+            host.kill()
+            host.communicate()
+
+
+def assert_close(run, folder):
+    found = json.loads((folder / "found.json").read_text())
     np.testing.assert_allclose(found, [x for leaf in jax.tree.leaves(run[1]) for x in leaf.ravel()], atol=1e-4)
-    curves = [[record["loss"] for record in records(path)] for path in (tmp_path, run[0])]
+
+
+def assert_close_curves(run, folder):
+    curves = [[record["loss"] for record in records(path)] for path in (folder, run[0])]
     np.testing.assert_allclose(curves[0], curves[1], atol=1e-4)
+
+
+def test_two_devices_follow_the_same_loss_curve(run, tmp_path):
+    two = environment(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    subprocess.run([sys.executable, "-c", ON_TWO_DEVICES, str(tmp_path)], env=two, check=True)
+    assert_close(run, tmp_path)
+    assert_close_curves(run, tmp_path)
+
+
+def test_two_hosts_follow_the_same_loss_curve_and_the_first_keeps_it(run, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    on_two_hosts(first, second)
+    assert_close(run, first)
+    assert_close_curves(run, first)
+    assert (first / "found.json").read_text() == (second / "found.json").read_text()
+    assert [path.name for path in (second / "checkpoints").iterdir()] == []
+
+
+def test_two_hosts_go_on_from_what_the_first_kept(run, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+
+    def three_epochs(epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return epoch_batches(epoch)
+
+    options = {"name": "toy", "seed": 0, "evaluate": third_weight, "choose_by": "third"}
+    with pytest.raises(KeyboardInterrupt):
+        fit(loss, PARAMS, three_epochs, SCHEDULE, first, **options)
+    on_two_hosts(first, second)
+    assert_close(run, first)
+    assert [record["epoch"] for record in records(second)] == [3, 4]  # the checkpoint is of step 10, four make an epoch
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path, monkeypatch):
