@@ -157,7 +157,10 @@ def gelu_secformer(x: X) -> X:
 
 
 def gelu_shaft(x: X) -> X:
-    """relu(x) + [|x| < 4] sum_k b_k sin(2 pi k |x| / 8), eight terms. Two comparisons, a sine and a cosine and their multiples."""
+    """relu(x) + [|x| < 4] sum_k b_k sin(2 pi k |x| / 8), eight terms.
+
+    Two comparisons, a sine and a cosine, and their multiples.
+    """
     a = jnp.abs(x)
     inside = _step(a < 4.0)
     series = _sine_series(
