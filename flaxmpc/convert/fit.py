@@ -136,7 +136,7 @@ class _Checkpoints:
         import orbax.checkpoint as ocp
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._args = ocp.args
+        self._args: Any = ocp.args
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
         self._manager: Any = None
         if hosts.first():
