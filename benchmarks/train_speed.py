@@ -5,7 +5,8 @@
 The same weights, batches and lengths, AdamW with the same trained parameters, clipping and dropout, float32, the same
 threads, in one process: blocks of the same steps in turn, and the median of the blocks' ratios. A third side,
 `products`, is the profile: the step's matrix products alone, forward and backward, without anything between them.
-PyTorch is in no lock file: pip install 'flaxmpc[bench-torch]'. About 5 minutes on 2 idle cores.
+PyTorch is in no lock file: pip install 'flaxmpc[bench-torch]'. About 5 minutes on 2 idle cores. XLA_FLAGS and
+GLIBC_TUNABLES are recorded: train/movie.py names those that train faster.
 """
 
 import functools
@@ -171,6 +172,7 @@ def measure(variant: str, block: int, steps: int) -> Record:
         "steps": steps,
         "loss": statistics.mean(losses),
         "trained_parameters": side.trained,
+        "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
         **made,
     }
 
