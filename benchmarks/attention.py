@@ -3,7 +3,7 @@
     python benchmarks/attention.py [--json] [--show] [--quick]
 
 From queries, keys and values to the context, as a folded model runs it: heads as a grouped convolution, 1/sqrt(d) and
-r_h folded away, and where a variant allows it also c, the mask and 1/n. CHEETAH at 32 tokens only. About 12 minutes on
+r_h folded away, and where a variant allows it also c, the mask and 1/n. CHEETAH at 32 tokens only. About 10 minutes on
 2 idle cores.
 """
 
