@@ -40,20 +40,20 @@ class Hosts:
     def join(self) -> None:
         """Waits for the others (5 minutes at most); from here on `jax.devices()` are those of all hosts.
 
-        To be called before anything computes.
+        To be called before anything computes. A host that ends with an error lets the others wait for 5 minutes.
 
         Raises:
             ConnectionError: not all hosts came.
         """
         if self.coordinator is None:
             return
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # says nothing to other devices
         try:
             jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
         except RuntimeError as error:
             raise ConnectionError(
                 f"not all of the {self.num_processes} hosts came to {self.coordinator}: {error}"
             ) from error
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # says nothing to other devices
 
 
 def first() -> bool:
