@@ -4,12 +4,12 @@
     python train/movie.py 2quad-freediv            # then also: 2quad-freediv/seed-1, 2quad-freediv/no-stage-1, ...
 
 Method: MPCFormer (arXiv 2211.01452), stage 1 on hidden states alone at a higher rate, with the seed paper's
-division-free attention. On 2 cores: the teacher a quarter of an hour, a student half an hour, and its evaluation
-under MPC. A killed run goes on from its last checkpoint when it is started again. Expected: about 86.5 %
-for the teacher and as much for its students.
+division-free attention. On 2 cores the teacher takes a quarter of an hour; a student on one of them 40 minutes, and
+its evaluation under MPC 12. A killed run goes on from its last checkpoint when it is started again. Expected: about
+86.5 % for the teacher and as much for its students.
 
 Of several students, one on each core takes less time than one after the other on all, and large pages and XLA's older
-CPU runtime make a step a quarter faster (stable jax on Linux):
+CPU runtime make a step faster (stable jax on Linux):
 
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 XLA_FLAGS=--xla_cpu_use_thunk_runtime=false
     taskset -c 0 python train/movie.py softmax & taskset -c 1 python train/movie.py 2quad & wait

@@ -157,19 +157,19 @@ class _Checkpoints:
         if self._manager is not None:
             self._manager.close()
 
-    def _step(self, name: str) -> int:
-        found = getattr(self._manager, name)() if self._manager is not None else None
-        return int(hosts.from_first(np.int32(-1 if found is None else found)))
-
     def latest_step(self) -> int:
         """The last step that is kept; -1: none."""
-        return self._step("latest_step")
+        return self._from_first(lambda manager: manager.latest_step())
 
     def best_step(self) -> int:
         """The step of the best metrics, when it is written; -1: none."""
         if self._manager is not None:
             self._manager.wait_until_finished()
-        return self._step("best_step")
+        return self._from_first(lambda manager: manager.best_step())
+
+    def _from_first(self, step: Callable[[Any], int | None]) -> int:
+        found = None if self._manager is None else step(self._manager)
+        return int(hosts.from_first(np.int32(-1 if found is None else found)))
 
     def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
         """A step that is there is left."""

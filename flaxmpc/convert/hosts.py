@@ -5,10 +5,9 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
-import tyro
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
@@ -24,7 +23,7 @@ class Hosts:
         process_id: of this host, from 0, which writes what is made; the others write nothing.
     """
 
-    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="")] = None
+    coordinator: str | None = None
     num_processes: int = 1
     process_id: int = 0
 

@@ -127,7 +127,7 @@ def gelu_bolt(x: X) -> X:
 def _sine_series(theta: X, coefficients: tuple[float, ...]) -> X:
     """sum_k b_k sin(k theta), k from 1.
 
-    A sine costs 20 products under MPC, so one and a cosine are taken, together, and the rest follows from them:
+    A sine sends as much as 20 products (ABY3), so one and a cosine are taken, together, and the rest follows from them:
     sin 2jt = 2 sin jt cos jt, sin (2j+1)t = 2 sin (j+1)t cos jt - sin t, and so for the cosines; 3 products in sequence
     reach 8t.
     """
