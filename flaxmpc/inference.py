@@ -78,7 +78,7 @@ def split_at_shares(model: Any, params: dict[str, Any]) -> tuple[Any, dict[str, 
         return from_embeddings, {"bert": {"embeddings": table}}, encoder
 
     def from_tokens(params: dict[str, Any], tokens: tuple[jax.Array, ...], keys: Keys) -> Any:
-        embeddings = model.apply({"params": params}, *tokens, method="embed")
+        embeddings = model.apply({"params": params}, *tokens, attention_mask=keys.mask, method="embed")
         return model.apply({"params": params}, embeddings, keys, method="from_embeddings")
 
     return from_tokens, {}, params
@@ -208,7 +208,7 @@ class Client:
         """
         tokens: Any = self._tokens(ids, types)
         if self.config.embedding.client_embeds:
-            tokens = self._embed({"params": self.client_params}, *tokens)
+            tokens = self._embed({"params": self.client_params}, *tokens, attention_mask=jnp.asarray(mask))
         return jax.device_get((tokens, self.config.keys(jnp.asarray(mask))))
 
     def _tokens(self, ids: np.ndarray, types: np.ndarray | None = None) -> tuple[jax.Array, ...]:

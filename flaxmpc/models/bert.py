@@ -130,16 +130,31 @@ class BertModel(nn.Module):
         if self.add_pooling_layer:
             self.pooler = _dense(self.config, self.config.hidden_size)
 
-    def embed(self, input_ids: Array, token_type_ids: Array | None = None, *, deterministic: bool = True) -> Hidden:
-        """Ids (batch, token) -> embeddings. With a mode whose lookup takes one-hot rows, give it those."""
-        return self.embeddings(input_ids, token_type_ids, deterministic=deterministic)
+    def embed(
+        self,
+        input_ids: Array,
+        token_type_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Hidden:
+        """Ids (batch, token) -> embeddings. With a mode whose lookup takes one-hot rows, give it those.
+
+        With a mask, and LayerNorms that are right only where they were calibrated, padding holds the first token's
+        embedding, and so its states in every layer: on what no token has they diverge, and 0 x inf is no 0.
+        """
+        x_BxTxH = self.embeddings(input_ids, token_type_ids, deterministic=deterministic)
+        if attention_mask is None or not self.config.fills_padding:
+            return x_BxTxH
+        first_Bx1xH = x_BxTxH[:, :1]
+        return first_Bx1xH + (x_BxTxH - first_Bx1xH) * jnp.asarray(attention_mask, x_BxTxH.dtype)[..., None]
 
     def from_embeddings(
         self, embeddings: Hidden, keys: Keys, *, deterministic: bool = True
     ) -> tuple[Hidden, Intermediates | None]:
         """The last hidden state (what the head reads of it, if folded), and the intermediates (None if folded)."""
         if self.config.folded:
-            u = embeddings * keys.scale[..., None]
+            u = embeddings if self.config.state_degree is None else embeddings * keys.scale[..., None]
             for layer in self.layers:
                 u = layer(u, keys)
             return u, None
@@ -163,7 +178,7 @@ class BertModel(nn.Module):
     ) -> tuple[Hidden, Array | None, Intermediates | None]:
         """The last hidden state, the pooled first token (None without a pooler), and the intermediates."""
         keys = self.config.keys(jnp.ones(input_ids.shape[:2]) if attention_mask is None else attention_mask)
-        embeddings = self.embed(input_ids, token_type_ids, deterministic=deterministic)
+        embeddings = self.embed(input_ids, token_type_ids, attention_mask, deterministic=deterministic)
         hidden, intermediates = self.from_embeddings(embeddings, keys, deterministic=deterministic)
         return hidden, self.pool(hidden) if self.add_pooling_layer else None, intermediates
 
@@ -176,9 +191,16 @@ class _BertWithHead(nn.Module):
     def head(self, hidden: Hidden, deterministic: bool) -> Array:
         raise NotImplementedError
 
-    def embed(self, input_ids: Array, token_type_ids: Array | None = None, *, deterministic: bool = True) -> Hidden:
+    def embed(
+        self,
+        input_ids: Array,
+        token_type_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Hidden:
         """See `BertModel.embed`."""
-        return self.bert.embed(input_ids, token_type_ids, deterministic=deterministic)
+        return self.bert.embed(input_ids, token_type_ids, attention_mask, deterministic=deterministic)
 
     def from_embeddings(
         self, embeddings: Hidden, keys: Keys, *, deterministic: bool = True, return_intermediates: bool = False
@@ -199,7 +221,7 @@ class _BertWithHead(nn.Module):
     ) -> Any:
         """The head's output for ids (batch, token); see `from_embeddings`."""
         keys = self.config.keys(jnp.ones(input_ids.shape[:2]) if attention_mask is None else attention_mask)
-        embeddings = self.embed(input_ids, token_type_ids, deterministic=deterministic)
+        embeddings = self.embed(input_ids, token_type_ids, attention_mask, deterministic=deterministic)
         return self.from_embeddings(
             embeddings, keys, deterministic=deterministic, return_intermediates=return_intermediates
         )

@@ -12,7 +12,7 @@ from flaxmpc.errors import unknown
 from flaxmpc.nn.activation import ACTIVATIONS, Activation
 from flaxmpc.nn.attention import ATTENTION, AttentionPart, Keys, PerHead, common
 from flaxmpc.nn.embedding import EMBEDDINGS, EmbeddingPart
-from flaxmpc.nn.normalization import NORMALIZATIONS, InverseSqrt
+from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, InverseSqrt
 
 # HF's names for activations that have another name here.
 _HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -142,9 +142,20 @@ class BertConfig:
         """The degree that the numerators of all layers have, so that mask and 1/n fold into the state; or None."""
         return common({self.attention_of(layer).score_degree for layer in range(self.num_hidden_layers)})
 
+    @property
+    def state_degree(self) -> int | None:
+        """The same of a folded model, whose state they then scale; None where it is not folded."""
+        return self.score_degree if self.folded else None
+
+    @property
+    def fills_padding(self) -> bool:
+        """Whether padding may not be left as it is (see `BertModel.embed`): a scaled state has zeros there already."""
+        layers = range(self.num_hidden_layers)
+        return self.state_degree is None and any(part != EXACT for i in layers for part in self.layer_norms_of(i))
+
     def keys(self, attention_mask: Array) -> Keys:
         """What the client sends of HF's attention_mask (batch, token) to a model of this config."""
-        return Keys.from_mask(attention_mask, self.score_degree if self.folded else None)
+        return Keys.from_mask(attention_mask, self.state_degree)
 
     @property
     def embedding_part(self) -> EmbeddingPart:

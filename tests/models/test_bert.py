@@ -35,7 +35,7 @@ from flaxmpc.models.weights import read_params
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION, Keys
 from flaxmpc.nn.embedding import EMBEDDINGS
-from flaxmpc.nn.normalization import NORMALIZATIONS
+from flaxmpc.nn.normalization import NORMALIZATIONS, Newton
 
 TINY = BertConfig(
     vocab_size=60,
@@ -348,6 +348,26 @@ def test_padding_changes_nothing(attention, tiny):
     np.testing.assert_allclose(padded[1:, :6], alone, rtol=0, atol=1e-5 * max(1.0, np.abs(alone).max()))
     other_padding = ids.at[1, 6:].set(59)
     np.testing.assert_allclose(apply(other_padding, mask, types)[1, :6], padded[1, :6], atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "softmax_freediv", "2quad_freediv", "scaling"])
+def test_padding_stays_in_the_ranges_that_tokens_have(attention, tiny):
+    """A padded query's weights are bounded by nothing; here its variances are a thousand times those of tokens."""
+    ids, mask, types = inputs(TINY, lengths=(9, 6))
+    model, variables = tiny(attention=attention)
+    table = variables["params"]["bert"]["embeddings"]["word_embeddings"]
+    variables["params"]["bert"]["embeddings"]["word_embeddings"] = table.at[0].set(100.0 * table[0])
+    exact, collected = model.apply(variables, ids, mask, types, mutable=["statistics"])
+    layers: Any = collected["statistics"]["bert"]
+    names = ("attention_layer_norm", "output_layer_norm")
+    seen = [[np.asarray(layers[f"layer_{i}"][name]["variance"][0])[mask > 0] for name in names] for i in range(2)]
+    newton = [tuple(Newton().calibrated(one, margin=1.01, tolerance=1e-4) for one in layer) for layer in seen]
+    model = BertForSequenceClassification(dataclasses.replace(model.config, layer_norm=newton))
+    given: Any = model.apply(variables, ids, mask, types, return_intermediates=True)
+    logits, intermediates = given
+    np.testing.assert_allclose(logits, exact, atol=1e-3)
+    for states in intermediates.hidden_states:
+        np.testing.assert_allclose(states[1, 6:], jnp.broadcast_to(states[1, 0], (3, 16)), atol=1e-4)
 
 
 @pytest.mark.parametrize(
