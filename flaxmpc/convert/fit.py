@@ -4,7 +4,6 @@ Of several hosts (`jax.distributed`) the first keeps checkpoints and metrics, an
 they need no common folder.
 """
 
-import contextlib
 import dataclasses
 import json
 import time
@@ -38,7 +37,8 @@ class Schedule:
         weight_decay: of AdamW, on matrices only.
         clip_norm: the largest norm of the gradient of one step.
         batch_size: sentences a step, over all devices.
-        checkpoint_every: steps between checkpoints; a killed run goes on from the last.
+        checkpoint_every: steps between checkpoints within an epoch, after which there is one too; a killed run goes on
+            from the last.
     """
 
     epochs: int
@@ -162,19 +162,19 @@ class _Checkpoints:
         return self._from_first(lambda manager: manager.latest_step())
 
     def best_step(self) -> int:
-        """The step of the best metrics, when it is written; -1: none."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
+        """The step of the best metrics; -1: none."""
         return self._from_first(lambda manager: manager.best_step())
 
     def _from_first(self, step: Callable[[Any], int | None]) -> int:
         found = None if self._manager is None else step(self._manager)
         return int(hosts.from_first(np.int32(-1 if found is None else found)))
 
-    def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
-        """A step that is there is left."""
+    def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None, *, wait: bool = False) -> None:
+        """A step that is there is left. It is written while training goes on, unless it is waited for."""
         if self._manager is not None and step not in self._manager.all_steps():
             self._manager.save(step, args=self._args.StandardSave(jax.device_get(tree)), metrics=metrics)
+            if wait:
+                self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Any) -> Any:
         """The tree of a step, shaped as `like`, in the memory of each host."""
@@ -205,14 +205,69 @@ class _Divergence:
         return None
 
 
-def _columns() -> list[Any]:
-    return [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeRemainingColumn(),
-    ]
+class _Log:
+    """Progress in the terminal, metrics.jsonl with one object an epoch, and TensorBoard events."""
+
+    def __init__(self, folder: Path, name: str, schedule: Schedule, steps_per_epoch: int, done: int):
+        """Goes on after `done` steps."""
+        from tensorboardX import SummaryWriter
+
+        self._name, self._batch_size, self._steps_per_epoch = name, schedule.batch_size, steps_per_epoch
+        path = folder / "metrics.jsonl"
+        # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= done // steps_per_epoch))
+        self._file = path.open("a")
+        # Events files are named by the second: the suffix keeps a run that goes on at once from writing over the last.
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None, filename_suffix=f".{done}")
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = self._progress.add_task(name, total=schedule.epochs * steps_per_epoch, completed=done, shown="")
+        self._start_epoch()
+
+    def __enter__(self) -> "_Log":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._board.close()
+        self._file.close()
+
+    def _start_epoch(self) -> None:
+        self._totals: dict[str, float] = {}
+        self._steps, self._started, self._seconds = 0, time.perf_counter(), 0.0
+
+    def _means(self) -> dict[str, float]:
+        return {metric: total / self._steps for metric, total in self._totals.items()}
+
+    def step(self, number: int, values: dict[str, float]) -> None:
+        """Of step `number`, from 0, over all epochs."""
+        self._steps += 1
+        self._seconds = time.perf_counter() - self._started
+        self._totals = {metric: self._totals.get(metric, 0.0) + value for metric, value in values.items()}
+        shown = "  ".join(f"{metric} {mean:.4f}" for metric, mean in self._means().items())
+        rate = self._steps * self._batch_size / self._seconds
+        self._progress.update(self._bar, completed=number + 1, shown=f"{shown}  {rate:.0f} sentences/s")
+        if number % 10 == 0:
+            for metric, value in values.items():
+                self._board.add_scalar(f"train/{metric}", value, number)
+
+    def epoch(self, epoch: int, figures: dict[str, float]) -> None:
+        """After epoch `epoch`, from 1, with the figures of its evaluation."""
+        seconds = {"seconds": round(self._seconds, 1)}
+        record = {"name": self._name, "epoch": epoch, **seconds, **self._means(), **figures}
+        for figure, value in figures.items():
+            self._board.add_scalar(figure, value, epoch * self._steps_per_epoch)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._progress.console.print(record)
+        self._start_epoch()
 
 
 def fit(
@@ -255,8 +310,6 @@ def fit(
         ValueError: a batch size that the devices do not divide.
         FloatingPointError: the loss is not finite or has diverged; says at which step and in which layer.
     """
-    from tensorboardX import SummaryWriter
-
     if schedule.epochs == 0:
         return jax.device_get(dict(params))
     folder.mkdir(parents=True, exist_ok=True)
@@ -284,26 +337,11 @@ def fit(
     done = max(0, latest.latest_step())
     if done:
         state = devices.everywhere(latest.restore(done, state))
-    metrics_file = folder / "metrics.jsonl"
-    # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
-    lines = metrics_file.read_text().splitlines(keepends=True) if metrics_file.is_file() else []
-    metrics_file.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= done // steps_per_epoch))
     divergence = _Divergence()
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(latest)
-        stack.enter_context(best)
-        progress = stack.enter_context(Progress(*_columns()))
-        bar = progress.add_task(name, total=num_steps, completed=done, shown="")
-        log = stack.enter_context(metrics_file.open("a"))
-        # Events files are named by the second: the suffix keeps a run that goes on at once from writing over the last.
-        board = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None, filename_suffix=f".{done}")
-        stack.callback(board.close)
+    with latest, best, _Log(folder, name, schedule, steps_per_epoch, done) as log:
         for epoch in range(done // steps_per_epoch, schedule.epochs):
-            totals: dict[str, float] = {}
-            started, count = time.perf_counter(), 0
-            for i, batch in enumerate(epoch_batches(epoch)):
-                number = epoch * steps_per_epoch + i
+            for number, batch in enumerate(epoch_batches(epoch), epoch * steps_per_epoch):
                 if number < done:
                     continue
                 before = state["params"]
@@ -312,30 +350,14 @@ def fit(
                 values = {metric: float(value) for metric, value in metrics.items()}
                 if (what := divergence.bad(values["loss"])) is not None:
                     stop(what, number, merge(before, fixed), batch)
-                count += 1
-                totals = {metric: totals.get(metric, 0.0) + value for metric, value in values.items()}
-                rate = count * schedule.batch_size / (time.perf_counter() - started)
-                shown = "  ".join(f"{metric} {total / count:.4f}" for metric, total in totals.items())
-                progress.update(bar, completed=number + 1, shown=f"{shown}  {rate:.0f} sentences/s")
-                if number % 10 == 0:
-                    for metric, value in values.items():
-                        board.add_scalar(f"train/{metric}", value, number)
-                if (number + 1) % schedule.checkpoint_every == 0 or number + 1 == num_steps:
+                log.step(number, values)
+                if (number + 1) % schedule.checkpoint_every == 0 and (number + 1) % steps_per_epoch:
                     latest.save(number + 1, state)
-            seconds = time.perf_counter() - started
-            record = {"name": name, "epoch": epoch + 1, "seconds": round(seconds, 1)}
-            record |= {metric: total / max(count, 1) for metric, total in totals.items()}
-            if evaluate is not None:
-                figures = evaluate(jax.device_get(merge(state["params"], fixed)))
-                record |= figures
-                if choose_by is not None:
-                    best.save(epoch, state["params"], {**figures, "epoch": epoch})
-                for figure, value in figures.items():
-                    board.add_scalar(figure, value, (epoch + 1) * steps_per_epoch)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            progress.console.print(record)
-        chosen = state["params"]
-        if choose_by is not None:
-            chosen = best.restore(best.best_step(), chosen)
+            figures = {} if evaluate is None else evaluate(jax.device_get(merge(state["params"], fixed)))
+            if choose_by is not None:
+                best.save(epoch, state["params"], {**figures, "epoch": epoch}, wait=True)
+            log.epoch(epoch + 1, figures)
+            # Not before: what goes on from the end of an epoch goes on with the next.
+            latest.save((epoch + 1) * steps_per_epoch, state)
+        chosen = state["params"] if choose_by is None else best.restore(best.best_step(), state["params"])
     return jax.device_get(merge(chosen, fixed))
