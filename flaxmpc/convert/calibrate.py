@@ -1,7 +1,7 @@
 """What a student takes from data before, and between, the stages: r_h, the keys' bias, and LayerNorms' ranges."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.nn.attention import Keys
-from flaxmpc.nn.normalization import EXACT
+from flaxmpc.nn.normalization import EXACT, Clipped
 
 Ranges = Mapping[str, tuple[float, float]]
 """The lowest and the highest variance that a LayerNorm is to meet, by its path."""
@@ -114,15 +114,33 @@ def with_newton(config: BertConfig, seen: Mapping[str, np.ndarray], part: Any) -
     """The config with every LayerNorm calibrated on the variances seen; an exact one where they are too wide.
 
     An error of 1 % at the ends of the range is what the last stage learns to live with: it trains the steps themselves.
+    A LayerNorm that is calibrated already stays as it is, unless a variance seen is outside its range.
     """
 
-    def fitted(path: str) -> Any:
+    def fitted(own: Any, values: np.ndarray) -> Any:
+        if own != EXACT and own.low <= values.min() and values.max() <= own.high:
+            return own
         try:
-            return part.calibrated(seen[path], margin=1.25, tolerance=1e-2)
+            return part.calibrated(values, margin=1.25, tolerance=1e-2)
         except ValueError:
             return EXACT
 
-    layers = range(config.num_hidden_layers)
+    return _with_layer_norms(
+        config, lambda layer, place, own: fitted(own, seen[f"bert/layer_{layer}/{LAYER_NORMS[place]}"])
+    )
+
+
+def for_training(config: BertConfig) -> BertConfig:
+    """The same with LayerNorms that do not diverge while training moves the variances: see `Clipped`."""
+    return _with_layer_norms(config, lambda layer, place, own: own if own == EXACT else Clipped(own))
+
+
+def _with_layer_norms(config: BertConfig, change: Callable[[int, int, Any], Any]) -> BertConfig:
+    """`change` gets the layer, 0 for after attention and 1 for after the feed-forward, and the LayerNorm's part."""
+    parts = (config.layer_norms_of(layer) for layer in range(config.num_hidden_layers))
     return dataclasses.replace(
-        config, layer_norm=tuple(tuple(fitted(f"bert/layer_{i}/{name}") for name in LAYER_NORMS) for i in layers)
+        config,
+        layer_norm=tuple(
+            tuple(change(layer, place, own) for place, own in enumerate(pair)) for layer, pair in enumerate(parts)
+        ),
     )

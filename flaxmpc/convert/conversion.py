@@ -184,6 +184,15 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any) -> tasks.Task:
     return task
 
 
+def _calibrated(
+    student: BertForSequenceClassification, params: Any, task: tasks.Task, part: Any
+) -> BertForSequenceClassification:
+    """With LayerNorms for the variances of the training sentences, see `calibrate.with_newton`."""
+    finite = BertForSequenceClassification(calibrate.for_training(student.config))
+    seen = calibrate.variances(finite, params, in_order(task.train))
+    return BertForSequenceClassification(calibrate.with_newton(student.config, seen, part))
+
+
 def convert(config: Conversion) -> dict[str, Any]:
     """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
 
@@ -231,21 +240,23 @@ def convert(config: Conversion) -> dict[str, Any]:
     )
     for name, stage in stages.items():
         if name == "stage2" and ranged:  # the last stage trains the very function that will run
-            seen = calibrate.variances(student, params, in_order(task.train))
-            student = BertForSequenceClassification(calibrate.with_newton(student.config, seen, newton))
+            student = _calibrated(student, params, task, newton)
+        trained = BertForSequenceClassification(calibrate.for_training(student.config))
         params = distill(
-            student,
+            trained,
             params,
             outputs,
             task.train,
-            Evaluate(student, task.validation, task.metrics),
+            Evaluate(trained, task.validation, task.metrics),
             stage,
             run / name,
             ranges=ranges,
             frozen="" if config.train_embeddings else _EMBEDDINGS,
             seed=config.seed,
         )
-        results |= _figures(task, predict(student, params, task.test), f"{name}_")
+        results |= _figures(task, predict(trained, params, task.test), f"{name}_")
+    if ranged:  # it may have moved some variances out of their ranges
+        student = _calibrated(student, params, task, newton)
 
     # A table that is no published one is secret: then the client sends one-hot rows, where training looks ids up.
     mode = "secret" if config.train_embeddings else "public"

@@ -151,6 +151,23 @@ class Newton:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Clipped:
+    """A Newton part for training: a variance outside its range counts as the range's end, where Newton diverges.
+
+    Within the range the same function. A comparison, so not for MPC: there the range is to hold what comes.
+    """
+
+    part: Newton
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    def __call__(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
+        return self.part(jnp.clip(variance, self.part.low, self.part.high), scale, unit)
+
+
 NORMALIZATIONS: Registry[Any] = Registry("layer_norm", InverseSqrt)
 EXACT = NORMALIZATIONS.register(Exact("layer_norm"))
 NEWTON = NORMALIZATIONS.register(Newton())

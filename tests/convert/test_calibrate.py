@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from typing import Any
 
 import chex
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flaxmpc.convert import calibrate
 from flaxmpc.convert.data import Batch, Split, batches, encode, movie_sentences
 from flaxmpc.convert.distill import start_student
+from flaxmpc.convert.finetune import predict
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, init_params
 from flaxmpc.nn.attention import ATTENTION, Keys
@@ -103,6 +105,32 @@ def test_newton_where_the_variances_allow_it(tiny):
     assert first.low < 0.2  # pyright: ignore[reportAttributeAccessIssue]
     assert first.high > 3.0  # pyright: ignore[reportAttributeAccessIssue]
     assert fitted.layer_norms_of(1)[1] == EXACT
+    assert calibrate.with_newton(fitted, seen, NEWTON) == fitted
+
+
+def test_a_range_that_holds_the_variances_is_kept_and_another_is_found_anew(tiny):
+    config = model_of(tiny).config
+    seen = {f"bert/layer_{i}/{name}": np.array([0.2, 1.0, 3.0]) for i in range(2) for name in calibrate.LAYER_NORMS}
+    before: Any = calibrate.with_newton(config, seen, NEWTON)
+    seen["bert/layer_0/output_layer_norm"] = np.array([0.3, 2.0])
+    seen["bert/layer_1/attention_layer_norm"] = np.array([0.2, 6.0])
+    after: Any = calibrate.with_newton(before, seen, NEWTON)
+    assert after.layer_norms_of(0) == before.layer_norms_of(0)
+    assert after.layer_norms_of(1)[1] == before.layer_norms_of(1)[1]
+    assert before.layer_norms_of(1)[0].high < 6.0 < after.layer_norms_of(1)[0].high
+
+
+def test_in_training_variances_out_of_their_ranges_do_not_diverge(tiny, toy_split):
+    model = model_of(tiny)
+    params = init_params(model, seed=1)
+    assert calibrate.for_training(model.config).layer_norms_of(0) == (EXACT, EXACT)
+    low = dataclasses.replace(NEWTON, low=1e-6, high=1e-4, steps=7)
+    given = dataclasses.replace(model.config, layer_norm=((low, EXACT), (low, low)))
+    training = calibrate.for_training(given)
+    assert training.layer_norms_of(0)[1] == EXACT
+    for config, finite in ((given, False), (training, True)):
+        logits = predict(BertForSequenceClassification(config), params, toy_split)
+        assert np.isfinite(logits).all() == finite
 
 
 # ------------------------------------------------------------------------------------------------- r_h

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
-from flaxmpc.nn.normalization import NORMALIZATIONS, LayerNorm, Newton, Unit, square_mean_by_product
+from flaxmpc.nn.normalization import NORMALIZATIONS, Clipped, LayerNorm, Newton, Unit, square_mean_by_product
 
 HIDDEN = 384
 NARROW, WIDE = Newton(low=0.5, high=2.0, steps=2), Newton().calibrated(jnp.array([0.28, 45.0]))
@@ -89,6 +89,17 @@ def test_newton_is_the_inverse_square_root_within_its_stated_error(part):
     assert seen <= part.relative_error() + 2e-6
     assert seen >= 0.5 * part.relative_error() - 2e-6
     assert part.relative_error() < 2e-3
+
+
+def test_clipped_is_newton_in_its_range_and_the_end_of_it_outside():
+    part = Newton(low=0.2, high=3.0)
+    inside = jnp.geomspace(0.2, 3.0, 7)
+    np.testing.assert_array_equal(Clipped(part)(inside), part(inside))
+    np.testing.assert_array_equal(
+        Clipped(part)(jnp.array([0.0, 0.1, 40.0, 1e30])), part(inside[jnp.array([0, 0, -1, -1])])
+    )
+    assert not np.isfinite(part(jnp.array(1e30)))
+    assert jax.grad(Clipped(part))(1e30) == 0.0
 
 
 def test_more_steps_are_more_exact():
