@@ -93,11 +93,10 @@ def test_newton_is_the_inverse_square_root_within_its_stated_error(part):
 
 def test_clipped_is_newton_in_its_range_and_the_end_of_it_outside():
     part = Newton(low=0.2, high=3.0)
-    inside = jnp.geomspace(0.2, 3.0, 7)
-    np.testing.assert_array_equal(Clipped(part)(inside), part(inside))
-    np.testing.assert_array_equal(
-        Clipped(part)(jnp.array([0.0, 0.1, 40.0, 1e30])), part(inside[jnp.array([0, 0, -1, -1])])
-    )
+    inside = jnp.array([0.2, 1.0, 2.0, 3.0])
+    np.testing.assert_allclose(Clipped(part)(inside), part(inside), rtol=1e-6)
+    outside = jnp.array([0.0, 0.1, 40.0, 1e30])
+    np.testing.assert_allclose(Clipped(part)(outside), part(inside)[jnp.array([0, 0, 3, 3])], rtol=1e-6)
     assert not np.isfinite(part(jnp.array(1e30)))
     assert jax.grad(Clipped(part))(1e30) == 0.0
 
