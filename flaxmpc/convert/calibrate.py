@@ -110,24 +110,40 @@ def ranges(seen: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def with_newton(config: BertConfig, seen: Mapping[str, np.ndarray], part: Any) -> BertConfig:
-    """The config with every LayerNorm calibrated on the variances seen; an exact one where they are too wide.
+def with_newton(
+    config: BertConfig, seen: Mapping[str, np.ndarray], held_out: Mapping[str, np.ndarray], part: Any
+) -> BertConfig:
+    """The config with every LayerNorm calibrated on the variances seen.
 
     An error of 1 % at the ends of the range is what the last stage learns to live with: it trains the steps themselves.
-    A LayerNorm that is calibrated already stays as it is, unless a variance seen is outside its range.
+    A LayerNorm that is calibrated already stays as it is where its range holds all variances. It is the exact one where
+    they are too wide, or where those of sentences that were not trained on leave the range: there, others will too.
+
+    Args:
+        config: the student's.
+        seen: the variances (token,) of each LayerNorm by its path, of the training sentences.
+        held_out: those of the validation sentences.
+        part: see `flaxmpc.nn.normalization.Newton.calibrated`.
     """
 
-    def fitted(own: Any, values: np.ndarray) -> Any:
-        if own != EXACT and own.low <= values.min() and values.max() <= own.high:
+    def fitted(own: Any, seen: np.ndarray, held_out: np.ndarray) -> Any:
+        if own != EXACT and _holds(own, seen) and _holds(own, held_out):
             return own
         try:
-            return part.calibrated(values, margin=1.25, tolerance=1e-2)
+            found = part.calibrated(seen, margin=1.25, tolerance=1e-2)
         except ValueError:
             return EXACT
+        return found if _holds(found, held_out) else EXACT
 
-    return _with_layer_norms(
-        config, lambda layer, place, own: fitted(own, seen[f"bert/layer_{layer}/{LAYER_NORMS[place]}"])
-    )
+    def change(layer: int, place: int, own: Any) -> Any:
+        path = f"bert/layer_{layer}/{LAYER_NORMS[place]}"
+        return fitted(own, seen[path], held_out[path])
+
+    return _with_layer_norms(config, change)
+
+
+def _holds(part: Any, variances: np.ndarray) -> bool:
+    return bool(part.low <= variances.min() and variances.max() <= part.high)
 
 
 def for_training(config: BertConfig) -> BertConfig:

@@ -187,10 +187,10 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any) -> tasks.Task:
 def _calibrated(
     student: BertForSequenceClassification, params: Any, task: tasks.Task, part: Any
 ) -> BertForSequenceClassification:
-    """With LayerNorms for the variances of the training sentences, see `calibrate.with_newton`."""
+    """With LayerNorms for the variances of its sentences, see `calibrate.with_newton`."""
     finite = BertForSequenceClassification(calibrate.for_training(student.config))
-    seen = calibrate.variances(finite, params, in_order(task.train))
-    return BertForSequenceClassification(calibrate.with_newton(student.config, seen, part))
+    seen, held_out = (calibrate.variances(finite, params, in_order(split)) for split in (task.train, task.validation))
+    return BertForSequenceClassification(calibrate.with_newton(student.config, seen, held_out, part))
 
 
 def convert(config: Conversion) -> dict[str, Any]:

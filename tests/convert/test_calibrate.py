@@ -98,26 +98,38 @@ def test_newton_where_the_variances_allow_it(tiny):
     config = model_of(tiny).config
     seen = {f"bert/layer_{i}/{name}": np.array([0.2, 1.0, 3.0]) for i in range(2) for name in calibrate.LAYER_NORMS}
     seen["bert/layer_1/output_layer_norm"] = np.array([1e-3, 1.0, 1e4])
-    fitted = calibrate.with_newton(config, seen, NEWTON)
+    fitted = calibrate.with_newton(config, seen, seen, NEWTON)
     first, second = fitted.layer_norms_of(0)
     assert first == second
     assert first.name == "layer_norm_newton"
     assert first.low < 0.2  # pyright: ignore[reportAttributeAccessIssue]
     assert first.high > 3.0  # pyright: ignore[reportAttributeAccessIssue]
     assert fitted.layer_norms_of(1)[1] == EXACT
-    assert calibrate.with_newton(fitted, seen, NEWTON) == fitted
+    assert calibrate.with_newton(fitted, seen, seen, NEWTON) == fitted
 
 
 def test_a_range_that_holds_the_variances_is_kept_and_another_is_found_anew(tiny):
     config = model_of(tiny).config
     seen = {f"bert/layer_{i}/{name}": np.array([0.2, 1.0, 3.0]) for i in range(2) for name in calibrate.LAYER_NORMS}
-    before: Any = calibrate.with_newton(config, seen, NEWTON)
+    before: Any = calibrate.with_newton(config, seen, seen, NEWTON)
     seen["bert/layer_0/output_layer_norm"] = np.array([0.3, 2.0])
     seen["bert/layer_1/attention_layer_norm"] = np.array([0.2, 6.0])
-    after: Any = calibrate.with_newton(before, seen, NEWTON)
+    after: Any = calibrate.with_newton(before, seen, seen, NEWTON)
     assert after.layer_norms_of(0) == before.layer_norms_of(0)
     assert after.layer_norms_of(1)[1] == before.layer_norms_of(1)[1]
     assert before.layer_norms_of(1)[0].high < 6.0 < after.layer_norms_of(1)[0].high
+
+
+@pytest.mark.parametrize("far", [0.1, 4.0])
+def test_a_layer_norm_is_exact_where_sentences_not_trained_on_leave_its_range(far, tiny):
+    config = model_of(tiny).config
+    seen = {f"bert/layer_{i}/{name}": np.array([0.2, 1.0, 3.0]) for i in range(2) for name in calibrate.LAYER_NORMS}
+    held_out = {**seen, "bert/layer_1/attention_layer_norm": np.array([far, 1.0])}
+    calibrated = calibrate.with_newton(config, seen, seen, NEWTON)
+    for start in (config, calibrated):
+        found = calibrate.with_newton(start, seen, held_out, NEWTON)
+        assert found.layer_norms_of(0) == calibrated.layer_norms_of(0)
+        assert found.layer_norms_of(1) == (EXACT, calibrated.layer_norms_of(1)[1])
 
 
 def test_in_training_variances_out_of_their_ranges_do_not_diverge(tiny, toy_split):
