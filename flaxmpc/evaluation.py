@@ -33,10 +33,10 @@ def secure_logits(
 
 
 def _agreement(secret: np.ndarray, plain: np.ndarray) -> float:
-    """The share of equal labels; of a regression, of scores within 0.05."""
+    """The share of equal labels; of a regression, of scores within 0.05. A row that diverged in the clear has none."""
     if plain.shape[-1] == 1:
         return float((np.abs(secret - plain)[:, 0] < 0.05).mean())
-    return float((secret.argmax(-1) == plain.argmax(-1)).mean())
+    return metrics.accuracy(plain, secret.argmax(-1))
 
 
 def evaluate(

@@ -74,8 +74,8 @@ def evaluate(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> di
 
 
 def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(row,) bool: whether the largest logit is the label's."""
-    return logits.argmax(-1) == np.asarray(labels)
+    """(row,) bool: whether the largest logit is the label's; not where a logit is not finite."""
+    return (logits.argmax(-1) == np.asarray(labels)) & np.isfinite(logits).all(-1)
 
 
 class PairedDifference(NamedTuple):

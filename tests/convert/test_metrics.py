@@ -134,3 +134,10 @@ def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
 def test_models_of_other_rows_are_not_compared(student, teacher):
     with pytest.raises(ValueError, match="the same rows"):
         paired_difference(np.array(student), np.array(teacher), seed=0)
+
+
+def test_a_logit_that_is_not_finite_is_never_right():
+    """argmax takes the first NaN for the largest, which may be the label's place."""
+    logits = np.array([[np.nan, 1.0], [np.nan, np.nan], [np.inf, 0.0], [2.0, 1.0]])
+    assert correct(logits, np.zeros(4)).tolist() == [False, False, False, True]
+    assert accuracy(logits, np.zeros(4)) == 0.25
