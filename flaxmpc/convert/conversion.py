@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from flaxmpc.convert import calibrate, tasks
-from flaxmpc.convert.data import batches
+from flaxmpc.convert.data import Split, batches
 from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
 from flaxmpc.convert.finetune import LENGTHS, Evaluate, finetune, in_order, predict
 from flaxmpc.convert.fit import Schedule
 from flaxmpc.convert.metrics import correct, evaluate, paired_difference
+from flaxmpc.convert.pieces import with_pieces
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.nn.normalization import NORMALIZATIONS
@@ -65,6 +66,8 @@ class Conversion:
         layer_norm: its LayerNorm; `layer_norm_newton` is calibrated, and trained to stay in its range.
         stage1: by default hidden states alone.
         stage2: by default logits and a tenth of the hidden states.
+        pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.convert.pieces`. A stage that
+            looks at labels has none.
         max_length: tokens a text is cut at.
         train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
         word_embedding_bits: how the table of words is stored: 32, 8 or 4. The student is trained on what is stored.
@@ -87,6 +90,7 @@ class Conversion:
     layer_norm: str = "layer_norm_newton"
     stage1: Stage = Stage(epochs=6, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=3, learning_rate=3e-5, hidden_weight=0.1, logit_weight=1.0, range_weight=0.1)
+    pieces: float = 0.25
     max_length: int = 64
     train_embeddings: bool = False
     word_embedding_bits: int = 4
@@ -185,11 +189,11 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any) -> tasks.Task:
 
 
 def _calibrated(
-    student: BertForSequenceClassification, params: Any, task: tasks.Task, part: Any
+    student: BertForSequenceClassification, params: Any, train: Split, validation: Split, part: Any
 ) -> BertForSequenceClassification:
-    """With LayerNorms for the variances of its sentences, see `calibrate.with_newton`."""
+    """With LayerNorms for the variances of what is trained on, see `calibrate.with_newton`."""
     finite = BertForSequenceClassification(calibrate.for_training(student.config))
-    seen, held_out = (calibrate.variances(finite, params, in_order(split)) for split in (task.train, task.validation))
+    seen, held_out = (calibrate.variances(finite, params, in_order(split)) for split in (train, validation))
     return BertForSequenceClassification(calibrate.with_newton(student.config, seen, held_out, part))
 
 
@@ -215,6 +219,7 @@ def convert(config: Conversion) -> dict[str, Any]:
         raise ValueError(
             f"{config.teacher} has {teacher.model.config.num_labels} labels and {config.data} has {task.num_labels}"
         )
+    train, validation = (with_pieces(split, config.pieces, seed=config.seed) for split in (task.train, task.validation))
     run = _run_folder(config)
     teacher_logits = predict(teacher.model, teacher.params, task.test)
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
@@ -233,20 +238,20 @@ def convert(config: Conversion) -> dict[str, Any]:
     outputs = Teacher(
         teacher.model,
         teacher.params,
-        task.train,
+        train,
         with_states=any(stage.epochs and stage.hidden_weight for stage in stages.values()),
         with_scores=any(stage.epochs and stage.score_weight for stage in stages.values()),
         memory=config.teacher_memory * 1e9,
     )
     for name, stage in stages.items():
         if name == "stage2" and ranged:  # the last stage trains the very function that will run
-            student = _calibrated(student, params, task, newton)
+            student = _calibrated(student, params, train, validation, newton)
         trained = BertForSequenceClassification(calibrate.for_training(student.config))
         params = distill(
             trained,
             params,
             outputs,
-            task.train,
+            task.train if stage.label_weight else train,
             Evaluate(trained, task.validation, task.metrics),
             stage,
             run / name,
@@ -256,7 +261,7 @@ def convert(config: Conversion) -> dict[str, Any]:
         )
         results |= _figures(task, predict(trained, params, task.test), f"{name}_")
     if ranged:  # it may have moved some variances out of their ranges
-        student = _calibrated(student, params, task, newton)
+        student = _calibrated(student, params, train, validation, newton)
 
     # A table that is no published one is secret: then the client sends one-hot rows, where training looks ids up.
     mode = "secret" if config.train_embeddings else "public"

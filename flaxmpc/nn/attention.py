@@ -35,6 +35,7 @@ class Keys(NamedTuple):
         weight: m / n.
         scale: a = m n^(-1/2k), of a folded model whose numerators have degree k (`flaxmpc.models.folded`); else m.
         inverse, inverse_square: 1/a and 1/a^2 at the tokens, 0 at padding.
+        log_length: log n, for an exponential that takes 1/n into its argument.
     """
 
     mask: Float[Array, "batch key"]
@@ -42,6 +43,7 @@ class Keys(NamedTuple):
     scale: Float[Array, "batch key"]
     inverse: Float[Array, "batch key"]
     inverse_square: Float[Array, "batch key"]
+    log_length: Float[Array, " batch"]
 
     @classmethod
     def from_mask(cls, attention_mask: Array, degree: int | None = None) -> "Keys":
@@ -49,7 +51,7 @@ class Keys(NamedTuple):
         mask = jnp.asarray(attention_mask, jnp.float32)
         n = jnp.maximum(mask.sum(-1, keepdims=True), 1.0)
         root = jnp.ones_like(n) if degree is None else n ** (0.5 / degree)
-        return cls(mask, mask / n, mask / root, mask * root, mask * root * root)
+        return cls(mask, mask / n, mask / root, mask * root, mask * root * root, jnp.log(n[..., 0]))
 
 
 # The products of two batches of matrices, (batch, head, m, k) x (batch, head, k, n).
@@ -126,11 +128,12 @@ def exp_puma(scores: Scores, keys: Keys, shift: Array | None) -> Scores:
 
 
 def exp_bounded(scores: Scores, keys: Keys, shift: Array | None) -> Scores:
-    """(1 + s/2^5)^(2^5) on s up to 8, 0 where s <= -14. Two comparisons and five squarings, no maximum.
+    """e^s / n: (1 + x/2^5)^(2^5) on x = s - log n up to 1, 0 where x <= -14. Two comparisons, five squarings, no maximum.
 
-    The upper bound keeps f(s) V below the ring's edge (e^8 is 2^11.5); a score above it weighs as much as 8.
+    The bound: no key weighs more than e, where softmax gives it 1 at most. Nothing else holds the sum of a row: with a
+    bound on s alone, the rows of a few sentences in a thousand sum to twenty times what those of all others do.
     """
-    return _exp_limit(jnp.clip(scores, -32.0, 8.0), -14.0)
+    return _exp_limit(jnp.clip(scores - keys.log_length[:, None, None, None], -32.0, 1.0), -14.0)
 
 
 def relu_eps(scores: Scores, keys: Keys, shift: Array | None) -> Scores:
@@ -184,8 +187,8 @@ class Constant:
     """Multiplies by r_h / n (or by r_h alone): no division, no comparison, and r_h folds into the weights.
 
     Attributes:
-        per_length: r_h / n. Without, the constant is off for every sentence of another length than those it was
-            calibrated on; it is here for the comparison with the seed paper's fixed constant.
+        per_length: r_h / n. Without, for an f that has the 1/n itself; with any other f the constant is off for every
+            sentence of another length than those it was calibrated on, as the seed paper's fixed constant is.
         calibrated: r_h starts at the mean of n / sum_j f(s_ij) over a calibration batch; else it starts, and is
             published, as 1.
     """
@@ -463,10 +466,10 @@ softmax_freediv = ATTENTION.register(
     Attention(
         "softmax_freediv",
         exp_bounded,
-        Constant(),
+        Constant(per_length=False),  # f has the 1/n
         "Liu et al., J. Computer Research and Development 61(5), 2024 (our reading of its abstract)",
         needs_distillation=True,
-        score_range=(-20.0, 4.0),
+        score_range=(-20.0, 20.0),
         exponential=True,
     )
 )

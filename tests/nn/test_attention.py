@@ -56,8 +56,8 @@ def _two_quad(s, c, r):
 
 
 def _softmax_freediv(s, c, r):
-    s = np.minimum(s, 8.0)
-    return r / len(s) * np.where(s > -14, (1 + s / 2**5) ** 2**5, 0.0)
+    x = np.minimum(s - np.log(len(s)), 1.0)
+    return r * np.where(x > -14, (1 + x / 2**5) ** 2**5, 0.0)
 
 
 FORMULAS = {
