@@ -128,7 +128,7 @@ def exp_puma(scores: Scores, keys: Keys, shift: Array | None) -> Scores:
 
 
 def exp_bounded(scores: Scores, keys: Keys, shift: Array | None) -> Scores:
-    """e^s / n: (1 + x/2^5)^(2^5) on x = s - log n up to 1, 0 where x <= -14. Two comparisons, five squarings, no maximum.
+    """e^s / n: (1 + x/2^5)^(2^5) on x = s - log n up to 1, 0 where x <= -14. Two comparisons, five squarings.
 
     The bound: no key weighs more than e, where softmax gives it 1 at most. Nothing else holds the sum of a row: with a
     bound on s alone, the rows of a few sentences in a thousand sum to twenty times what those of all others do.
