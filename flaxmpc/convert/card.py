@@ -37,6 +37,7 @@ def text(folder: Path) -> str:
         f"On the {results['test_sentences']:,} test rows; the epoch was chosen on the validation rows.",
         _table(("", *_names(results)), _measured(results)),
         *_interval(results),
+        *_pieces(results),
         *_margin(results),
         "## Data",
         _DATA.get(recipe["data"], f"`{recipe['data']}`."),
@@ -120,6 +121,14 @@ def _interval(results: Mapping[str, Any]) -> Iterable[str]:
             )
 
 
+def _pieces(results: Mapping[str, Any]) -> Iterable[str]:
+    if "pieces" in results:
+        yield (
+            f"Pieces of 1 to 6 tokens, of the test rows: {100 * results['pieces_agreement']:.1f} % of "
+            f"{results['pieces']:,} labels are the teacher's."
+        )
+
+
 def _margin(results: Mapping[str, Any]) -> Iterable[str]:
     if "margin_bits" in results:
         yield (
@@ -141,10 +150,12 @@ def _method(recipe: Mapping[str, Any]) -> str:
         else:
             lines.append(f"- {name}: left out")
     trained = "trained too" if recipe["train_embeddings"] else "frozen"
+    share = recipe.get("pieces")
+    pieces = f"Distilled on {share:g} pieces of 1 to 6 tokens a row, too." if share else ""
     return "\n".join(
         [
             "`flaxmpc convert`; `recipe.json` is the resolved config, `results.json` every figure. Started from the",
-            f"teacher's weights, embeddings {trained}, seed {recipe['seed']}.",
+            f"teacher's weights, embeddings {trained}, seed {recipe['seed']}. {pieces}".strip(),
             "",
             *lines,
         ]

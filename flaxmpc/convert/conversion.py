@@ -12,7 +12,7 @@ from flaxmpc.convert.data import Split, batches
 from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
 from flaxmpc.convert.finetune import LENGTHS, Evaluate, finetune, in_order, predict
 from flaxmpc.convert.fit import Schedule
-from flaxmpc.convert.metrics import correct, evaluate, paired_difference
+from flaxmpc.convert.metrics import accuracy, correct, evaluate, paired_difference
 from flaxmpc.convert.pieces import with_pieces
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
@@ -267,9 +267,13 @@ def convert(config: Conversion) -> dict[str, Any]:
     mode = "secret" if config.train_embeddings else "public"
     kept = BertForSequenceClassification(dataclasses.replace(student.config, embedding=mode))
     folders.save(config.out, kept, params, config.teacher, **bits)
-    logits = predict(student, folders.load(config.out).params, task.test)
+    stored = folders.load(config.out).params
+    logits = predict(student, stored, task.test)
     results |= _figures(task, logits)
     if not task.regression:
+        pieces = with_pieces(task.test, 1.0, seed=0)[len(task.test) :]
+        labels = predict(teacher.model, teacher.params, pieces).argmax(-1)
+        results |= {"pieces": len(pieces), "pieces_agreement": accuracy(predict(student, stored, pieces), labels)}
         hits, teacher_hits = correct(logits, task.test.labels), correct(teacher_logits, task.test.labels)
         results |= paired_difference(hits, teacher_hits, seed=0)._asdict()
         results |= {"correct": _bits(hits), "teacher_correct": _bits(teacher_hits)}

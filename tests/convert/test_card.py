@@ -9,6 +9,8 @@ RESULTS = {
     "teacher_accuracy": 0.8665,
     "untrained_accuracy": 0.5,
     "accuracy": 0.8685,
+    "pieces": 1019,
+    "pieces_agreement": 0.9124,
     "difference": 0.002,
     "ci_low": -0.01,
     "ci_high": 0.012,
@@ -33,7 +35,17 @@ def written(folder, results=RESULTS, **changes) -> str:
 def test_a_card_has_every_figure(tmp_path):
     text = written(tmp_path / "entry", attention="2quad_freediv", layer_norm="layer_norm")
     assert text.startswith("# entry\n")
-    for figure in ("86.7 %", "50.0 %", "86.9 %", "86.8 %", "99.9 % of 1,019 labels", "0.0123", "+0.20 points"):
+    for figure in (
+        "86.7 %",
+        "50.0 %",
+        "86.9 %",
+        "86.8 %",
+        "99.9 % of 1,019 labels",
+        "0.0123",
+        "+0.20 points",
+        "91.2 % of 1,019",
+        "0.25 pieces",
+    ):
         assert figure in text, figure
     assert "-1.00 to +1.20" in text
     assert "`2quad_freediv`" in text
