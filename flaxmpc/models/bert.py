@@ -146,8 +146,8 @@ class BertModel(nn.Module):
         x_BxTxH = self.embeddings(input_ids, token_type_ids, deterministic=deterministic)
         if attention_mask is None or not self.config.fills_padding:
             return x_BxTxH
-        first_Bx1xH = x_BxTxH[:, :1]
-        return first_Bx1xH + (x_BxTxH - first_Bx1xH) * jnp.asarray(attention_mask, x_BxTxH.dtype)[..., None]
+        mask_BxTx1 = jnp.asarray(attention_mask, x_BxTxH.dtype)[..., None]
+        return x_BxTxH * mask_BxTx1 + x_BxTxH[:, :1] * (1 - mask_BxTx1)
 
     def from_embeddings(
         self, embeddings: Hidden, keys: Keys, *, deterministic: bool = True
