@@ -1,5 +1,8 @@
 """Short pieces of sentences, which a student learns beside them: people type single words, data sets have sentences."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from flaxmpc.convert.data import Split
@@ -26,19 +29,16 @@ def with_pieces(split: Split, share: float, *, seed: int) -> Split:
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"pieces is {share:g}: it is to be between 0 and 1, pieces for each row")
     rng = np.random.default_rng(seed)
-    rows = rng.choice(len(split), round(share * len(split)), replace=False)
-    places = [_piece(np.asarray(split.input_ids[row]), rng) for row in rows]
+    own = split[rng.choice(len(split), round(share * len(split)), replace=False)]
+    places = [_piece(np.asarray(ids), rng) for ids in own.input_ids]
 
-    def longer(column):  # of what every row has one for each token
-        return (
-            None
-            if column is None
-            else [*column, *(np.asarray(column[r])[p] for r, p in zip(rows, places, strict=True))]
-        )
+    def cut(column: Sequence[Any]) -> list[np.ndarray]:
+        return [np.asarray(row)[kept] for row, kept in zip(column, places, strict=True)]
 
-    ids = longer(split.input_ids)
-    assert ids is not None
-    return Split(ids, np.concatenate([split.labels, split.labels[rows]]), longer(split.token_type_ids))
+    types = None
+    if split.token_type_ids is not None and own.token_type_ids is not None:
+        types = [*split.token_type_ids, *cut(own.token_type_ids)]
+    return Split([*split.input_ids, *cut(own.input_ids)], np.concatenate([split.labels, own.labels]), types)
 
 
 def _piece(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
