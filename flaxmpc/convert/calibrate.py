@@ -14,7 +14,7 @@ from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.nn.attention import Keys
-from flaxmpc.nn.normalization import EXACT, Clipped
+from flaxmpc.nn.normalization import EXACT, Clipped, Ranged
 
 Ranges = Mapping[str, tuple[float, float]]
 """The lowest and the highest variance that a LayerNorm is to meet, by its path."""
@@ -111,7 +111,7 @@ def ranges(seen: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
 
 
 def with_newton(
-    config: BertConfig, seen: Mapping[str, np.ndarray], held_out: Mapping[str, np.ndarray], part: Any
+    config: BertConfig, seen: Mapping[str, np.ndarray], held_out: Mapping[str, np.ndarray], part: Ranged
 ) -> BertConfig:
     """The config with every LayerNorm calibrated on the variances seen.
 
@@ -123,7 +123,7 @@ def with_newton(
         config: the student's.
         seen: the variances (token,) of each LayerNorm by its path, of the training sentences.
         held_out: those of the validation sentences.
-        part: see `flaxmpc.nn.normalization.Newton.calibrated`.
+        part: whose `calibrated` gives each LayerNorm's.
     """
 
     def fitted(own: Any, seen: np.ndarray, held_out: np.ndarray) -> Any:
@@ -142,7 +142,7 @@ def with_newton(
     return _with_layer_norms(config, change)
 
 
-def _holds(part: Any, variances: np.ndarray) -> bool:
+def _holds(part: Ranged, variances: np.ndarray) -> bool:
     return bool(part.low <= variances.min() and variances.max() <= part.high)
 
 

@@ -16,7 +16,7 @@ from flaxmpc.convert.metrics import accuracy, correct, evaluate, paired_differen
 from flaxmpc.convert.pieces import with_pieces
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
-from flaxmpc.nn.normalization import NORMALIZATIONS
+from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
 
 # What fine-tuning and distillation leave as it is, so that the client may know the table: see `flaxmpc.nn.embedding`.
 _EMBEDDINGS = "bert/embeddings/"
@@ -189,7 +189,7 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any) -> tasks.Task:
 
 
 def _calibrated(
-    student: BertForSequenceClassification, params: Any, train: Split, validation: Split, part: Any
+    student: BertForSequenceClassification, params: Any, train: Split, validation: Split, part: Ranged
 ) -> BertForSequenceClassification:
     """With LayerNorms for the variances of what is trained on, see `calibrate.with_newton`."""
     finite = BertForSequenceClassification(calibrate.for_training(student.config))
@@ -232,7 +232,7 @@ def convert(config: Conversion) -> dict[str, Any]:
     params = calibrate.calibrate_attention(student, params, calibration[0])
     results |= _figures(task, predict(student, params, task.test), "untrained_")
 
-    ranged = hasattr(newton, "calibrated")
+    ranged = isinstance(newton, Ranged)
     ranges = calibrate.ranges(calibrate.variances(teacher.model, teacher.params, calibration)) if ranged else None
     stages = {"stage1": config.stage1, "stage2": config.stage2}
     outputs = Teacher(

@@ -36,6 +36,21 @@ class InverseSqrt(Protocol):
     def __call__(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array: ...
 
 
+@runtime_checkable
+class Ranged(InverseSqrt, Protocol):
+    """A part that is right only for variances on [low, high]: `calibrated` gives the one for those seen in data."""
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
+
+    def calibrated(self, variances: Array | np.ndarray, *, margin: float, tolerance: float) -> "Ranged":
+        """See `Newton.calibrated`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Exact:
     """1/sqrt(v) as the backend computes it. SPU: 57 rounds a LayerNorm in ABY3, for variances of any size."""
@@ -153,12 +168,12 @@ class Newton:
 
 @dataclasses.dataclass(frozen=True)
 class Clipped:
-    """A Newton part for training: a variance outside its range counts as the range's end, where Newton diverges.
+    """A part for training: a variance outside its range counts as the range's end, where Newton diverges.
 
     Within the range the same function. A comparison, so not for MPC: there the range is to hold what comes.
     """
 
-    part: Newton
+    part: Ranged
 
     @property
     def name(self) -> str:

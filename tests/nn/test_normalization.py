@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
-from flaxmpc.nn.normalization import NORMALIZATIONS, Clipped, LayerNorm, Newton, Unit, square_mean_by_product
+from flaxmpc.nn.normalization import NORMALIZATIONS, Clipped, LayerNorm, Newton, Ranged, Unit, square_mean_by_product
 
 HIDDEN = 384
 NARROW, WIDE = Newton(low=0.5, high=2.0, steps=2), Newton().calibrated(jnp.array([0.28, 45.0]))
@@ -99,6 +99,11 @@ def test_clipped_is_newton_in_its_range_and_the_end_of_it_outside():
     np.testing.assert_allclose(Clipped(part)(outside), part(inside)[jnp.array([0, 0, 3, 3])], rtol=1e-6)
     assert not np.isfinite(part(jnp.array(1e30)))
     assert jax.grad(Clipped(part))(1e30) == 0.0
+
+
+def test_the_parts_that_need_a_range_are_known():
+    assert [name for name, part in NORMALIZATIONS.items() if isinstance(part, Ranged)] == ["layer_norm_newton"]
+    assert not isinstance(Clipped(NARROW), Ranged)
 
 
 def test_more_steps_are_more_exact():
