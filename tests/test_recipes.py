@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import flaxmpc
 from flaxmpc import recipes
 from flaxmpc.convert import conversion
 from flaxmpc.convert.conversion import Conversion, FineTuning
+from flaxmpc.convert.data import movie_sentences
 from flaxmpc.convert.fit import Schedule
+from flaxmpc.models import folder as folders
+from flaxmpc.models.bert import init_params
 
 TRAIN = Path(__file__).parent.parent / "train"
 
@@ -58,6 +62,24 @@ def test_glue_goes_from_an_encoder_to_a_measured_student(sst2, tmp_path, write_c
     teacher, config = glue.configs("sst2", encoder, sst2, tmp_path)
     assert teacher.out == config.teacher
     recipes.make(recipes.with_epochs(config, 1))
+
+
+@pytest.mark.slow  # three parties with a BERT-Base
+def test_glue_with_a_bert_base(tmp_path):
+    """Random weights of BERT-Base's shape, on sentences as SST-2 has them: all that is tried without a hub."""
+    model = flaxmpc.BertForSequenceClassification(flaxmpc.preset("base", id2label=("negative", "positive")))
+    encoder = folders.save(tmp_path / "bert-base", model, init_params(model), recipes.minilm_l6())
+    data = tmp_path / "sst2"
+    data.mkdir()
+    for name, count in (("train", 256), ("validation", 48)):
+        rows = movie_sentences()[name].select(range(count)).select_columns(["sentence", "label"])
+        rows.to_json(data / f"{name}.jsonl")
+    script("glue").main("sst2", encoder, data=data, runs=tmp_path, epochs=1)
+    results = json.loads((tmp_path / "bert-base-sst2-2quad-freediv" / "results.json").read_text())
+    print(json.dumps(results))
+    assert (results["ref2k_sentences"], results["aby3_sentences"]) == (48, 48)
+    assert min(results["ref2k_agreement"], results["aby3_agreement"]) >= 0.95
+    assert results["margin_bits"] >= 2.0
 
 
 def test_glue_has_every_task_but_wnli():
