@@ -150,12 +150,13 @@ def _method(recipe: Mapping[str, Any]) -> str:
         else:
             lines.append(f"- {name}: left out")
     trained = "trained too" if recipe["train_embeddings"] else "frozen"
-    share = recipe.get("pieces")
-    pieces = f"Distilled on {share:g} pieces of 1 to 6 tokens a row, too." if share else ""
+    made = {"pieces": "pieces of 1 to 6 tokens", "joined": "joins of two sentences"}
+    shares = [f"{recipe[name]:g} {what}" for name, what in made.items() if recipe.get(name)]
+    more = f"Distilled on {' and '.join(shares)} a row, too." if shares else ""
     return "\n".join(
         [
             "`flaxmpc convert`; `recipe.json` is the resolved config, `results.json` every figure. Started from the",
-            f"teacher's weights, embeddings {trained}, seed {recipe['seed']}. {pieces}".strip(),
+            f"teacher's weights, embeddings {trained}, seed {recipe['seed']}. {more}".strip(),
             "",
             *lines,
         ]

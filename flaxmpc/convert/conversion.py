@@ -13,7 +13,7 @@ from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
 from flaxmpc.convert.finetune import LENGTHS, Evaluate, finetune, in_order, predict
 from flaxmpc.convert.fit import Schedule
 from flaxmpc.convert.metrics import accuracy, correct, evaluate, paired_difference
-from flaxmpc.convert.pieces import with_pieces
+from flaxmpc.convert.unlabelled import joined, pieces
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
@@ -66,8 +66,8 @@ class Conversion:
         layer_norm: its LayerNorm; `layer_norm_newton` is calibrated, and trained to stay in its range.
         stage1: by default hidden states alone.
         stage2: by default logits and a tenth of the hidden states.
-        pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.convert.pieces`. A stage that
-            looks at labels has none.
+        pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.convert.unlabelled`.
+        joined: of two sentences, that are distilled beside each sentence. A stage that looks at labels has neither.
         max_length: tokens a text is cut at.
         train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
         word_embedding_bits: how the table of words is stored: 32, 8 or 4. The student is trained on what is stored.
@@ -88,9 +88,10 @@ class Conversion:
     attention: str = "2quad_freediv"
     activation: str = "quad"
     layer_norm: str = "layer_norm_newton"
-    stage1: Stage = Stage(epochs=6, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
-    stage2: Stage = Stage(epochs=3, learning_rate=3e-5, hidden_weight=0.1, logit_weight=1.0, range_weight=0.1)
+    stage1: Stage = Stage(epochs=4, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
+    stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=0.1, logit_weight=1.0, range_weight=0.1)
     pieces: float = 0.25
+    joined: float = 1.0
     max_length: int = 64
     train_embeddings: bool = False
     word_embedding_bits: int = 4
@@ -188,6 +189,10 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any) -> tasks.Task:
     return task
 
 
+def _with_unlabelled(split: Split, config: Conversion) -> Split:
+    return split + pieces(split, config.pieces, seed=config.seed) + joined(split, config.joined, seed=config.seed)
+
+
 def _calibrated(
     student: BertForSequenceClassification, params: Any, train: Split, validation: Split, part: Ranged
 ) -> BertForSequenceClassification:
@@ -219,7 +224,7 @@ def convert(config: Conversion) -> dict[str, Any]:
         raise ValueError(
             f"{config.teacher} has {teacher.model.config.num_labels} labels and {config.data} has {task.num_labels}"
         )
-    train, validation = (with_pieces(split, config.pieces, seed=config.seed) for split in (task.train, task.validation))
+    train, validation = (_with_unlabelled(split, config) for split in (task.train, task.validation))
     run = _run_folder(config)
     teacher_logits = predict(teacher.model, teacher.params, task.test)
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
@@ -271,9 +276,9 @@ def convert(config: Conversion) -> dict[str, Any]:
     logits = predict(student, stored, task.test)
     results |= _figures(task, logits)
     if not task.regression:
-        pieces = with_pieces(task.test, 1.0, seed=0)[len(task.test) :]
-        labels = predict(teacher.model, teacher.params, pieces).argmax(-1)
-        results |= {"pieces": len(pieces), "pieces_agreement": accuracy(predict(student, stored, pieces), labels)}
+        short = pieces(task.test, 1.0, seed=0)
+        labels = predict(teacher.model, teacher.params, short).argmax(-1)
+        results |= {"pieces": len(short), "pieces_agreement": accuracy(predict(student, stored, short), labels)}
         hits, teacher_hits = correct(logits, task.test.labels), correct(teacher_logits, task.test.labels)
         results |= paired_difference(hits, teacher_hits, seed=0)._asdict()
         results |= {"correct": _bits(hits), "teacher_correct": _bits(teacher_hits)}

@@ -59,7 +59,8 @@ def movie_sentences() -> Any:
 class Split:
     """Encoded sentences, or pairs, with their labels: what is trained on, or evaluated.
 
-    `len(split)` is the number of rows, `split[:100]` and `split[[3, 1]]` are splits of some of them.
+    `len(split)` is the number of rows, `split[:100]` and `split[[3, 1]]` are splits of some of them, `a + b` is one of
+    the rows of both.
 
     Attributes:
         input_ids: token ids of every row, each (token,).
@@ -97,6 +98,13 @@ class Split:
             take(self.token_type_ids),
             take(self.texts),
         )
+
+    def __add__(self, other: "Split") -> "Split":
+        """The rows of both, without texts; with types where both have them."""
+        types = None
+        if self.token_type_ids is not None and other.token_type_ids is not None:
+            types = [*self.token_type_ids, *other.token_type_ids]
+        return Split([*self.input_ids, *other.input_ids], np.concatenate([self.labels, other.labels]), types)
 
     def fingerprint(self) -> str:
         """A hash of what a model sees of the split, ids, types and labels: the key of what is computed from it."""

@@ -44,7 +44,7 @@ def test_a_card_has_every_figure(tmp_path):
         "0.0123",
         "+0.20 points",
         "91.2 % of 1,019",
-        "0.25 pieces",
+        "0.25 pieces of 1 to 6 tokens and 1 joins of two sentences a row",
     ):
         assert figure in text, figure
     assert "-1.00 to +1.20" in text
@@ -52,7 +52,7 @@ def test_a_card_has_every_figure(tmp_path):
     assert "`layer_norm`, exact" in text
     assert "not shipped: by recipe" in text
     assert "Hutto" in text
-    assert "6 epochs at 0.0003" in text
+    assert "4 epochs at 0.0003" in text
     assert "ABY3" not in text
 
 

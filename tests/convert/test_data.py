@@ -101,6 +101,15 @@ def test_a_split_is_sliced_in_all_its_columns():
     assert bare.token_type_ids is bare.texts is None
 
 
+def test_splits_are_added_row_after_row():
+    split = numbered(SIZES)
+    both = split[:5] + split[5:]
+    assert both.fingerprint() == split.fingerprint()
+    assert both.texts is None
+    assert (Split(split.input_ids, split.labels) + split).token_type_ids is None
+    assert (split + split[:0]).fingerprint() == split.fingerprint()
+
+
 def test_a_split_has_a_label_for_every_row():
     with pytest.raises(ValueError, match="2 rows of input_ids, but 3 of labels"):
         Split([[1], [2]], np.arange(3))
