@@ -67,7 +67,8 @@ class Conversion:
         stage1: by default hidden states alone.
         stage2: by default logits and a tenth of the hidden states.
         pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.convert.unlabelled`.
-        joined: of two sentences, that are distilled beside each sentence. A stage that looks at labels has neither.
+        joined: of two sentences, that are distilled beside each sentence; on trial, so none by default. A stage that
+            looks at labels has neither pieces nor joined sentences.
         max_length: tokens a text is cut at.
         train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
         word_embedding_bits: how the table of words is stored: 32, 8 or 4. The student is trained on what is stored.
@@ -88,10 +89,10 @@ class Conversion:
     attention: str = "2quad_freediv"
     activation: str = "quad"
     layer_norm: str = "layer_norm_newton"
-    stage1: Stage = Stage(epochs=4, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
+    stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=0.1, logit_weight=1.0, range_weight=0.1)
     pieces: float = 0.25
-    joined: float = 1.0
+    joined: float = 0.0
     max_length: int = 64
     train_embeddings: bool = False
     word_embedding_bits: int = 4

@@ -78,6 +78,7 @@ def _sentences(ids: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _piece(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The places of the tokens that stay: [CLS], a span of each sentence, and the [SEP] after it."""
     kept = [0]
     for start, end in _sentences(ids):
         length = min(int(rng.integers(1, _LONGEST + 1)), end - start)
@@ -87,6 +88,7 @@ def _piece(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _joined(one: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The places of the tokens that stay, of both rows end to end; [CLS] and each [SEP] are the first's."""
     kept = [0]
     for (start, end), (other_start, other_end) in zip(_sentences(one), _sentences(other), strict=False):
         point = rng.random()

@@ -25,7 +25,7 @@ def written(folder, results=RESULTS, **changes) -> str:
     folder.mkdir(exist_ok=True)
     config = json.loads((zoo.find(zoo.DEFAULT) / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    recipe = Conversion(teacher=folder / "teacher", data="movie", out=folder)
+    recipe = Conversion(teacher=folder / "teacher", data="movie", out=folder, joined=1.0)
     (folder / "recipe.json").write_text(json.dumps(resolve(recipe)))
     (folder / "results.json").write_text(json.dumps(results))
     card.write(folder)
@@ -52,7 +52,7 @@ def test_a_card_has_every_figure(tmp_path):
     assert "`layer_norm`, exact" in text
     assert "not shipped: by recipe" in text
     assert "Hutto" in text
-    assert "4 epochs at 0.0003" in text
+    assert "8 epochs at 0.0003" in text
     assert "ABY3" not in text
 
 
