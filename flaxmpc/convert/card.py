@@ -150,9 +150,12 @@ def _method(recipe: Mapping[str, Any]) -> str:
         else:
             lines.append(f"- {name}: left out")
     trained = "trained too" if recipe["train_embeddings"] else "frozen"
-    made = {"pieces": "pieces of 1 to 6 tokens", "joined": "joins of two sentences"}
-    shares = [f"{recipe[name]:g} {what}" for name, what in made.items() if recipe.get(name)]
-    more = f"Distilled on {' and '.join(shares)} a row, too." if shares else ""
+    made = []
+    if recipe["pieces"]:
+        made.append(f"{recipe['pieces']:g} pieces of 1 to 6 tokens a row")
+    if recipe["unlabelled"]:
+        made.append(f"in stage 1 `{recipe['unlabelled']}`")
+    more = f"Distilled on {' and '.join(made)}, too." if made else ""
     return "\n".join(
         [
             "`flaxmpc convert`; `recipe.json` is the resolved config, `results.json` every figure. Started from the",

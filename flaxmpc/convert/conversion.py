@@ -13,7 +13,7 @@ from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
 from flaxmpc.convert.finetune import LENGTHS, Evaluate, finetune, in_order, predict
 from flaxmpc.convert.fit import Schedule
 from flaxmpc.convert.metrics import accuracy, correct, evaluate, paired_difference
-from flaxmpc.convert.unlabelled import joined, pieces
+from flaxmpc.convert.pieces import pieces
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
@@ -66,9 +66,10 @@ class Conversion:
         layer_norm: its LayerNorm; `layer_norm_newton` is calibrated, and trained to stay in its range.
         stage1: by default hidden states alone.
         stage2: by default logits and a tenth of the hidden states.
-        pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.convert.unlabelled`.
-        joined: of two sentences, that are distilled beside each sentence; on trial, so none by default. A stage that
-            looks at labels has neither pieces nor joined sentences.
+        pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.convert.pieces`. A stage that
+            looks at labels has none.
+        unlabelled: a file or folder of texts in the data's text columns, that stage 1 learns from too: of any text
+            the teacher has hidden states, and a student that has seen few is near it only on those.
         max_length: tokens a text is cut at.
         train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
         word_embedding_bits: how the table of words is stored: 32, 8 or 4. The student is trained on what is stored.
@@ -92,7 +93,7 @@ class Conversion:
     stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=0.1, logit_weight=1.0, range_weight=0.1)
     pieces: float = 0.25
-    joined: float = 0.0
+    unlabelled: Path | None = None
     max_length: int = 64
     train_embeddings: bool = False
     word_embedding_bits: int = 4
@@ -190,10 +191,6 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any) -> tasks.Task:
     return task
 
 
-def _with_unlabelled(split: Split, config: Conversion) -> Split:
-    return split + pieces(split, config.pieces, seed=config.seed) + joined(split, config.joined, seed=config.seed)
-
-
 def _calibrated(
     student: BertForSequenceClassification, params: Any, train: Split, validation: Split, part: Ranged
 ) -> BertForSequenceClassification:
@@ -225,7 +222,12 @@ def convert(config: Conversion) -> dict[str, Any]:
         raise ValueError(
             f"{config.teacher} has {teacher.model.config.num_labels} labels and {config.data} has {task.num_labels}"
         )
-    train, validation = (_with_unlabelled(split, config) for split in (task.train, task.validation))
+    train, validation = (
+        split + pieces(split, config.pieces, seed=config.seed) for split in (task.train, task.validation)
+    )
+    everything = train
+    if config.unlabelled is not None:
+        everything += tasks.unlabelled(config.unlabelled, task, teacher.tokenizer, config.max_length)
     run = _run_folder(config)
     teacher_logits = predict(teacher.model, teacher.params, task.test)
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
@@ -241,10 +243,11 @@ def convert(config: Conversion) -> dict[str, Any]:
     ranged = isinstance(newton, Ranged)
     ranges = calibrate.ranges(calibrate.variances(teacher.model, teacher.params, calibration)) if ranged else None
     stages = {"stage1": config.stage1, "stage2": config.stage2}
+    learnt = {"stage1": everything, "stage2": train}
     outputs = Teacher(
         teacher.model,
         teacher.params,
-        train,
+        everything,
         with_states=any(stage.epochs and stage.hidden_weight for stage in stages.values()),
         with_scores=any(stage.epochs and stage.score_weight for stage in stages.values()),
         memory=config.teacher_memory * 1e9,
@@ -257,7 +260,7 @@ def convert(config: Conversion) -> dict[str, Any]:
             trained,
             params,
             outputs,
-            task.train if stage.label_weight else train,
+            task.train if stage.label_weight else learnt[name],
             Evaluate(trained, task.validation, task.metrics),
             stage,
             run / name,

@@ -182,6 +182,26 @@ def load(
     )
 
 
+def unlabelled(path: Path, task: Task, tokenizer: Any, max_length: int) -> Split:
+    """Texts of a file or folder, see `tables.read`, in the columns of a task's texts; every label is the first.
+
+    A text that is a validation or test row of the task too is left out.
+
+    Raises:
+        ValueError: a broken file; a missing column (says which exist); an empty text (says in which row); no texts.
+        FileNotFoundError: there is no such path, or no data in it.
+    """
+    found = tables.read(path).values()
+    for table in found:
+        _need(table, task.text_columns)
+    held_out = {*(task.validation.texts or ()), *(task.test.texts or ())}
+    texts = [text for table in found for text in _texts(table, task.text_columns, None) if text not in held_out]
+    if not texts:
+        raise ValueError(f"{path} has no texts but those of {task.name}'s validation and test rows")
+    ids, types, _ = encode(tokenizer, texts, max_length)
+    return Split(ids, np.zeros(len(texts), task.train.labels.dtype), types)
+
+
 class Rows(NamedTuple):
     """Texts with their labels."""
 

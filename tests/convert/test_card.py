@@ -25,7 +25,7 @@ def written(folder, results=RESULTS, **changes) -> str:
     folder.mkdir(exist_ok=True)
     config = json.loads((zoo.find(zoo.DEFAULT) / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    recipe = Conversion(teacher=folder / "teacher", data="movie", out=folder, joined=1.0)
+    recipe = Conversion(teacher=folder / "teacher", data="movie", out=folder, unlabelled=folder / "more.tsv")
     (folder / "recipe.json").write_text(json.dumps(resolve(recipe)))
     (folder / "results.json").write_text(json.dumps(results))
     card.write(folder)
@@ -44,7 +44,7 @@ def test_a_card_has_every_figure(tmp_path):
         "0.0123",
         "+0.20 points",
         "91.2 % of 1,019",
-        "0.25 pieces of 1 to 6 tokens and 1 joins of two sentences a row",
+        "Distilled on 0.25 pieces of 1 to 6 tokens a row and in stage 1 `entry/more.tsv`, too.",
     ):
         assert figure in text, figure
     assert "-1.00 to +1.20" in text

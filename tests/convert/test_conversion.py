@@ -116,6 +116,21 @@ def test_embeddings_stay_the_published_ones_unless_they_are_trained(teacher, stu
     assert folders.load(tmp_path / "own").model.config.embedding.name == "secret"
 
 
+def test_texts_without_labels_are_learnt_from_in_stage_1(teacher, student, data, tmp_path):
+    more = tmp_path / "more.csv"
+    more.write_text("sentence\n" + "".join(f"a film of {i} good scenes\n" for i in range(40)))
+    out = tmp_path / "student"
+    convert(conversion(teacher, data, out, unlabelled=more))
+    steps = {}
+    for stage in ("stage1", "stage2"):
+        for folder in (out, student):
+            checkpoints = folder.with_name("student.run") / stage / "checkpoints"
+            steps[stage, folder] = max(int(step.name) for step in checkpoints.iterdir())
+    assert steps["stage1", out] == steps["stage1", student] + 2 * 40 / 8  # of two epochs
+    assert steps["stage2", out] == steps["stage2", student]
+    assert json.loads((out / "recipe.json").read_text())["unlabelled"].endswith("/more.csv")
+
+
 def test_a_run_of_another_config_is_not_gone_on_with(teacher, student, data):
     with pytest.raises(ValueError, match=r"student\.run holds a run with another activation, seed: remove"):
         convert(conversion(teacher, data, student, activation="gelu", seed=3))

@@ -88,7 +88,7 @@ def test_the_teachers_outputs_are_the_same_kept_or_not(tiny, tiny_params, toy_sp
             assert a.shape == b.shape
             mask = tokens if a.ndim == 3 else tokens[:, None, :, None] & tokens[:, None, None, :]
             mask = np.broadcast_to(mask[..., None] if a.ndim == 3 else mask, a.shape)
-            np.testing.assert_allclose(a[mask], np.asarray(b)[mask], atol=1e-5)
+            np.testing.assert_allclose(a[mask], np.asarray(b)[mask], rtol=1e-3, atol=1e-5)  # kept as float16
 
 
 def test_what_no_loss_asks_for_is_not_kept(tiny, tiny_params, toy_split):

@@ -411,3 +411,30 @@ def test_a_training_split_is_needed_once(tmp_path, read):
 def test_an_unknown_name_lists_the_known(read, data):
     with pytest.raises(ValueError, match=f"unknown data set or path '{data}'.* Known: cola, mnli, movie"):
         read(data)
+
+
+# ----------------------------------------------------------------------------------------------- texts without labels
+
+
+def test_texts_without_labels_are_those_that_are_not_held_out(tmp_path, read, tokenizer):
+    task = read(folder_of(tmp_path, train=films(6), dev=films(3, 6), test=films(2, 9)))
+    texts = [("unseen", 1), ("film number 7", 2), ("film number 10", 3), ("film number 0", 4)]
+    split = tasks.unlabelled(write(tmp_path / "more.csv", texts, ("sentence", "id")), task, tokenizer, 16)
+    assert [row.tolist() for row in split.input_ids] == tokenizer(["unseen", "film number 0"])["input_ids"]
+    assert split.labels.tolist() == [0, 0]
+    assert split.labels.dtype == task.train.labels.dtype
+    assert len(task.train + split) == 8
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "message"),
+    [
+        (("text",), [("a",)], r"more\.csv has no column sentence. Its columns are text"),
+        (("sentence", "id"), [("a", 1), (" ", 2)], r"more\.csv, line 3: sentence is empty"),
+        (("sentence",), [("film number 7",)], "has no texts but those of"),
+    ],
+)
+def test_texts_without_labels_that_cannot_be_had(tmp_path, read, tokenizer, columns, rows, message):
+    task = read(folder_of(tmp_path, train=films(6), dev=films(3, 6), test=films(2, 9)))
+    with pytest.raises(ValueError, match=message):
+        tasks.unlabelled(write(tmp_path / "more.csv", rows, columns), task, tokenizer, 16)

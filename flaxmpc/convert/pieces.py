@@ -1,0 +1,52 @@
+"""Short pieces of sentences, which a student learns beside them: people type single words, data sets have sentences."""
+
+import numpy as np
+
+from flaxmpc.convert.data import Split
+
+# Tokens of each sentence of a piece. Longer texts are as much in range as sentences are.
+_LONGEST = 6
+
+
+def pieces(split: Split, share: float, *, seed: int) -> Split:
+    """Short pieces of random rows: of each sentence of a row 1 to 6 tokens in a row.
+
+    A student that has seen no text of three tokens, [CLS] word [SEP], is nowhere near its teacher there: its attention
+    is not divided by what it sums to, and the variances leave their ranges. A piece has no label of its own, only the
+    teacher's answer: its row's stands in its place.
+
+    Args:
+        split: rows [CLS] sentence [SEP], or [CLS] first [SEP] second [SEP].
+        share: pieces for each row, in [0, 1].
+        seed: of the choice.
+
+    Raises:
+        ValueError: a share outside [0, 1].
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"pieces is {share:g}: it is to be between 0 and 1, pieces for each row")
+    rng = np.random.default_rng(seed)
+    rows = rng.choice(len(split), round(share * len(split)), replace=False)
+    chosen = split[rows]
+    kept = [_piece(np.asarray(ids), rng) for ids in chosen.input_ids]
+
+    def cut(column):  # of what every row has one for each token
+        return None if column is None else [np.asarray(row)[places] for row, places in zip(column, kept, strict=True)]
+
+    ids = cut(chosen.input_ids)
+    assert ids is not None
+    return Split(ids, chosen.labels, cut(chosen.token_type_ids))
+
+
+def _piece(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The places of the tokens that stay: [CLS], a span of each sentence, and the [SEP] after it."""
+    kept = [0]
+    start = 1
+    for end in np.flatnonzero(
+        ids == ids[-1]
+    ).tolist():  # the last token is a [SEP], as is what ends the first of a pair
+        length = min(int(rng.integers(1, _LONGEST + 1)), end - start)
+        first = start + int(rng.integers(0, end - start - length + 1))
+        kept += [*range(first, first + length), end]
+        start = end + 1
+    return np.array(kept)
