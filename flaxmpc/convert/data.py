@@ -106,15 +106,6 @@ class Split:
             types = [*self.token_type_ids, *other.token_type_ids]
         return Split([*self.input_ids, *other.input_ids], np.concatenate([self.labels, other.labels]), types)
 
-    def fingerprint(self) -> str:
-        """A hash of what a model sees of the split, ids, types and labels: the key of what is computed from it."""
-        digest = hashlib.sha256(self.labels.astype(np.float64).tobytes())
-        digest.update(np.fromiter(map(len, self.input_ids), int, len(self)).tobytes())
-        for column in (self.input_ids, self.token_type_ids):
-            if column is not None and len(column):
-                digest.update(np.concatenate(column).astype(np.int32).tobytes())
-        return digest.hexdigest()
-
 
 class Encoded(NamedTuple):
     """What a tokenizer makes of texts.

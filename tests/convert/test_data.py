@@ -103,11 +103,12 @@ def test_a_split_is_sliced_in_all_its_columns():
 
 def test_splits_are_added_row_after_row():
     split = numbered(SIZES)
-    both = split[:5] + split[5:]
-    assert both.fingerprint() == split.fingerprint()
-    assert both.texts is None
+    for both in (split[:5] + split[5:], split + split[:0]):
+        assert both.input_ids == split.input_ids
+        assert both.token_type_ids == split.token_type_ids
+        assert both.labels.tolist() == split.labels.tolist()
+        assert both.texts is None
     assert (Split(split.input_ids, split.labels) + split).token_type_ids is None
-    assert (split + split[:0]).fingerprint() == split.fingerprint()
 
 
 def test_a_split_has_a_label_for_every_row():
@@ -115,21 +116,6 @@ def test_a_split_has_a_label_for_every_row():
         Split([[1], [2]], np.arange(3))
     with pytest.raises(ValueError, match="2 rows of input_ids, but 1 of token_type_ids"):
         Split([[1], [2]], np.arange(2), [[0]])
-
-
-def test_a_fingerprint_is_of_the_content():
-    split = numbered(SIZES)
-    same = Split([np.array(row, np.int32) for row in split.input_ids], split.labels.copy(), split.token_type_ids)
-    assert same.fingerprint() == split.fingerprint()
-    others = [
-        split[::-1],
-        split[:-1],
-        Split(split.input_ids, split.labels + 1, split.token_type_ids),
-        Split(split.input_ids, split.labels),
-        Split([[1, 2], [3]], np.zeros(2)),
-        Split([[1], [2, 3]], np.zeros(2)),
-    ]
-    assert len({other.fingerprint() for other in (split, *others)}) == 7
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
