@@ -36,12 +36,13 @@ FIGURES = (
 
 
 def stages(recipe: dict[str, Any]) -> str:
-    """What a recipe trains on: `hidden, then logits`; `labels` for no distillation."""
+    """What a recipe trains on, the heavier first: `hidden, then hidden + logit`; `label` for no distillation."""
     names = []
     for stage in (recipe["stage1"], recipe["stage2"]):
         weights = {name: stage[f"{name}_weight"] for name in ("hidden", "score", "logit", "label")}
         if stage["epochs"]:
-            names.append(max(weights, key=lambda name: weights[name]))
+            used = [name for name, weight in weights.items() if weight]
+            names.append(" + ".join(sorted(used, key=weights.__getitem__, reverse=True)))
     return ", then ".join(names) or "none"
 
 
@@ -96,14 +97,14 @@ def table(found: list[Record]) -> list[list[str]]:
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f}"
 
-    head = ["model", "stages", "seed", "test", "teacher", "difference", "pieces", "REF2K", "same: REF2K", "same: ABY3"]
+    head = ["model", "test", "teacher", "difference", "pieces", "REF2K", "as in REF2K", "as in ABY3"]
     rows = []
     for row in found:
         interval = "" if row["ci_low"] is None else f" ({percent(row['ci_low'])} to {percent(row['ci_high'])})"
         names = ("pieces_agreement", "ref2k_accuracy", "ref2k_agreement", "aby3_agreement")
         figures = [percent(row["accuracy"]), percent(row["teacher_accuracy"]), percent(row["difference"]) + interval]
         name = row["model"].removeprefix("movie-minilm-l6-")
-        rows.append([name, row["stages"], str(row["seed"]), *figures, *(percent(row[name]) for name in names)])
+        rows.append([name, *figures, *(percent(row[name]) for name in names)])
     return [head, *rows]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import tyro
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from flaxmpc import secure
 
@@ -245,7 +245,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 def rich_table(rows: list[list[str]]) -> Table:
     """Rows, the first the heading, for the terminal."""
-    table = Table(*rows[0])
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
     for row in rows[1:]:
         table.add_row(*row)
     return table

@@ -1,8 +1,10 @@
 """The recipes in train/, and what they and the commands share."""
 
 import importlib.util
+import io
 import json
 import sys
+import tarfile
 import types
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 import flaxmpc
 from flaxmpc import recipes
-from flaxmpc.convert import conversion
+from flaxmpc.convert import conversion, tables
 from flaxmpc.convert.conversion import Conversion, FineTuning
 from flaxmpc.convert.data import movie_sentences
 from flaxmpc.convert.fit import Schedule
@@ -99,12 +101,30 @@ def test_every_student_of_the_movie_recipe_differs_from_the_others():
         movie.main("nothing")
 
 
+def test_film_reviews_become_a_column_of_their_sentences(tmp_path):
+    reviews = script("make_film_reviews")
+    text = '\ufeff"1","a fine "" film "" indeed . \ntoo short .\nit  never\tbores . "\n"0","it never bores .\n"\n'
+    with tarfile.open(tmp_path / "package.tar.gz", "w:gz") as package:
+        member = tarfile.TarInfo(reviews.MEMBER)
+        member.size = len(text.encode())
+        package.addfile(member, io.BytesIO(text.encode()))
+    reviews.main(tmp_path / "package.tar.gz", tmp_path / "runs" / "more.tsv")
+    (table,) = tables.read(tmp_path / "runs" / "more.tsv").values()
+    assert sorted(table.columns["sentence"]) == ['a fine " film " indeed .', "it never bores ."]
+    reviews.main(tmp_path / "package.tar.gz", tmp_path / "one.tsv", sentences=1)
+    assert len((tmp_path / "one.tsv").read_text().splitlines()) == 2
+
+
 def test_shipped_recipes_are_those_of_the_scripts():
     movie = script("movie")
-    for name, student in movie.STUDENTS.items():
-        recipe = movie.ZOO / f"{movie.TEACHER}-{name}" / "recipe.json"
-        if recipe.is_file():
-            assert json.loads(recipe.read_text()) == conversion.resolve(student)
+    found = {}
+    for path in movie.ZOO.glob(f"{movie.TEACHER}-*/recipe.json"):
+        entry = path.parent.name.removeprefix(f"{movie.TEACHER}-")
+        found[entry] = json.loads(path.read_text())
+        for run in path.parent.glob("runs/*.json"):
+            found[f"{entry}/{run.stem}"] = json.loads(run.read_text())["recipe"]
+    assert "2quad-freediv" in found
+    assert found == {name: conversion.resolve(movie.STUDENTS[name]) for name in found}
 
 
 def test_epochs_go_to_every_stage():
