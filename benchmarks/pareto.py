@@ -17,7 +17,6 @@ from harness import Benchmark, Options, Record, figure, record
 from variants import ours
 
 from flaxmpc import secure
-from flaxmpc.inference import SecureClassifier
 from flaxmpc.models import zoo
 from flaxmpc.models.config import BertConfig
 
@@ -35,34 +34,32 @@ def teacher_of(config: BertConfig) -> BertConfig:
     return dataclasses.replace(config, attention="softmax", hidden_act="gelu", layer_norm="layer_norm")
 
 
-def measure_model(name: str, tokens: int) -> Record:
-    found = zoo.results(zoo.find(name))
-    classifier = SecureClassifier.from_folder(zoo.find(name), secure.InProcess("ABY3"))
-    cost = classifier.estimate(tokens, 1)
-    accuracies = {field: found[field] for field in ("accuracy", "teacher_accuracy")}
-    return record(cost, model=name, **names(classifier.plain.config), num_tokens=tokens, **accuracies)
-
-
-def measure_teacher(config: BertConfig, name: str, accuracy: float, tokens: int) -> Record:
-    cost = ours(config, folded=False, batch=1, tokens=tokens).run(secure.InProcess("ABY3"))
-    both = {"accuracy": accuracy, "teacher_accuracy": accuracy}
-    return record(cost, model=name, **names(config), num_tokens=tokens, **both)
+def measure(config: BertConfig, tokens: int, *, folded: bool, **fields: Any) -> Record:
+    """Of the shape, with random weights: not all entries have theirs in the repository."""
+    cost = ours(config, folded=folded, batch=1, tokens=tokens).run(secure.InProcess("ABY3"))
+    return record(cost, **fields, **names(config), num_tokens=tokens)
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     tokens = 4 if quick else 64
-    teachers: dict[tuple[BertConfig, float], str] = {}
+    teachers: set[tuple[BertConfig, float]] = set()
     for name, folder in zoo.entries().items():
         found = zoo.results(folder)
         if "accuracy" not in found or "teacher_accuracy" not in found:
             continue  # such as a teacher that is an entry itself, or one without measured results
-        yield name, partial(measure_model, name, tokens)
+        config = BertConfig.from_folder(folder)
+        accuracies = {field: found[field] for field in ("accuracy", "teacher_accuracy")}
+        yield name, partial(measure, config, tokens, folded=True, model=name, **accuracies)
         # Students of one teacher have its accuracy and, but for their parts, its shape.
-        config = dataclasses.replace(teacher_of(BertConfig.from_folder(folder)), id2label=("0", "1"))
-        key = (config, found["teacher_accuracy"])
-        if key not in teachers:
-            teachers[key] = f"teacher of {name}"
-            yield teachers[key], partial(measure_teacher, config, teachers[key], key[1], tokens)
+        config = dataclasses.replace(teacher_of(config), id2label=("0", "1"))
+        accuracy = found["teacher_accuracy"]
+        if (config, accuracy) not in teachers:
+            teachers.add((config, accuracy))
+            both = {"accuracy": accuracy, "teacher_accuracy": accuracy}
+            yield (
+                f"teacher of {name}",
+                partial(measure, config, tokens, folded=False, model=f"teacher of {name}", **both),
+            )
 
 
 def finish(records: list[Record]) -> list[Record]:
