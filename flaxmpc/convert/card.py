@@ -167,9 +167,10 @@ def _method(recipe: Mapping[str, Any]) -> str:
 
 
 def _schedule(schedule: Mapping[str, Any]) -> str:
+    epochs = schedule["epochs"]
     return (
-        f"{schedule['epochs']} epochs at {schedule['learning_rate']:g}, batch {schedule['batch_size']}, AdamW, "
-        f"warm-up {100 * schedule['warmup']:g} %, cosine"
+        f"{epochs} epoch{'' if epochs == 1 else 's'} at {schedule['learning_rate']:g}, batch {schedule['batch_size']}, "
+        f"AdamW, warm-up {100 * schedule['warmup']:g} %, cosine"
     )
 
 

@@ -53,6 +53,7 @@ def test_a_card_has_every_figure(tmp_path):
     assert "not shipped: by recipe" in text
     assert "Hutto" in text
     assert "8 epochs at 0.0003" in text
+    assert "1 epoch at 3e-05" in text
     assert "ABY3" not in text
 
 
