@@ -57,7 +57,7 @@ def _student(**changes) -> Conversion:
     )
 
 
-# As published: logits, and of the hidden states a tenth.
+# Nearer to the published stage 2, which is logits alone.
 ON_LOGITS = dataclasses.replace(Conversion.stage2, hidden_weight=0.1, logit_weight=1.0)
 # One stage in place of two: as many steps. Neither learns from the reviews, so more epochs.
 NO_STAGE = Stage(epochs=0, learning_rate=1.0)

@@ -65,7 +65,7 @@ class Conversion:
         activation: the student's, a name in `flaxmpc.nn.ACTIVATIONS`.
         layer_norm: its LayerNorm; `layer_norm_newton` is calibrated, and trained to stay in its range.
         stage1: by default hidden states alone.
-        stage2: by default the hidden states still, and a tenth of the logits, at a tenth of the rate: on logits alone
+        stage2: by default the hidden states still, and a tenth of the logits, at a tenth of the rate: mostly on logits
             a student comes nearer to its teacher on the rows it learns from, and on no others.
         pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.convert.pieces`. A stage that
             looks at labels has none.
