@@ -5,8 +5,6 @@ they need no common folder.
 """
 
 import dataclasses
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flaxmpc.convert import hosts
+from flaxmpc.convert.checkpoint import Checkpoints
 from flaxmpc.convert.data import Batch
+from flaxmpc.convert.log import TrainingLog
 from flaxmpc.models.params import flatten, unflatten
 
 Params = Mapping[str, Any]
@@ -129,61 +127,6 @@ class _Devices:
         return jax.device_put(tree, self._everywhere)
 
 
-class _Checkpoints:
-    """Trees by their step, in a folder of the first host; every host makes the same calls."""
-
-    def __init__(self, folder: Path, **options: Any):
-        import orbax.checkpoint as ocp
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._args: Any = ocp.args
-        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-        self._manager: Any = None
-        if hosts.first():
-            self._manager = ocp.CheckpointManager(
-                folder.absolute(),
-                options=ocp.CheckpointManagerOptions(
-                    create=False,
-                    multiprocessing_options=alone,
-                    async_options=ocp.AsyncOptions(barrier_sync_fn=lambda **_: None),  # it waits for no other host
-                    **options,
-                ),
-            )
-
-    def __enter__(self) -> "_Checkpoints":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._manager is not None:
-            self._manager.close()
-
-    def latest_step(self) -> int:
-        """The last step that is kept; -1: none."""
-        return self._from_first(lambda manager: manager.latest_step())
-
-    def best_step(self) -> int:
-        """The step of the best metrics; -1: none."""
-        return self._from_first(lambda manager: manager.best_step())
-
-    def _from_first(self, step: Callable[[Any], int | None]) -> int:
-        found = None if self._manager is None else step(self._manager)
-        return int(hosts.from_first(np.int32(-1 if found is None else found)))
-
-    def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None, *, wait: bool = False) -> None:
-        """A step that is there is left. It is written while training goes on, unless it is waited for."""
-        if self._manager is not None and step not in self._manager.all_steps():
-            self._manager.save(step, args=self._args.StandardSave(jax.device_get(tree)), metrics=metrics)
-            if wait:
-                self._manager.wait_until_finished()
-
-    def restore(self, step: int, like: Any) -> Any:
-        """The tree of a step, shaped as `like`, in the memory of each host."""
-        found = jax.device_get(like)
-        if self._manager is not None:
-            found = self._manager.restore(step, args=self._args.StandardRestore(found))
-        return hosts.from_first(found)
-
-
 # A run whose loss has grown this much over its own lowest, both as running means, does not come back.
 _DIVERGED = 20.0
 
@@ -203,71 +146,6 @@ class _Divergence:
         if self._mean > _DIVERGED * self._lowest + 1.0:
             return f"the loss has grown from {self._lowest:.3g} to {self._mean:.3g}"
         return None
-
-
-class _Log:
-    """Progress in the terminal, metrics.jsonl with one object an epoch, and TensorBoard events."""
-
-    def __init__(self, folder: Path, name: str, schedule: Schedule, steps_per_epoch: int, done: int):
-        """Goes on after `done` steps."""
-        from tensorboardX import SummaryWriter
-
-        self._name, self._batch_size, self._steps_per_epoch = name, schedule.batch_size, steps_per_epoch
-        path = folder / "metrics.jsonl"
-        # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= done // steps_per_epoch))
-        self._file = path.open("a")
-        # Events files are named by the second: the suffix keeps a run that goes on at once from writing over the last.
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None, filename_suffix=f".{done}")
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = self._progress.add_task(name, total=schedule.epochs * steps_per_epoch, completed=done, shown="")
-        self._start_epoch()
-
-    def __enter__(self) -> "_Log":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-        self._board.close()
-        self._file.close()
-
-    def _start_epoch(self) -> None:
-        self._totals: dict[str, float] = {}
-        self._steps, self._started, self._seconds = 0, time.perf_counter(), 0.0
-
-    def _means(self) -> dict[str, float]:
-        return {metric: total / self._steps for metric, total in self._totals.items()}
-
-    def step(self, number: int, values: dict[str, float]) -> None:
-        """Of step `number`, from 0, over all epochs."""
-        self._steps += 1
-        self._seconds = time.perf_counter() - self._started
-        self._totals = {metric: self._totals.get(metric, 0.0) + value for metric, value in values.items()}
-        shown = "  ".join(f"{metric} {mean:.4f}" for metric, mean in self._means().items())
-        rate = self._steps * self._batch_size / self._seconds
-        self._progress.update(self._bar, completed=number + 1, shown=f"{shown}  {rate:.0f} sentences/s")
-        if number % 10 == 0:
-            for metric, value in values.items():
-                self._board.add_scalar(f"train/{metric}", value, number)
-
-    def epoch(self, epoch: int, figures: dict[str, float]) -> None:
-        """After epoch `epoch`, from 1, with the figures of its evaluation."""
-        seconds = {"seconds": round(self._seconds, 1)}
-        record = {"name": self._name, "epoch": epoch, **seconds, **self._means(), **figures}
-        for figure, value in figures.items():
-            self._board.add_scalar(figure, value, epoch * self._steps_per_epoch)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        self._progress.console.print(record)
-        self._start_epoch()
 
 
 def fit(
@@ -330,16 +208,22 @@ def fit(
             f"longer warm-up than {schedule.warmup:g} may do. The last checkpoint is in {folder}"
         )
 
-    latest = _Checkpoints(folder / "checkpoints", max_to_keep=2)
-    best = _Checkpoints(
-        folder / "best", max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max"
-    )
+    latest = Checkpoints(folder / "checkpoints", max_to_keep=2)
+    best = Checkpoints(folder / "best", max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max")
     done = max(0, latest.latest_step())
     if done:
         state = devices.everywhere(latest.restore(done, state))
     divergence = _Divergence()
+    log = TrainingLog(
+        folder,
+        name,
+        epochs=schedule.epochs,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=schedule.batch_size,
+        done=done,
+    )
 
-    with latest, best, _Log(folder, name, schedule, steps_per_epoch, done) as log:
+    with latest, best, log:
         for epoch in range(done // steps_per_epoch, schedule.epochs):
             for number, batch in enumerate(epoch_batches(epoch), epoch * steps_per_epoch):
                 if number < done:

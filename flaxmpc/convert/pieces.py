@@ -42,9 +42,8 @@ def _piece(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The places of the tokens that stay: [CLS], a span of each sentence, and the [SEP] after it."""
     kept = [0]
     start = 1
-    for end in np.flatnonzero(
-        ids == ids[-1]
-    ).tolist():  # the last token is a [SEP], as is what ends the first of a pair
+    ends = np.flatnonzero(ids == ids[-1])  # the last token is a [SEP], as is what ends the first of a pair
+    for end in ends.tolist():
         length = min(int(rng.integers(1, _LONGEST + 1)), end - start)
         first = start + int(rng.integers(0, end - start - length + 1))
         kept += [*range(first, first + length), end]

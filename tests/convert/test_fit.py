@@ -207,14 +207,6 @@ def test_a_schedule_that_cannot_be_is_refused(bad):
         dataclasses.replace(SCHEDULE, **bad)
 
 
-def test_metrics_go_to_tensorboard(run):
-    found = list((run[0] / "tensorboard").glob("events.out.tfevents.*"))
-    assert found
-    written = b"".join(path.read_bytes() for path in found)
-    assert b"train/loss" in written
-    assert b"bias" in written
-
-
 # Trains the toy on two devices, of this process or of two, and writes its parameters.
 ON_TWO_DEVICES = """
 import json, sys

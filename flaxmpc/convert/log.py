@@ -1,0 +1,80 @@
+"""What training says while it runs, and what it leaves to be looked at: progress, metrics, TensorBoard events."""
+
+import json
+import time
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingLog:
+    """Progress in the terminal, metrics.jsonl with one object an epoch, and TensorBoard events."""
+
+    def __init__(self, folder: Path, name: str, *, epochs: int, steps_per_epoch: int, batch_size: int, done: int):
+        """Goes on with what an earlier run left in the folder.
+
+        Args:
+            folder: of the run; metrics.jsonl and tensorboard/ are written there.
+            name: shown with the progress, and in metrics.jsonl.
+            epochs, steps_per_epoch: of the whole run.
+            batch_size: sentences a step.
+            done: steps that are in the last checkpoint.
+        """
+        from tensorboardX import SummaryWriter
+
+        self._name, self._batch_size, self._steps_per_epoch = name, batch_size, steps_per_epoch
+        path = folder / "metrics.jsonl"
+        # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= done // steps_per_epoch))
+        self._file = path.open("a")
+        # Events files are named by the second: the suffix keeps a run that goes on at once from writing over the last.
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None, filename_suffix=f".{done}")
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = self._progress.add_task(name, total=epochs * steps_per_epoch, completed=done, shown="")
+        self._start_epoch()
+
+    def __enter__(self) -> "TrainingLog":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._board.close()
+        self._file.close()
+
+    def _start_epoch(self) -> None:
+        self._totals: dict[str, float] = {}
+        self._steps, self._started, self._seconds = 0, time.perf_counter(), 0.0
+
+    def _means(self) -> dict[str, float]:
+        return {metric: total / self._steps for metric, total in self._totals.items()}
+
+    def step(self, number: int, values: dict[str, float]) -> None:
+        """Of step `number`, from 0, over all epochs."""
+        self._steps += 1
+        self._seconds = time.perf_counter() - self._started
+        self._totals = {metric: self._totals.get(metric, 0.0) + value for metric, value in values.items()}
+        shown = "  ".join(f"{metric} {mean:.4f}" for metric, mean in self._means().items())
+        rate = self._steps * self._batch_size / self._seconds
+        self._progress.update(self._bar, completed=number + 1, shown=f"{shown}  {rate:.0f} sentences/s")
+        if number % 10 == 0:
+            for metric, value in values.items():
+                self._board.add_scalar(f"train/{metric}", value, number)
+
+    def epoch(self, epoch: int, figures: dict[str, float]) -> None:
+        """After epoch `epoch`, from 1, with the figures of its evaluation."""
+        seconds = {"seconds": round(self._seconds, 1)}
+        record = {"name": self._name, "epoch": epoch, **seconds, **self._means(), **figures}
+        for figure, value in figures.items():
+            self._board.add_scalar(figure, value, epoch * self._steps_per_epoch)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._progress.console.print(record)
+        self._start_epoch()
