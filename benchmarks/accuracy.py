@@ -74,6 +74,11 @@ def records() -> list[Record]:
     ]
 
 
+def short(row: Record) -> str:
+    """A student's name without its teacher's."""
+    return row["model"].removeprefix("movie-minilm-l6-")
+
+
 def plot(found: list[Record]) -> Any:
     """Each student's difference from its teacher, with its interval, in points."""
     from matplotlib.figure import Figure
@@ -86,8 +91,8 @@ def plot(found: list[Record]) -> Any:
         axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color="C0", capsize=3)
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.axvspan(-0.5, 0.5, color="0.92", zorder=0)
-    axis.set_yticks(range(len(rows)), [row["model"] for row in reversed(rows)])
-    axis.set(xlabel="student minus teacher, points of test accuracy (95 % interval; grey: within 0.5)")
+    axis.set_yticks(range(len(rows)), [short(row) for row in reversed(rows)])
+    axis.set(xlabel="student minus teacher, points of test accuracy\n(95 % interval; grey: within 0.5)")
     return figure
 
 
@@ -103,8 +108,7 @@ def table(found: list[Record]) -> list[list[str]]:
         interval = "" if row["ci_low"] is None else f" ({percent(row['ci_low'])} to {percent(row['ci_high'])})"
         names = ("pieces_agreement", "ref2k_accuracy", "ref2k_agreement", "aby3_agreement")
         figures = [percent(row["accuracy"]), percent(row["teacher_accuracy"]), percent(row["difference"]) + interval]
-        name = row["model"].removeprefix("movie-minilm-l6-")
-        rows.append([name, *figures, *(percent(row[name]) for name in names)])
+        rows.append([short(row), *figures, *(percent(row[name]) for name in names)])
     return [head, *rows]
 
 
