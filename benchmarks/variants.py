@@ -106,7 +106,7 @@ def ours(config: BertConfig, *, folded: bool, batch: int, tokens: int) -> Worklo
     model = BertForSequenceClassification(config)
     function, client, weights = split_at_shares(model, params)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, tokens), np.int32)
-    shared: Any = (config.embedding_part.encode(jnp.asarray(ids), config.vocab_size),)
+    shared: Any = (config.embedding.encode(jnp.asarray(ids), config.vocab_size),)
     if client:
         shared = jax.jit(model.apply, static_argnames="method")({"params": client}, *shared, method="embed")
     return Workload(function, weights, jax.device_get((shared, config.keys(jnp.ones((batch, tokens))))))

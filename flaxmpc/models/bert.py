@@ -56,7 +56,7 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def __call__(self, tokens: Array, token_types: Array | None, *, deterministic: bool) -> Hidden:
-        lookup = self.config.embedding_part.lookup
+        lookup = self.config.embedding.lookup
         positions_TxH = self.position_embeddings[: tokens.shape[1]]
         x_BxTxH = lookup(self.word_embeddings, tokens) + positions_TxH
         if token_types is not None:
@@ -292,7 +292,7 @@ def init_params(model: nn.Module, seed: int = 0) -> dict[str, Any]:
     """Fresh parameters, a nested dict of float32 arrays."""
     input_ids = jnp.zeros((1, 2), jnp.int32)
     config: BertConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
-    tokens = config.embedding_part.encode(input_ids, config.vocab_size)
+    tokens = config.embedding.encode(input_ids, config.vocab_size)
     return jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
 
 

@@ -11,7 +11,7 @@ from jax import Array
 from flaxmpc.errors import unknown
 from flaxmpc.nn.activation import ACTIVATIONS, Activation
 from flaxmpc.nn.attention import ATTENTION, AttentionPart, Keys, PerHead, common
-from flaxmpc.nn.embedding import EMBEDDINGS, EmbeddingPart
+from flaxmpc.nn.embedding import EMBEDDINGS
 from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, InverseSqrt
 
 # HF's names for activations that have another name here.
@@ -156,10 +156,6 @@ class BertConfig:
     def keys(self, attention_mask: Array) -> Keys:
         """What the client sends of HF's attention_mask (batch, token) to a model of this config."""
         return Keys.from_mask(attention_mask, self.state_degree)
-
-    @property
-    def embedding_part(self) -> EmbeddingPart:
-        return self.embedding
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "BertConfig":

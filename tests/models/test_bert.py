@@ -380,7 +380,7 @@ def test_every_choice_of_a_part_changes_the_traced_program(field, registry, tiny
     def program(name):
         model, variables = tiny(**{field: name})
         ids, mask, types = inputs(TINY)
-        part = model.config.embedding_part
+        part = model.config.embedding
         args = (part.encode(ids, TINY.vocab_size), mask, part.encode(types, TINY.type_vocab_size))
         return jax.jit(model.apply).lower(variables, *args).as_text()
 
