@@ -6,9 +6,9 @@
 
 Method: MPCFormer (arXiv 2211.01452), stage 1 on hidden states alone at a higher rate, with the seed paper's
 division-free attention; and on sentences of film reviews beside the data set's own, which are too few. On 2 cores the
-teacher takes a quarter of an hour; a student on one of them an hour, and its evaluation under MPC 10 to 17 minutes. A
+teacher takes a quarter of an hour; a student on one of them an hour, and its evaluation under MPC 10 to 20 minutes. A
 killed run goes on from its last checkpoint when it is started again. Expected: about 86.5 % for the teacher, and within
-0.5 points of it for its students.
+0.5 points of it for the two division-free variants.
 
 Of several students, one on each core takes less time than one after the other on all, and large pages and XLA's older
 CPU runtime make a step faster (stable jax on Linux):
