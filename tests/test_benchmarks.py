@@ -29,7 +29,17 @@ SCRIPTS = {
     "scaling": {"axis", "value", "bytes_sent_total_exponent", "bytes_polynomial"},
     "embedding": {"variant", "num_layers", "client_bytes"},
     "network": {"network", "modelled_seconds", "measured_seconds", "relative_error"},
-    "pareto": {"model", "attention", "activation", "accuracy", "teacher_accuracy", "pareto_lan", "pareto_wan"},
+    "pareto": {
+        "model",
+        "attention",
+        "activation",
+        "accuracy",
+        "teacher_accuracy",
+        "ci_low",
+        "ci_high",
+        "pareto_lan",
+        "pareto_wan",
+    },
 }
 TRAIN_SPEED = {"variant", "sentences_per_second", "time_ratio", "loss", "trained_parameters", "steps", "repetitions"}
 ALWAYS = {
@@ -271,6 +281,12 @@ def test_the_front_holds_what_nothing_beats(load):
     points = {"good": (0.9, 3.0), "fast": (0.8, 1.0), "beaten": (0.7, 2.0)}
     records = [a_record(model=m, accuracy=a, lan_seconds=s, wan_seconds=s) for m, (a, s) in points.items()]
     assert [r["pareto_lan"] for r in pareto.finish(records)] == [True, True, False]
+
+
+def test_each_student_and_once_its_teacher_are_compared(load):
+    names = [name for name, _ in load("pareto").jobs(True)]
+    assert len(set(names)) == len(names)
+    assert {"movie-minilm-l6", "movie-minilm-l6-2quad-freediv", "movie-minilm-l6-softmax-freediv"} <= set(names)
 
 
 def test_hosts_have_their_rate_and_latency(load):
