@@ -97,18 +97,21 @@ def plot(found: list[Record]) -> Any:
 
 
 def table(found: list[Record]) -> list[list[str]]:
-    """Heading and rows, in per cent."""
+    """Heading and rows, in per cent; differences in points."""
 
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f}"
+    def percent(value: float | None, form: str = ".1f") -> str:
+        return "" if value is None else format(100 * value, form)
+
+    def points(row: Record) -> str:
+        middle, low, high = (percent(row[name], "+.2f") for name in ("difference", "ci_low", "ci_high"))
+        return f"{middle} ({low} to {high})" if low else middle
 
     head = ["model", "test", "teacher", "difference", "pieces", "REF2K", "as in REF2K", "as in ABY3"]
     rows = []
     for row in found:
-        interval = "" if row["ci_low"] is None else f" ({percent(row['ci_low'])} to {percent(row['ci_high'])})"
         names = ("pieces_agreement", "ref2k_accuracy", "ref2k_agreement", "aby3_agreement")
-        figures = [percent(row["accuracy"]), percent(row["teacher_accuracy"]), percent(row["difference"]) + interval]
-        rows.append([short(row), *figures, *(percent(row[name]) for name in names)])
+        clear = [percent(row["accuracy"]), percent(row["teacher_accuracy"]), points(row)]
+        rows.append([short(row), *clear, *(percent(row[name]) for name in names)])
     return [head, *rows]
 
 
@@ -123,7 +126,9 @@ def main(options: Options) -> None:
     if options.json:
         print(json.dumps(found))
     else:
-        Console().print(rich_table(rows))
+        # In the clear, then under MPC: together they are wider than 80 columns.
+        for columns in (slice(1, 4), slice(4, None)):
+            Console().print(rich_table([[row[0], *row[columns]] for row in rows]))
 
 
 if __name__ == "__main__":

@@ -338,3 +338,6 @@ def test_every_student_of_the_zoo_is_in_the_table_of_accuracies(load, capsys):
     head, *rows = accuracy.table(records)
     assert all(len(row) == len(head) for row in rows)
     assert "2quad-freediv" in {row[0] for row in rows}
+    saved = (BENCHMARKS / "results" / "accuracy.md").read_text("utf-8")
+    assert saved.strip() == sys.modules["harness"].markdown([head, *rows])
+    assert saved in (BENCHMARKS.parent / "README.md").read_text("utf-8")
