@@ -99,14 +99,15 @@ Dropout = Callable[[Scores], Scores]
 # --------------------------------------------------------------------------------------------------- numerators
 
 
-# A masked key's score while a row's maximum is taken. Far below any real score, and small enough for fixed point.
+# How far a masked key's score is lowered while a row's maximum is taken: below any real score.
 _BELOW_ALL_SCORES = 1000.0
 
 
 def _minus_max(scores: Scores, keys: Keys) -> Scores:
+    """s - max over the tokens; 0 for a masked key, as SPU's exponential is a polynomial that grows again below -512."""
     mask = keys.mask[:, None, None, :]
-    masked = scores * mask - _BELOW_ALL_SCORES * (1.0 - mask)
-    return masked - jax.lax.stop_gradient(masked.max(-1, keepdims=True))
+    highest = (scores - _BELOW_ALL_SCORES * (1.0 - mask)).max(-1, keepdims=True)
+    return (scores - jax.lax.stop_gradient(highest)) * mask
 
 
 def _exp_limit(x: Array, lower: float) -> Array:

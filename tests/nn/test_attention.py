@@ -338,6 +338,14 @@ def test_split_scale_folds_the_constant_into_scores_and_values(part, scale):
 SECURE_LENGTHS = (8, 5, 3, 1)
 
 
+@every_part
+def test_the_stated_range_is_far_from_overflow(part):
+    scores, value, mask = inputs(part, lengths=SECURE_LENGTHS)
+    shift, scale = part.initial_shift(HEADS), part.initial_scale(HEADS)
+    args = (scores, value, Keys.from_mask(jnp.asarray(mask)), shift, scale)
+    secure.check(layer(part), [jax.device_get(args)]).require()
+
+
 @pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])
 @every_part
 def test_secure_result_is_within_a_hundredth_on_the_stated_range(part, protocol, group):
