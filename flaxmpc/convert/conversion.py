@@ -63,7 +63,8 @@ class Conversion:
         out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
         attention: the student's, a name in `flaxmpc.nn.ATTENTION`.
         activation: the student's, a name in `flaxmpc.nn.ACTIVATIONS`.
-        layer_norm: its LayerNorm; `layer_norm_newton` is calibrated, and trained to stay in its range.
+        layer_norm: its LayerNorm; `layer_norm_newton` is calibrated when stage 2 begins, and trained to stay in its
+            range. So the student must be near its teacher by then: without a stage 1 `layer_norm` does better.
         stage1: by default hidden states alone.
         stage2: by default the hidden states still, and a tenth of the logits, at a tenth of the rate: mostly on logits
             a student comes nearer to its teacher on the rows it learns from, and on no others.
