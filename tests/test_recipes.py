@@ -84,6 +84,8 @@ def test_glue_with_a_bert_base(tmp_path):
     print(json.dumps(results))
     assert (results["ref2k_sentences"], results["aby3_sentences"]) == (32, 32)
     assert min(results["ref2k_agreement"], results["aby3_agreement"]) >= 0.95
+    # After so few steps it may give all sentences one label: the logits say more.
+    assert max(results["ref2k_max_logit_difference"], results["aby3_max_logit_difference"]) < 0.01
     assert results["margin_bits"] >= 2.0
 
 

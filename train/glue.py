@@ -9,8 +9,8 @@ this: division-free attention, calibrated LayerNorms, frozen embeddings, a warm-
 (theirs has none in stage 1), one rate for the teacher, where they choose among 2e-5 to 5e-5. Expected of SST-2: their
 2quad + quad is at 92.0 %, its teacher at 93.1 %. Not run to its end yet: it takes a hub, and hours on an accelerator.
 What is tested is that it runs from an encoder's folder and a folder of data to a measured student: with random weights
-of BERT-Base's shape in 46 minutes on one core (`make test-slow`, 2026-11-26: of 32 sentences all labels as in the clear
-on ABY3, logits within 0.002, 15.5 bits of margin). A killed run goes on from its last checkpoint when it is started
+of BERT-Base's shape in 46 minutes on one core (`make test-slow`, 2026-11-26: 32 sentences on ABY3 with logits within
+0.002 of those in the clear, 15.5 bits of margin). A killed run goes on from its last checkpoint when it is started
 again.
 """
 
