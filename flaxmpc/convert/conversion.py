@@ -202,6 +202,30 @@ def _calibrated(
     return BertForSequenceClassification(calibrate.with_newton(student.config, seen, held_out, part))
 
 
+def _beside_teacher(
+    student: BertForSequenceClassification,
+    params: Any,
+    teacher: folders.LoadedModel,
+    teacher_logits: np.ndarray,
+    task: tasks.Task,
+) -> dict[str, Any]:
+    """The student's figures on the test set, and how they and its labels differ from the teacher's."""
+    logits = predict(student, params, task.test)
+    if task.regression:
+        return _figures(task, logits)
+    short = pieces(task.test, 1.0, seed=0)
+    labels = predict(teacher.model, teacher.params, short).argmax(-1)
+    hits, teacher_hits = correct(logits, task.test.labels), correct(teacher_logits, task.test.labels)
+    return {
+        **_figures(task, logits),
+        "pieces": len(short),
+        "pieces_agreement": accuracy(predict(student, params, short), labels),
+        **paired_difference(hits, teacher_hits, seed=0)._asdict(),
+        "correct": _bits(hits),
+        "teacher_correct": _bits(teacher_hits),
+    }
+
+
 def convert(config: Conversion) -> dict[str, Any]:
     """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
 
@@ -279,15 +303,7 @@ def convert(config: Conversion) -> dict[str, Any]:
     kept = BertForSequenceClassification(dataclasses.replace(student.config, embedding=mode))
     folders.save(config.out, kept, params, config.teacher, **bits)
     stored = folders.load(config.out).params
-    logits = predict(student, stored, task.test)
-    results |= _figures(task, logits)
-    if not task.regression:
-        short = pieces(task.test, 1.0, seed=0)
-        labels = predict(teacher.model, teacher.params, short).argmax(-1)
-        results |= {"pieces": len(short), "pieces_agreement": accuracy(predict(student, stored, short), labels)}
-        hits, teacher_hits = correct(logits, task.test.labels), correct(teacher_logits, task.test.labels)
-        results |= paired_difference(hits, teacher_hits, seed=0)._asdict()
-        results |= {"correct": _bits(hits), "teacher_correct": _bits(teacher_hits)}
+    results |= _beside_teacher(student, stored, teacher, teacher_logits, task)
     _write(config.out, "results.json", results)
     _write(config.out, "recipe.json", resolve(config))
     return results
