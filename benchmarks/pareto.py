@@ -99,8 +99,7 @@ def plot(records: list[Record]) -> Any:
 
 
 def benchmark(quick: bool) -> Benchmark:
-    columns = ("model", "attention", "activation", "accuracy", "bytes_sent_total", "rounds", "lan_seconds",
-               "wan_seconds")  # fmt: skip
+    columns = ("model", "accuracy", "bytes_sent_total", "rounds", "lan_seconds", "wan_seconds")
     return Benchmark("pareto", partial(jobs, quick), (columns,), finish, plots={"": plot})
 
 
