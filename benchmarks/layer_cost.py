@@ -29,6 +29,7 @@ from flaxmpc.models.folded import FoldedLayer
 _LAYERS = 2
 VARIANTS = {
     "unmodified": {"attention": "softmax", "hidden_act": "gelu"},
+    "unmodified_folded": {"attention": "softmax", "hidden_act": "gelu"},
     "2quad_freediv": {"attention": "2quad_freediv", "hidden_act": "quad"},
     "2quad_freediv_folded": {"attention": "2quad_freediv", "hidden_act": "quad"},
     "2quad_freediv_newton": {
@@ -38,7 +39,7 @@ VARIANTS = {
     },
 }
 # Run as `fold` returns them.
-FOLDED = ("2quad_freediv_folded", "2quad_freediv_newton")
+FOLDED = ("unmodified_folded", "2quad_freediv_folded", "2quad_freediv_newton")
 
 
 def layer_function(config: BertConfig) -> Callable[..., jax.Array]:

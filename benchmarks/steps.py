@@ -19,6 +19,7 @@ from harness import Benchmark, Options, Record, record
 from variants import AFTER_ATTENTION, AFTER_FEED_FORWARD, Workload
 
 from flaxmpc import secure
+from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import grouped_conv, matmul
 from flaxmpc.nn.normalization import square_mean_by_product
 
@@ -86,6 +87,8 @@ def cases(heads: int, size: int, tokens: int) -> Iterator[Case]:
                lambda _, v: AFTER_ATTENTION(v), (row,))  # fmt: skip
     yield Case("inverse square root", f"Newton, {AFTER_FEED_FORWARD.steps} steps (after feed-forward)", True,
                lambda _, v: AFTER_FEED_FORWARD(v), (row,))  # fmt: skip
+    yield Case("GeLU", "erfc, as JAX has it", False, lambda _, x: ACTIVATIONS["gelu"](x), (hidden,))
+    yield Case("GeLU", "erf", True, lambda _, x: ACTIVATIONS["gelu_erf"](x), (hidden,))
     yield Case("doubling", "a product with 2", False, lambda _, v: 2.0 * v, (hidden,))
     yield Case("doubling", "a sum", True, lambda _, v: v + v, (hidden,))
 

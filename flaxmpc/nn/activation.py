@@ -37,6 +37,8 @@ class Activation:
         input_range: inputs on which the secure result is within 0.01 of plaintext (FM64, 18 fraction bits).
         max_gelu_error: largest |f(x) - erf-GeLU(x)| on [-8, 8]; None for what is no approximation of it.
         square_form: see `SquareForm`; None if f is no square.
+        folded: the same function in real numbers, written so that it costs less in MPC: a folded model has it in place
+            of this one. None if there is none, or a square form, which says more.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Activation:
     input_range: tuple[float, float] = (-8.0, 8.0)
     max_gelu_error: float | None = None
     square_form: SquareForm | None = None
+    folded: "Activation | None" = None
 
     def __call__(self, x: X) -> X:
         return self.f(x)
@@ -63,9 +66,14 @@ def _step(condition: Array) -> Array:
     return condition.astype(jnp.float32)
 
 
-def gelu_erf(x: X) -> X:
-    """x/2 (1 + erf(x / sqrt 2)): exact. SPU gets erf as a long rational function with a division."""
+def gelu_erfc(x: X) -> X:
+    """x/2 erfc(-x / sqrt 2): exact, as JAX has it. For SPU erfc is two pieces: two reciprocals, an exponential."""
     return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_erf(x: X) -> X:
+    """x/2 (1 + erf(x / sqrt 2)): the same. SPU has an erf of its own: 39 % of the bytes, 36 % of the rounds (ABY3)."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def gelu_tanh(x: X) -> X:
@@ -178,7 +186,10 @@ def gelu_nimbus(x: X) -> X:
 
 ACTIVATIONS: Registry[Activation] = Registry("activation", Activation)
 
-gelu = ACTIVATIONS.register(Activation("gelu", gelu_erf, "exact", needs_distillation=False, max_gelu_error=0.0))
+_gelu_erf = ACTIVATIONS.register(Activation("gelu_erf", gelu_erf, "gelu, folded", False, max_gelu_error=0.0))
+ACTIVATIONS.register(
+    Activation("gelu", gelu_erfc, "exact", needs_distillation=False, max_gelu_error=0.0, folded=_gelu_erf)
+)
 ACTIVATIONS.register(Activation("gelu_tanh", gelu_tanh, "exact", False, input_range=(-7.0, 7.0), max_gelu_error=0.0005))
 ACTIVATIONS.register(Activation("relu", relu, "exact", needs_distillation=True))
 ACTIVATIONS.register(

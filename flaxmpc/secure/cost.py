@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -10,6 +11,7 @@ import json
 import os
 import platform
 import re
+from pathlib import Path
 from typing import Any
 
 from flaxmpc.secure.protocol import Config
@@ -51,7 +53,7 @@ class Cost:
             for (see Protocol.rounds_exact).
         per_op: OpCost by operation, as SPU's compiled program names it ("pphlo.dot"), the most bytes first.
         versions: of flaxmpc, spu, jax, numpy and python.
-        machine: {"platform", "cpus"}.
+        machine: {"platform", "processor", "cpus"}.
         date: end of the run, UTC, ISO 8601.
     """
 
@@ -103,17 +105,26 @@ class Cost:
         return json.dumps(self.as_dict())
 
 
+def _processor() -> str:
+    """The processor's name: on Linux the kernel has it, `platform` has not."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor()
+
+
 def provenance() -> dict[str, Any]:
     """Where a measurement comes from: `versions`, `machine` and `date` as in a `Cost`."""
     return {
         "versions": dict(versions()),
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count() or 1},
+        "machine": {"platform": platform.platform(), "processor": _processor(), "cpus": os.cpu_count() or 1},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 _OP = re.compile(
-    r"- (pphlo\.\S+), executed (\d+) times, duration ([\d.e+-]+)s, send bytes (\d+) recv bytes \d+, send actions (\d+),"
+    r"- (pphlo\..+?), executed (\d+) times, duration ([\d.e+-]+)s, send bytes (\d+) recv bytes \d+, send actions (\d+),"
 )
 _TOTAL = re.compile(r"Link details: total send bytes (\d+), recv bytes \d+, send actions (\d+),")
 

@@ -64,6 +64,7 @@ def _shaft(x):
 
 FORMULAS = {
     "gelu": _erf_gelu,
+    "gelu_erf": _erf_gelu,
     "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: x * (x > 0),
     "quad": lambda x: 0.125 * x**2 + 0.25 * x + 0.5,
@@ -147,6 +148,17 @@ def test_the_stated_square_is_the_function(part):
         scale, shift, offset = part.square_form
         ours = np.asarray(part(jnp.asarray(x)))
         np.testing.assert_allclose(ours, (scale * x.astype(np.float64) + shift) ** 2 + offset, rtol=1e-5, atol=1e-5)
+
+
+@every_part
+def test_the_folded_form_is_the_same_function_for_less(part, group):
+    if part.folded is not None:
+        x = jnp.linspace(-100, 100, 401)
+        np.testing.assert_allclose(part.folded(x), part(x), rtol=1e-6, atol=1e-6)
+        assert part.folded.folded is None
+        costs = [secure.jit(form, parties=group("ABY3")).run(x).cost for form in (part, part.folded)]
+        assert costs[1].bytes_sent < 0.5 * costs[0].bytes_sent
+        assert costs[1].rounds < 0.5 * costs[0].rounds
 
 
 @pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])
