@@ -24,12 +24,15 @@ from flaxmpc.convert.fold import fold
 from flaxmpc.models.bert import BertForSequenceClassification, BertLayer, param_shapes
 from flaxmpc.models.config import BertConfig, preset
 from flaxmpc.models.folded import FoldedLayer
+from flaxmpc.nn.activation import Activation
 
+# As transformers' Flax models have it.
+JAX_GELU = Activation("gelu_jax", functools.partial(jax.nn.gelu, approximate=False), "jax.nn", needs_distillation=False)
 # The last layer leaves out what another one needs; so it is the first of two.
 _LAYERS = 2
 VARIANTS = {
-    "unmodified": {"attention": "softmax", "hidden_act": "gelu"},
-    "unmodified_folded": {"attention": "softmax", "hidden_act": "gelu"},
+    "unmodified": {"attention": "softmax", "hidden_act": JAX_GELU},
+    "exact": {"attention": "softmax", "hidden_act": "gelu"},
     "2quad_freediv": {"attention": "2quad_freediv", "hidden_act": "quad"},
     "2quad_freediv_folded": {"attention": "2quad_freediv", "hidden_act": "quad"},
     "2quad_freediv_newton": {
@@ -39,7 +42,7 @@ VARIANTS = {
     },
 }
 # Run as `fold` returns them.
-FOLDED = ("unmodified_folded", "2quad_freediv_folded", "2quad_freediv_newton")
+FOLDED = ("2quad_freediv_folded", "2quad_freediv_newton")
 
 
 def layer_function(config: BertConfig) -> Callable[..., jax.Array]:

@@ -97,7 +97,6 @@ def fold(params: Mapping[str, Any], config: BertConfig) -> tuple[dict[str, Any],
     - 1/sqrt(d), r_h and c go into the matrix of Q, K and V, which is one;
     - mask and 1/n go into the state, where the attention's numerators allow it;
     - an activation that is a square (`quad`) becomes x^2, its scale, shift and offset go into the matrices around it;
-    - another becomes what it says costs less (`Activation.folded`): `gelu` becomes `gelu_erf`;
     - a LayerNorm's mean, scale and bias, and the residual, go into the matrices around it;
     - token type 0 is added to the positions.
 
@@ -129,7 +128,7 @@ def fold(params: Mapping[str, Any], config: BertConfig) -> tuple[dict[str, Any],
     flat["bert/embeddings/position_embeddings"] += types[0]
     flat["bert/embeddings/token_type_embeddings"] = types - types[0]
     activations = [config.hidden_act_of(index) for index in range(config.num_hidden_layers)]
-    activations = [act.folded or act if act.square_form is None else ACTIVATIONS["square"] for act in activations]
+    activations = [act if act.square_form is None else ACTIVATIONS["square"] for act in activations]
     uniform = activations[0] if len(set(activations)) == 1 else tuple(activations)
     single = {path: leaf.astype(np.float32) for path, leaf in flat.items()}
     return unflatten(single), dataclasses.replace(config, hidden_act=uniform, folded=True)
