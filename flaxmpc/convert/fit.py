@@ -83,8 +83,8 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[
     """One compiled step: (state, frozen, batch, key) -> (state, metrics).
 
     The state is {"params": what is trained, "optimizer": its moments}, frozen the other part of `partition`. The memory
-    of the given moments goes to the new ones: a step that need not ask for it takes 8 % less time. The given parameters
-    stay, for `fit` to see where a loss that is not finite comes from.
+    of the given moments goes to the new ones: faster than asking for more. The given parameters stay, for `fit`
+    to see where a loss that is not finite comes from.
     """
 
     @functools.partial(jax.jit, donate_argnames="moments")

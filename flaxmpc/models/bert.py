@@ -191,16 +191,9 @@ class _BertWithHead(nn.Module):
     def head(self, hidden: Hidden, deterministic: bool) -> Array:
         raise NotImplementedError
 
-    def embed(
-        self,
-        input_ids: Array,
-        token_type_ids: Array | None = None,
-        attention_mask: Array | None = None,
-        *,
-        deterministic: bool = True,
-    ) -> Hidden:
-        """See `BertModel.embed`."""
-        return self.bert.embed(input_ids, token_type_ids, attention_mask, deterministic=deterministic)
+    def embed(self, *args: Any, **kwargs: Any) -> Hidden:
+        """`BertModel.embed`, with its arguments."""
+        return self.bert.embed(*args, **kwargs)
 
     def from_embeddings(
         self, embeddings: Hidden, keys: Keys, *, deterministic: bool = True, return_intermediates: bool = False
