@@ -20,6 +20,8 @@ _HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # Fields of HF's config.json that say something this model cannot do when they have another value.
 _HF_REQUIRED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 
 def _attention(spec: Any) -> AttentionPart:
     """A name, an object, or a list with one for every head."""
@@ -47,7 +49,7 @@ def _layer_norms_spec(part: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """The shape of a BERT and its parts. Fields up to `id2label` are HF's.
+    """The shape of a BERT and its parts. Fields up to `problem_type` are HF's, `model_max_length` its tokenizers'.
 
     A part is a name, an object, or `{"name": ..., field: value}`; `attention`, `hidden_act` and `layer_norm` also
     take a list with one entry for every layer. An entry of `attention` may be a list with one for every head, and
@@ -56,6 +58,10 @@ class BertConfig:
 
     Attributes:
         id2label: the names of the labels, in order of their ids.
+        problem_type: what a classifier's logits mean: "regression", "single_label_classification",
+            "multi_label_classification"; None: a regression for one label, else one label of several.
+        model_max_length: tokens of the longest text that the model was trained and measured for, [CLS] and [SEP]
+            included; None: all positions. Beyond it an approximation may diverge.
         attention: see `flaxmpc.nn.attention.ATTENTION`.
         hidden_act: see `flaxmpc.nn.activation.ACTIVATIONS`.
         layer_norm: see `flaxmpc.nn.normalization.NORMALIZATIONS`.
@@ -84,6 +90,8 @@ class BertConfig:
     pad_token_id: int = 0
     classifier_dropout: float | None = None
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    problem_type: str | None = None
+    model_max_length: int | None = None
     attention: Any = "softmax"
     layer_norm: Any = "layer_norm"
     embedding: Any = "public"
@@ -94,6 +102,12 @@ class BertConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise unknown("problem_type", self.problem_type, PROBLEM_TYPES)
+        if self.model_max_length is not None and not 1 <= self.model_max_length <= self.max_position_embeddings:
+            raise ValueError(
+                f"model_max_length {self.model_max_length} is not in 1..{self.max_position_embeddings}, the positions"
             )
         self._resolve("attention", _attention)
         if isinstance(self.attention, PerHead):  # on its own it would be written as a list, and read as one per layer
@@ -121,6 +135,11 @@ class BertConfig:
     @property
     def num_labels(self) -> int:
         return len(self.id2label)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that the model answers: `model_max_length`, or all positions."""
+        return self.model_max_length or self.max_position_embeddings
 
     @property
     def head_size(self) -> int:
