@@ -7,10 +7,11 @@ whole process allows it, and names no line of a quote left open. A line ends in 
 import codecs
 import json
 import re
-import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from flaxmpc.errors import brief
 
 _ENCODINGS = {  # by the mark at the start; that of UTF-32 starts with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -37,12 +38,6 @@ def read_text(file: Path) -> str:
     if not text.strip():
         raise ValueError(f"{file} is empty")
     return text
-
-
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80
-brief = _BRIEF.repr
-"""`repr` of at most a line, for messages: what stands in a file may be long, or nested deeply."""
 
 
 def twice(names: Sequence[str]) -> str | None:
