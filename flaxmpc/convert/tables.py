@@ -160,22 +160,22 @@ def _read_json(file: Path) -> Table:
 def _read_parquet(files: Sequence[Path]) -> Table:
     """The table of a file, or of all shards of a split."""
     import datasets
-    import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets.table import InMemoryTable
 
-    shards, features = [], []
+    shards: list[datasets.Dataset] = []
     for file in files:
         try:
-            shards.append(pq.ParquetFile(file).read())  # read_table makes a column a of a folder named a=b
-            shards[-1].validate(full=True)
-            features.append(datasets.Features.from_arrow_schema(shards[-1].schema))
+            table = pq.ParquetFile(file).read()  # read_table makes a column a of a folder named a=b
+            table.validate(full=True)
+            shards.append(datasets.Dataset(InMemoryTable(table)))
         except Exception as error:  # whatever pyarrow, datasets or JSON raise on a damaged file
             raise ValueError(f"{file} cannot be read as Parquet: {_one_line(error)}") from error
-        if features[-1] != features[0]:
-            raise ValueError(f"{file} has other columns than {files[0].name}: {features[-1]}, not {features[0]}")
-    table = datasets.Dataset(InMemoryTable(pa.concat_tables(shards)))
-    return from_dataset(table, str(files[0]) if len(files) == 1 else f"{files[0]} and shards")
+        here, first = shards[-1].features, shards[0].features
+        if here != first:
+            raise ValueError(f"{file} has other columns than {files[0].name}: {here}, not {first}")
+    source = str(files[0]) if len(files) == 1 else f"{files[0]} and shards"
+    return from_dataset(datasets.concatenate_datasets(shards), source)
 
 
 def _read_saved(folder: Path) -> dict[str, Table]:
