@@ -66,6 +66,7 @@ FORMULAS = {
     "gelu": _erf_gelu,
     "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: x * (x > 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
     "quad": lambda x: 0.125 * x**2 + 0.25 * x + 0.5,
     "square": lambda x: x**2,
     "gelu_puma": _puma,
