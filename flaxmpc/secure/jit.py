@@ -62,7 +62,7 @@ def jit(
         shared_reciprocal: whether x / y, where y was broadcast (a row's sum), is x times one reciprocal of y that a row
             shares, in place of a division of each number: a softmax of 128 x 128 scores and 64 columns of V sends half
             the bytes. But 1/y has the fraction bits only: the quotient's error grows with x, to 2^-18 x, so it is for
-            sums that are not large (a softmax's; not squares'), and a y beyond 2^17 gives 0.
+            sums that are not large: a softmax's, not squares'.
         visibility: "secret" or "public", for all arguments or as a tuple with one for each. A resident argument has
             its own.
         parties: who computes. Functions that share the group share its resident values. By default the function
