@@ -43,6 +43,18 @@ def find(name_or_folder: str | Path) -> Path:
     raise unknown("model", str(name_or_folder), known)
 
 
+def with_weights(name_or_folder: str | Path) -> Path:
+    """The same, of a model that can run.
+
+    Raises:
+        FileNotFoundError: its weights are not there; says what makes those of an entry that is kept as a recipe.
+    """
+    folder = find(name_or_folder)
+    if not (folder / "model.safetensors").is_file() and (recipe := folder / "recipe.json").is_file():
+        raise FileNotFoundError(f"{folder} has no weights: its recipe makes them, {recipe}; train/movie.py runs it")
+    return folder
+
+
 def results(folder: Path) -> dict[str, Any]:
     """The measured results of an entry, empty where it has none."""
     path = folder / "results.json"
