@@ -227,7 +227,10 @@ class Classifier(Client, abc.ABC):
 
     @abc.abstractmethod
     def answer(self, run: Run) -> tuple[np.ndarray, np.ndarray | None, secure.Cost]:
-        """The logits (row, label) on shares, those in the clear where there are any, and the run's cost."""
+        """The logits (row, label) on shares, those in the clear where there are any, and the run's cost.
+
+        A row where the model is known to have diverged is NaN.
+        """
 
     def classify(self, texts: Sequence[Text], progress: Callable[[list[Run]], Iterable[Run]] = list) -> Inference:
         """Texts, or pairs of them, in runs of texts of about one length; answers in the order of the texts.

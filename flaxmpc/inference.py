@@ -1,7 +1,7 @@
 """Texts classified on secret shares: where the models meet the secure runtime."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from flaxmpc.convert.fold import fold
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.nn.attention import Keys
+from flaxmpc.nn.normalization import square_mean_by_product
 
 # Tokens of a run, padding included: memory grows with them.
 _RUN_TOKENS = 1024
@@ -29,25 +30,41 @@ class Logits(NamedTuple):
 
 
 def split_at_shares(model: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """What the client computes, and what runs on shares: (secure function, client's params, secret params).
+    """What the client computes, and what runs on shares: (`secure_function`, client's params, secret params).
 
-    The secure function is (secret params, what the client shares, keys) -> the head's output. With a client-side
-    embedding the client shares embeddings, and keeps their table; else it shares one-hot tokens, and has nothing.
+    With a client-side embedding the client keeps its table; else it has nothing.
     """
-    if model.config.embedding.client_embeds:
-        encoder = {name: dict(tree) if name == "bert" else tree for name, tree in params.items()}
-        table = encoder["bert"].pop("embeddings")
+    if not model.config.embedding.client_embeds:
+        return secure_function(model), {}, params
+    encoder = {name: dict(tree) if name == "bert" else tree for name, tree in params.items()}
+    table = encoder["bert"].pop("embeddings")
+    return secure_function(model), {"bert": {"embeddings": table}}, encoder
 
-        def from_embeddings(params: dict[str, Any], embeddings: jax.Array, keys: Keys) -> Any:
-            return model.apply({"params": params}, embeddings, keys, method="from_embeddings")
 
-        return from_embeddings, {"bert": {"embeddings": table}}, encoder
+def secure_function(model: Any, method: Any = "from_embeddings") -> Callable[..., Any]:
+    """What runs on shares: (secret params, what the client shares, keys) -> what `method` gives, the head's output.
+
+    With a client-side embedding the client shares embeddings, else one-hot tokens.
+    """
+
+    def from_embeddings(params: dict[str, Any], embeddings: jax.Array, keys: Keys) -> Any:
+        return model.apply({"params": params}, embeddings, keys, method=method)
 
     def from_tokens(params: dict[str, Any], tokens: tuple[jax.Array, ...], keys: Keys) -> Any:
         embeddings = model.apply({"params": params}, *tokens, attention_mask=keys.mask, method="embed")
-        return model.apply({"params": params}, embeddings, keys, method="from_embeddings")
+        return from_embeddings(params, embeddings, keys)
 
-    return from_tokens, {}, params
+    return from_embeddings if model.config.embedding.client_embeds else from_tokens
+
+
+def logits_and_size(model: Any, embeddings: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array]:
+    """A method of a folded sequence classifier for `secure_function`: its logits, and the size of what they read.
+
+    Fixed point has no NaN: where a model diverges, what is opened looks like any other logits. But its last LayerNorm
+    then leaves a state whose size (text,) is not 1 but thousands. It is one number a text, opened to its client.
+    """
+    hidden, _ = model.bert.from_embeddings(embeddings, keys)
+    return model.head(hidden, deterministic=True), square_mean_by_product(hidden[:, 0])[:, 0]
 
 
 class _Folded(NamedTuple):

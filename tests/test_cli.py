@@ -274,15 +274,19 @@ def test_settings_of_the_parties_are_not_for_a_cluster(refused):
 
 
 def test_an_entry_without_weights_names_what_makes_them(refused, shipped):
-    (shipped.parent / "movie-later").mkdir()
+    entry = shipped.parent / "movie-later"
+    entry.mkdir()
     try:
-        shutil.copy(shipped / "config.json", shipped.parent / "movie-later")
-        (shipped.parent / "movie-later" / "recipe.json").write_text("{}")
+        shutil.copy(shipped / "config.json", entry)
+        (entry / "recipe.json").write_text("{}")
+        message = f"{entry} has no weights here: {entry / 'recipe.json'} makes them, in the repository"
         for command in (("infer", "good", "--model"), ("cost",), ("check",)):
-            message = refused(*command, "movie-later")
-            assert f"has no weights: its recipe makes them, {shipped.parent / 'movie-later' / 'recipe.json'}" in message
+            assert refused(*command, "movie-later") == message
+        assert refused("put", "movie-later", "--cluster", "c") == message
+        (entry / "results.json").write_text(json.dumps({"made_by": "train/movie.py later"}))
+        assert "here: train/movie.py later makes them" in refused("infer", "good", "--model", "movie-later")
     finally:
-        shutil.rmtree(shipped.parent / "movie-later")
+        shutil.rmtree(entry)
 
 
 # ------------------------------------------------------------------------------------------------------- cost and zoo

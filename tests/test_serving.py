@@ -11,7 +11,7 @@ from flaxmpc import serving
 from flaxmpc.inference import SecureClassifier
 from flaxmpc.models import folder as folders
 
-TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless mess.", "good"]
+TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
 
 # Runs in the parties: keeps all that comes in, after TLS.
 CAPTURE = """
@@ -33,8 +33,8 @@ tunnel.asyncio.StreamReader.read = read_and_keep
 
 
 @pytest.fixture(scope="module")
-def loaded(write_classifier, tmp_path_factory):
-    return folders.load(write_classifier(tmp_path_factory.mktemp("model")))
+def loaded(write_diverging, tmp_path_factory):
+    return folders.load(write_diverging(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,16 @@ def test_answers_are_those_of_the_in_process_run(parties, expected):
     assert [prediction.logits_plaintext for prediction in predictions] == [[]] * 3
     # A run of two texts, and one of one.
     assert cost.bytes_sent == sum(each.cost.bytes_sent for each in predictions[::2] if each.cost)
+
+
+def test_a_text_that_the_model_diverges_on_has_an_error_in_its_place(parties, expected):
+    """Nobody has its logits in the clear, and those on shares look like any others."""
+    with parties.connect("client") as client:
+        for _ in range(2):  # what a diverged model gives differs from run to run
+            bad, good = serving.RemoteClassifier(client, "tiny").classify(["a mess", TEXTS[2]]).predictions
+            assert (bad.error, bad.label) == ("the model diverges on this text", None)
+            assert good.error is None  # though of the same run
+            np.testing.assert_allclose(good.logits, expected[2], atol=0.01)
 
 
 def test_a_warm_request_sends_its_shares_and_no_weights(parties):

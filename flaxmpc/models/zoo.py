@@ -50,8 +50,10 @@ def with_weights(name_or_folder: str | Path) -> Path:
         FileNotFoundError: its weights are not there; says what makes those of an entry that is kept as a recipe.
     """
     folder = find(name_or_folder)
-    if not (folder / "model.safetensors").is_file() and (recipe := folder / "recipe.json").is_file():
-        raise FileNotFoundError(f"{folder} has no weights: its recipe makes them, {recipe}; train/movie.py runs it")
+    recipe = folder / "recipe.json"
+    if not (folder / "model.safetensors").is_file() and recipe.is_file():
+        by = results(folder).get("made_by", recipe)
+        raise FileNotFoundError(f"{folder} has no weights here: {by} makes them, in the repository")
     return folder
 
 
