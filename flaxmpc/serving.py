@@ -150,10 +150,13 @@ class RemoteClassifier(Classifier):
     def answer(self, run: Run) -> tuple[np.ndarray, None, secure.Cost]:
         inputs = self.share(run.ids, run.mask, run.types)
         name = "x".join(map(str, run.ids.shape))
-        (logits, size), cost = self.parties.infer(self.name, self.model, name, inputs)
-        if logits.shape != (len(run.ids), self.config.num_labels):
+        outputs, cost = self.parties.infer(self.name, self.model, name, inputs)
+        shapes = [output.shape for output in outputs]
+        if shapes != [(len(run.ids), self.config.num_labels), (len(run.ids),)]:
             raise ValueError(
-                f"program {name} gives {logits.shape} numbers, but the bundle names {self.config.num_labels} labels"
+                f"program {name} gives {shapes}, not logits of {self.config.num_labels} labels and the size: "
+                "the owner puts the model again with `flaxmpc put`"
             )
+        logits, size = outputs
         diverged = np.abs(size - 1) > _SIZE_TOLERANCE
         return np.where(diverged[:, None], np.nan, logits), None, cost

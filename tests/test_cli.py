@@ -538,6 +538,12 @@ def test_a_real_process_ends_with_2_and_one_line(tmp_path):
     assert done.stderr == "flaxmpc: unknown model 'zzz'. Known: movie-tiny\n"
 
 
+def test_a_byte_that_is_not_utf8_is_named(tmp_path):
+    done = python("-m", "flaxmpc.cli", "infer", "good", os.fsdecode(b"caf\xe9"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "flaxmpc: text 2 is not UTF-8: it has the byte 0xe9\n"
+
+
 def test_importing_is_light(tmp_path):
     check = "import flaxmpc, flaxmpc.cli, sys; print({'spu', 'torch', 'transformers', 'datasets'} & set(sys.modules))"
     done = python("-W", "error", "-c", check, cwd=tmp_path)

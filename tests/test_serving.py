@@ -80,6 +80,17 @@ def test_a_text_that_the_model_diverges_on_has_an_error_in_its_place(parties, ex
             np.testing.assert_allclose(good.logits, expected[2], atol=0.01)
 
 
+def test_outputs_that_are_not_those_of_a_classifier_are_refused(parties, monkeypatch):
+    with parties.connect("client") as client:
+        classifier = serving.RemoteClassifier(client, "tiny")
+        for outputs in ([np.zeros((1, 2))], [np.zeros((1, 3)), np.ones(1)], [np.zeros((2, 2)), np.ones(2)]):
+            monkeypatch.setattr(client, "infer", lambda *_, outputs=outputs: (outputs, None))
+            with pytest.raises(
+                ValueError, match=r"program 1x16 gives .* not logits of 2 labels and the size: the owner"
+            ):
+                classifier.classify(TEXTS[:1])
+
+
 def test_a_warm_request_sends_its_shares_and_no_weights(parties):
     with parties.connect("client") as client:
         classifier = serving.RemoteClassifier(client)
