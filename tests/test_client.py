@@ -35,6 +35,11 @@ def refused(client, texts):
     return caught.value.place, caught.value.reason
 
 
+def test_progress_of_many_texts_is_not_on_standard_output(client, capsys):
+    assert len(client.encode(["good"] * (3 * 4096 + 1)).input_ids) == 3 * 4096 + 1
+    assert capsys.readouterr().out == ""
+
+
 # ------------------------------------------------------------------------------------------------------------- length
 
 
