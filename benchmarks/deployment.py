@@ -97,13 +97,14 @@ def sentences(model: str) -> Workload:
         classifier = serving.RemoteClassifier(parties)
 
         def ask(i: int) -> tuple[secure.Cost, float]:
-            (prediction,) = classifier.classify([SENTENCES[i % len(SENTENCES)]])
+            (prediction,), cost = classifier.classify([SENTENCES[i % len(SENTENCES)]])
             logits = expected[i % len(SENTENCES)].predictions[0].logits
-            return prediction.cost, float(np.abs(np.subtract(prediction.logits, logits)).max())
+            return cost, float(np.abs(np.subtract(prediction.logits, logits)).max())
 
         return ask
 
-    inputs = local.share(*local.encode(SENTENCES[:1])[:2])
+    run = local.run(local.encode(SENTENCES[:1]), [0], 1)
+    inputs = local.share(run.ids, run.mask)
     return Workload(
         zoo.find(model).name,
         expected[-1].cost,

@@ -1,234 +1,24 @@
-"""The command line. It is thin: what it does stands in `flaxmpc.inference`."""
+"""The command line. It is thin: what it does stands elsewhere."""
 
-import dataclasses
-import json
 import sys
-import textwrap
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Column, Table
 
-from flaxmpc import convert_cli, serving_cli
+from flaxmpc import convert_cli, infer_cli, serving_cli
 from flaxmpc.models import zoo
+from flaxmpc.results import console as _console
 
 _DESCRIPTION = "Transformers that classify what they cannot see: Flax under secure MPC."
 
-Protocol = Annotated[str, tyro.conf.arg(metavar="ABY3|SEMI2K|CHEETAH|REF2K")]
-Ring = Annotated[str, tyro.conf.arg(metavar="FM32|FM64|FM128")]
-Model = Annotated[str, tyro.conf.arg(metavar="NAME|FOLDER")]
 PositionalModel = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|FOLDER]")]
-Json = Annotated[bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
-
-
-@dataclasses.dataclass(frozen=True)
-class Runtime:
-    """How the secret computation runs.
-
-    Attributes:
-        protocol: ABY3: three parties, at most one corrupt. CHEETAH: two parties, no helper, slow. SEMI2K: two parties,
-            hides nothing from the first: for measurement only. REF2K: one party, no secrecy: the arithmetic alone.
-        parties: number of computing parties; by default what the protocol takes.
-        ring: of the shares: integers modulo 2^32, 2^64 or 2^128.
-        fraction_bits: bits after the binary point.
-    """
-
-    protocol: Protocol = "ABY3"
-    parties: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    ring: Ring = "FM64"
-    fraction_bits: int = 18
-
-    def start(self) -> Any:
-        from flaxmpc import secure
-
-        return secure.InProcess(
-            self.protocol, ring=self.ring, fraction_bits=self.fraction_bits, num_parties=self.parties
-        )
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """Prints sentences and names as they are: no markup, no emoji codes."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def _megabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB"
-
-
-def _name(folder: Path) -> str:
-    return folder.name or folder.resolve().name  # "." has none
-
-
-def _parties(count: int) -> str:
-    return "1 party" if count == 1 else f"{count} parties"
-
-
-def _sentences(texts: tuple[str, ...], file: Path | None) -> list[str]:
-    """The sentences of the command line and the file (one a line, empty lines passed over)."""
-    sentences = list(texts)
-    if file is not None:
-        try:
-            lines = file.read_bytes().decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-        found = [line for line in lines if line.strip()]
-        if not found:
-            raise ValueError(f"{file} holds no sentence")
-        sentences += found
-    return sentences
-
-
-def infer(
-    texts: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT ...]", help_behavior_hint="")
-    ] = (),
-    /,
-    file: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None,
-    model: Model = zoo.DEFAULT,
-    cluster: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None,
-    runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime(),
-    json_: Json = False,
-) -> None:
-    """Classifies sentences on secret shares, and compares with the clear.
-
-    Without --cluster the parties are threads of this process: it sees everything.
-
-    Args:
-        texts: sentences, all in one run.
-        file: more sentences, UTF-8, one a line.
-        model: a name of the zoo (`flaxmpc zoo list`) or a model folder; on a cluster the name that it was put under.
-        cluster: ask the parties of this cluster.toml (or its folder), in place of own ones.
-        json_: print one JSON object: results, cost, model, versions.
-    """
-    sentences = _sentences(texts, file)
-    if not sentences:
-        raise ValueError("there is no sentence to classify: give some, or --file")
-    if cluster is not None:
-        serving_cli.infer(sentences, cluster, None if model == zoo.DEFAULT else model, as_json=json_)
-        return
-    folder = zoo.find(model)
-    from flaxmpc.inference import SecureClassifier
-
-    err = _console(stderr=True)
-    with err.status("starting the parties and sharing the weights"):
-        classifier = SecureClassifier.from_folder(folder, runtime.start())
-    with err.status(f"classifying {len(sentences)} sentence(s) on secret shares"):
-        predictions, cost = classifier.classify(sentences)
-
-    for prediction in predictions:
-        if prediction.truncated:
-            most = classifier.config.max_position_embeddings
-            err.print(f"cut at {most} tokens, the model's positions: {prediction.text[:60]!r}...", soft_wrap=True)
-    if json_:
-        results = [dataclasses.asdict(prediction) for prediction in predictions]
-        record = {"results": results, "cost": cost.as_dict(), "model": _name(folder), "versions": cost.versions}
-        print(json.dumps(record))
-        return
-    table = Table("text", "label", "probability", "|secure - plaintext|")
-    for prediction in predictions:
-        text = textwrap.shorten(prediction.text, 200, placeholder=" ...")
-        table.add_row(text, prediction.label, f"{prediction.score:.3f}", f"{prediction.difference:.4f}")
-    console = _console()
-    console.print(table)
-    console.print(
-        f"{_name(folder)}, {cost.protocol}, {_parties(cost.parties)}: {cost.seconds:.1f} s, "
-        f"{_megabytes(cost.bytes_sent)} in all, {cost.rounds:.0f} rounds"
-    )
-
-
-def cost(
-    model: PositionalModel = zoo.DEFAULT,
-    /,
-    tokens: int = 32,
-    sentences: int = 1,
-    runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime(),
-    json_: Json = False,
-) -> None:
-    """What a run would cost, without secrets: zeros cost as much.
-
-    Args:
-        model: a name of the zoo or a model folder.
-        tokens: length of the sentences, [CLS] and [SEP] included.
-        sentences: how many in one run.
-        json_: print the record as one JSON object.
-    """
-    folder = zoo.find(model)
-    from flaxmpc import secure
-    from flaxmpc.inference import SecureClassifier
-
-    with _console(stderr=True).status("measuring"):
-        record = SecureClassifier.from_folder(folder, runtime.start()).estimate(tokens, sentences)
-    modelled = {f"{network.name.lower()}_seconds": network.seconds(record) for network in (secure.LAN, secure.WAN)}
-    if json_:
-        shape = {"model": _name(folder), "tokens": tokens, "sentences": sentences}
-        print(json.dumps({**shape, **record.as_dict(), **modelled}))
-        return
-    console = _console()
-    console.print(f"{_name(folder)}, {sentences} x {tokens} tokens, {record.protocol}, {_parties(record.parties)}")
-    table = Table("operation", "count", "seconds", "MB in all", "rounds")
-    for name, op in record.per_op.items():
-        if op.bytes_sent:
-            table.add_row(name, str(op.count), f"{op.seconds:.2f}", f"{op.bytes_sent / 1e6:.2f}", f"{op.rounds:.0f}")
-    table.add_section()
-    table.add_row("whole run", "", f"{record.seconds:.2f}", f"{record.bytes_sent / 1e6:.2f}", f"{record.rounds:.0f}")
-    console.print(table)
-    console.print(
-        f"modelled: LAN (3 Gbit/s, 1 ms) {modelled['lan_seconds']:.1f} s, "
-        f"WAN (100 Mbit/s, 80 ms) {modelled['wan_seconds']:.1f} s"
-    )
-
-
-def check(
-    model: PositionalModel = zoo.DEFAULT,
-    /,
-    file: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None,
-    sentences: int = 200,
-    ring: Ring = "FM64",
-    fraction_bits: int = 18,
-    json_: Json = False,
-) -> None:
-    """How far a model stays from fixed-point overflow, on sentences in the clear.
-
-    SPU overflows silently. The exit code is 2 if fewer than 2 bits are left.
-
-    Args:
-        model: a name of the zoo or a model folder.
-        file: sentences, UTF-8, one a line; by default the validation sentences of the movie reviews.
-        sentences: how many of them.
-        ring: of the shares: integers modulo 2^32, 2^64 or 2^128.
-        fraction_bits: bits after the binary point.
-        json_: print the record as one JSON object.
-    """
-    if sentences < 1:
-        raise ValueError(f"--sentences must be at least 1, not {sentences}")
-    folder = zoo.find(model)
-    from flaxmpc import inference
-    from flaxmpc.convert.data import movie_sentences
-    from flaxmpc.models import folder as folders
-
-    texts = _sentences((), file) if file else movie_sentences()["validation"]["sentence"]
-    texts = list(texts)[:sentences]
-    with _console(stderr=True).status(f"computing {len(texts)} sentence(s) in the clear"):
-        margins = inference.check(folders.load(folder), texts, ring=ring, fraction_bits=fraction_bits)
-    if json_:
-        print(json.dumps({"model": _name(folder), "sentences": len(texts), **margins.as_dict()}))
-    else:
-        table = Table(Column("operation", overflow="fold"), "quantity", "largest", "limit", "bits left")
-        for op in margins.table(10):
-            name = f"{op.where}: {op.primitive} ({op.source})"
-            table.add_row(name, op.quantity, f"{op.magnitude:.3g}", f"{op.limit:.3g}", f"{op.margin_bits:.1f}")
-        console = _console()
-        console.print(table)
-        console.print(
-            f"{_name(folder)}, {ring} with {fraction_bits} fraction bits, {len(texts)} sentences: "
-            f"{margins.margin_bits:.1f} bits of margin"
-        )
-    margins.require()
 
 
 def _zoo_table() -> Table:
@@ -275,9 +65,9 @@ def zoo_(
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. What the user can mend is one line on standard error, and exit code 2."""
     app = tyro.extras.SubcommandApp()
-    app.command(infer)
-    app.command(cost)
-    app.command(check)
+    app.command(infer_cli.infer)
+    app.command(infer_cli.cost)
+    app.command(infer_cli.check)
     app.command(name="zoo")(zoo_)
     app.command(convert_cli.finetune)
     app.command(convert_cli.convert)

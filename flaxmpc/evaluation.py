@@ -9,9 +9,10 @@ import numpy as np
 from rich.progress import track
 
 from flaxmpc import secure
+from flaxmpc.client import buckets
 from flaxmpc.convert import card, metrics, tasks
 from flaxmpc.convert.data import Split, collate, plan
-from flaxmpc.inference import SecureClassifier, buckets, check_encoded
+from flaxmpc.inference import SecureClassifier, check_encoded
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -10,17 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import msgspec
 import numpy as np
 
 from flaxmpc import secure
-from flaxmpc.inference import Client, SecureClassifier, buckets
+from flaxmpc.client import Classifier, Run, buckets, limit
+from flaxmpc.inference import SecureClassifier, logits_and_size, secure_function
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.weights import read_params, write_params
 from flaxmpc.secure import messages as m
+
+# Of `logits_and_size`; a calibrated LayerNorm leaves 1 within some hundredths.
+_SIZE_TOLERANCE = 0.5
 
 _TABLE = "embeddings.safetensors"
 _BUNDLE_FILES = frozenset(("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", _TABLE))
@@ -31,7 +33,7 @@ def put(
     parties: secure.Cluster,
     *,
     name: str | None = None,
-    lengths: Sequence[int] = (16, 32, 64),
+    lengths: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
 ) -> m.Model:
     """Shares a model's weights among the parties, with programs for each length and batch.
@@ -43,21 +45,24 @@ def put(
         loaded: see `flaxmpc.models.folder.load`.
         parties: with the role "owner".
         name: for the clients; by default the folder's.
-        lengths: length buckets, of those in `flaxmpc.inference.LENGTHS`; a sentence is padded to the next.
-        batches: numbers of sentences that a request may have.
+        lengths: length buckets, see `flaxmpc.client.buckets`; a text is padded to the next. By default those up to 64.
+        batches: numbers of texts that a request may have.
 
     Returns:
         What the parties say of it.
 
     Raises:
-        ValueError: no sequence classifier, or a length that it has no positions for.
+        ValueError: no sequence classifier, or a length that is none of its buckets.
         secure.SecureError: a party refuses, or can't be reached.
     """
-    known = buckets(loaded.model.config.max_position_embeddings)
+    known = buckets(loaded.model.config.longest)
+    if lengths is None:
+        lengths = [length for length in known if length <= 64] or known
     if not lengths or set(lengths) - set(known):
-        raise ValueError(f"lengths {list(lengths)}: this model has {', '.join(map(str, known))}")
+        of = ", ".join(map(str, known))
+        raise ValueError(f"lengths {list(lengths)}: this model has {of}; a text may have {limit(loaded.model.config)}")
     if not batches or min(batches) < 1:
-        raise ValueError(f"batches are numbers of sentences, not {list(batches)}")
+        raise ValueError(f"batches are numbers of texts, not {list(batches)}")
     name = name or loaded.folder.resolve().name
     classifier = SecureClassifier(loaded, parties)
     programs = {
@@ -72,7 +77,8 @@ def put(
 def _program(classifier: SecureClassifier, parties: secure.Cluster, batch: int, length: int) -> m.Program:
     ids = np.zeros((batch, length), np.int32)
     inputs = classifier.share(ids, np.ones_like(ids))
-    return parties.program(classifier.function, classifier.weights, *inputs, length=length)
+    function = secure_function(classifier.model, logits_and_size)
+    return parties.program(function, classifier.weights, *inputs, length=length)
 
 
 def _bundle(classifier: SecureClassifier, folder: Path) -> bytes:
@@ -107,29 +113,8 @@ def _unpack(bundle: bytes, folder: Path) -> None:
             os.mkdir(directory)  # for the context to remove
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """One sentence's answer: what the client opened.
-
-    Attributes:
-        text: as it was given.
-        label: of the largest logit.
-        score: its probability, in [0, 1].
-        logits: opened from the shares.
-        truncated: whether the sentence was longer than the model's longest program.
-        cost: of the run that the sentence was in.
-    """
-
-    text: str
-    label: str
-    score: float
-    logits: list[float]
-    truncated: bool
-    cost: secure.Cost
-
-
-class RemoteClassifier:
-    """A model on a cluster, as a client asks it: sentences, ids and answers stay here."""
+class RemoteClassifier(Classifier):
+    """A model on a cluster, as a client asks it: texts, ids and answers stay here."""
 
     def __init__(self, parties: secure.Cluster, model: str | None = None):
         """Fetches what a client needs of the model, once: it is kept in the cache folder under its hash.
@@ -153,33 +138,25 @@ class RemoteClassifier:
         if config.embedding.client_embeds:
             shapes = {"bert": {"embeddings": param_shapes(model_)["bert"]["embeddings"]}}
             params = read_params(folder / _TABLE, shapes)
-        lengths = sorted({program.length for program in self.model.programs.values()})
-        self.client = Client(model_, folders.load_tokenizer(folder), params, lengths)
-        self._batches = sorted({program.batch for program in self.model.programs.values()}, reverse=True)
+        self._sizes: dict[int, list[int]] = {}
+        for program in self.model.programs.values():
+            self._sizes[program.length] = sorted({*self._sizes.get(program.length, ()), program.batch})
+        super().__init__(model_, folders.load_tokenizer(folder), params, list(self._sizes))
 
-    def classify(self, texts: Sequence[str]) -> list[Prediction]:
-        """Sentences of a kind of length share a run as far as the model was put for it; answers in their order.
+    def sizes(self, length: int) -> Sequence[int]:
+        """Those that the model was put for."""
+        return self._sizes[length]
 
-        Raises:
-            ValueError: no sentence, or an empty one.
-            secure.SecureError: the parties refuse or fail.
-        """
-        predictions: list[Prediction] = []
-        while len(predictions) < len(texts) or not texts:
-            left = len(texts) - len(predictions)
-            batch = next((batch for batch in self._batches if batch <= left), self._batches[-1])
-            some = texts[len(predictions) : len(predictions) + batch]
-            # A batch that only larger programs take is filled with copies.
-            predictions += self._run([*some, *[some[-1]] * (batch - len(some))] if some else [])[: len(some)]
-        return predictions
-
-    def _run(self, texts: Sequence[str]) -> list[Prediction]:
-        ids, mask, truncated = self.client.encode(texts)
-        inputs = self.client.share(ids, mask)
-        (logits,), cost = self.parties.infer(self.name, self.model, f"{len(ids)}x{ids.shape[1]}", inputs)
-        scores = np.asarray(jax.nn.softmax(logits))
-        labels = self.client.config.id2label
-        return [
-            Prediction(text, labels[int(row.argmax())], float(score.max()), row.tolist(), cut, cost)
-            for text, row, score, cut in zip(texts, logits, scores, truncated, strict=True)
-        ]
+    def answer(self, run: Run) -> tuple[np.ndarray, None, secure.Cost]:
+        inputs = self.share(run.ids, run.mask, run.types)
+        name = "x".join(map(str, run.ids.shape))
+        outputs, cost = self.parties.infer(self.name, self.model, name, inputs)
+        shapes = [output.shape for output in outputs]
+        if shapes != [(len(run.ids), self.config.num_labels), (len(run.ids),)]:
+            raise ValueError(
+                f"program {name} gives {shapes}, not logits of {self.config.num_labels} labels and the size: "
+                "the owner puts the model again with `flaxmpc put`"
+            )
+        logits, size = outputs
+        diverged = np.abs(size - 1) > _SIZE_TOLERANCE
+        return np.where(diverged[:, None], np.nan, logits), None, cost

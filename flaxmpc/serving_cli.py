@@ -1,17 +1,19 @@
-"""The commands of a deployment: cluster, party, put, and infer on a cluster."""
+"""The commands of a deployment: cluster, party, put; and what `infer` asks of one."""
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from flaxmpc.convert.data import Text
+from flaxmpc.results import Asked
 
 Cluster = Annotated[Path, tyro.conf.arg(metavar="PATH")]
 Flag = tyro.conf.FlagCreatePairsOff
@@ -21,7 +23,6 @@ def cluster(
     action: Annotated[Literal["init", "up", "certificate"], tyro.conf.Positional],
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
     /,
-    parties: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None,
     protocol: Annotated[str, tyro.conf.arg(metavar="ABY3|CHEETAH|SEMI2K")] = "ABY3",
     timeout: float = 30.0,
     allow_insecure_dealer: Annotated[bool, Flag] = False,
@@ -34,17 +35,14 @@ def cluster(
     Args:
         action: init, up or certificate.
         folder: that holds cluster.toml and the certificates.
-        parties: init: how many; by default what the protocol takes.
         protocol: init: of the secure computation.
         timeout: init: seconds that a party that is absent or silent is waited for.
         allow_insecure_dealer: init: allow SEMI2K, which hides nothing from party 0.
         name: certificate: the client's; letters, digits, "_" and "-".
     """
     from flaxmpc.secure.cluster import ClusterFile, issue_client, write_local
-    from flaxmpc.secure.protocol import Config
 
     if action == "init":
-        Config(protocol, num_parties=parties)  # says how many it takes
         written = write_local(folder, protocol, timeout_seconds=timeout, allow_insecure_dealer=allow_insecure_dealer)
         print(
             f"wrote {written.path}: {protocol}, {len(written.party)} parties; start them: flaxmpc cluster up {folder}"
@@ -95,7 +93,7 @@ def put(
     /,
     cluster: Cluster,
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
-    lengths: tuple[int, ...] = (16, 32, 64),
+    lengths: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: those up to 64)")] = (),
     batches: tuple[int, ...] = (1,),
 ) -> None:
     """The model's owner shares its weights among the parties: each gets its own shares only.
@@ -104,16 +102,16 @@ def put(
         model: a name of the zoo or a model folder.
         cluster: cluster.toml, or its folder.
         name: for the clients; by default the folder's.
-        lengths: of tokens that sentences are padded to, of 16, 32, 64, 128, 256, 512.
-        batches: numbers of sentences in a run.
+        lengths: of tokens that texts are padded to, of 16, 32, 64, 128, 256, 512, and the longest that the model takes.
+        batches: numbers of texts in a run.
     """
     from flaxmpc import secure, serving
     from flaxmpc.models import folder, zoo
 
-    loaded = folder.load(zoo.find(model))
+    loaded = folder.load(zoo.with_weights(model))
     start = time.perf_counter()
     with secure.Cluster(cluster, "owner") as parties:
-        served = serving.put(loaded, parties, name=name, lengths=lengths, batches=batches)
+        served = serving.put(loaded, parties, name=name, lengths=lengths or None, batches=batches)
         seconds, sent = time.perf_counter() - start, parties.bytes_sent
     print(
         f"{name or loaded.folder.resolve().name}: {len(served.programs)} programs ({', '.join(served.programs)}), "
@@ -122,31 +120,18 @@ def put(
     )
 
 
-def infer(sentences: Sequence[str], cluster: Path, model: str | None, *, as_json: bool) -> None:
-    """Asks a model on a cluster; what it prints was opened here and is known to nobody else."""
-    import dataclasses
-
-    from rich.console import Console
-    from rich.table import Table
-
+def ask(cluster: Path, model: str | None, texts: Sequence[Text], progress: Callable[..., Any]) -> Asked:
+    """Asks a model on a cluster; what is answered was opened here and is known to nobody else."""
     from flaxmpc import secure, serving
 
     with secure.Cluster(cluster, "client") as parties:
         classifier = serving.RemoteClassifier(parties, model)
         before = parties.bytes_sent
         start = time.perf_counter()
-        predictions = classifier.classify(sentences)
+        found = classifier.classify(texts, progress)
         seconds, sent = time.perf_counter() - start, parties.bytes_sent - before
-    if as_json:
-        results = [dataclasses.asdict(prediction) | {"cost": prediction.cost.as_dict()} for prediction in predictions]
-        print(json.dumps({"results": results, "model": classifier.name, "seconds": seconds, "bytes_sent": sent}))
-        return
-    table = Table("text", "label", "probability")
-    for prediction in predictions:
-        table.add_row(prediction.text, prediction.label, f"{prediction.score:.3f}")
-    console = Console(markup=False, emoji=False, highlight=False)
-    console.print(table)
-    console.print(
+    summary = (
         f"{classifier.name}, {parties.config.protocol}, {parties.config.world_size} parties: {seconds:.1f} s, "
         f"{sent / 1e6:.1f} MB of shares sent by this client"
     )
+    return Asked(classifier.name, classifier.config, found, summary, {"seconds": seconds, "bytes_sent": sent})

@@ -220,3 +220,23 @@ def write_classifier():
         return folders.save(folder / "model", model, params, folder / "source")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def write_diverging(write_classifier):
+    """write_diverging(folder, **config) -> the same, but a text with the word "mess" leaves its LayerNorms' range."""
+
+    def write(folder: Path, **changes) -> Path:
+        import numpy as np
+        from safetensors.numpy import load_file, save_file
+
+        norm = {"name": "layer_norm_newton", "low": 0.5, "high": 20.0, "steps": 4}
+        model = write_classifier(folder, layer_norm=norm, **changes)
+        tensors = load_file(model / "model.safetensors")
+        mess = np.resize([1.0, -1.0], 32)
+        tensors["bert.embeddings.word_embeddings.weight"][16] = 20 * mess
+        tensors["bert.encoder.layer.0.intermediate.dense.weight"][0] = mess
+        save_file(tensors, model / "model.safetensors")
+        return model
+
+    return write

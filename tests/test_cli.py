@@ -1,3 +1,5 @@
+import csv
+import dataclasses
 import json
 import os
 import re
@@ -105,7 +107,7 @@ def test_a_long_text_does_not_fill_the_screen(run):
     code, out, err = run("infer", "good " * 2000, "--model", "movie-tiny", *REF2K)
     assert code == 0
     assert len(out.splitlines()) < 20
-    assert re.fullmatch(r"cut at 24 tokens, the model's positions: 'good good .*'\.\.\.\n", err)
+    assert re.fullmatch(r"cut at 24 tokens, all that the model has positions for: 'good good .* \.\.\.'\n", err)
 
 
 def test_infer_json_is_one_object(run, tmp_path):
@@ -144,6 +146,149 @@ def test_the_current_folder_has_a_name_too(run, shipped, monkeypatch):
     assert json.loads(out)["model"] == "movie-tiny"
 
 
+@pytest.fixture(scope="module")
+def diverging(write_diverging, tmp_path_factory):
+    return write_diverging(tmp_path_factory.mktemp("diverging"))
+
+
+def test_a_text_without_an_answer_does_not_lose_the_others(run, diverging):
+    message = "text 2: the model diverges on this text: its logits in the clear are not finite"
+    code, out, err = run("infer", "good", "a mess", "bad", "--model", diverging, *REF2K)
+    assert (code, err) == (2, f"flaxmpc: 1 of 3 texts has no answer; {message}\n")
+    assert len(re.findall(r"│ (?:positive|negative) *│ [01]\.\d{3} *│ 0\.\d{4} *│", out)) == 2
+    assert "no answer: the" in out
+    code, out, err = run("infer", "good", "a mess", "bad", "--model", diverging, *REF2K, "--json")
+    assert (code, err) == (2, f"flaxmpc: 1 of 3 texts has no answer; {message}\n")
+    record = json.loads(out, parse_constant=pytest.fail)  # no NaN
+    assert record["error"] == f"1 of 3 texts has no answer; {message}"
+    assert [result.keys() & {"label", "error"} for result in record["results"]] == [{"label"}, {"error"}, {"label"}]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("infer",),
+        ("infer", "good", "--model", "movie-tyni"),
+        ("infer", "good", "--file", "no.csv"),
+        ("infer", "good", "--cluster", "no"),
+        ("cost", "movie-tyni"),
+        ("cost", "movie-tiny", "--tokens", 600),
+        ("check", "movie-tiny", "--sentences", 0),
+    ],
+)
+def test_json_is_json_for_errors_too(run, arguments):
+    code, out, err = run(*arguments, "--json")
+    assert (code, out.count("\n")) == (2, 1)
+    assert err == f"flaxmpc: {json.loads(out)['error']}\n"
+
+
+def test_a_regression_and_a_set_of_labels_are_shown_as_such(run, write_classifier, tmp_path):
+    regression = write_classifier(tmp_path / "one", id2label=("LABEL_0",))
+    code, out, _ = run("infer", "good", "bad", "--model", regression, *REF2K)
+    assert code == 0
+    assert re.search(r"┃ text +┃ value +┃ \|secure - plaintext\| ┃", out)
+    assert "LABEL_0" not in out
+    results = json.loads(run("infer", "good", "--model", regression, *REF2K, "--json")[1])["results"]
+    assert results[0].keys() == {"text", "truncated", "value", "logits", "logits_plaintext"}
+    assert results[0]["value"] == results[0]["logits"][0]
+
+    labels = write_classifier(
+        tmp_path / "set", id2label=("dull", "long", "loud"), problem_type="multi_label_classification"
+    )
+    (result,) = json.loads(run("infer", "good", "--model", labels, *REF2K, "--json")[1])["results"]
+    probabilities = 1 / (1 + np.exp(-np.array(result["logits"])))
+    assert result["probabilities"] == pytest.approx(dict(zip(("dull", "long", "loud"), probabilities, strict=True)))
+    assert result["labels"] == [name for name, value in result["probabilities"].items() if value > 0.5]
+    assert "label" not in result
+
+
+@pytest.fixture(scope="module")
+def pairs(write_classifier, tmp_path_factory):
+    """A model of pairs."""
+    return write_classifier(tmp_path_factory.mktemp("pairs"), num_texts=2)
+
+
+def test_pairs_and_single_texts_are_kept_apart(run, refused, pairs):
+    _, out, err = run("infer", "--pair", "good", "bad", "--pair", "a film", "good", "--model", pairs, "--json", *REF2K)
+    results = json.loads(out)["results"]
+    assert err == ""
+    assert [(each["text1"], each["text2"]) for each in results] == [("good", "bad"), ("a film", "good")]
+    assert "good | bad" in run("infer", "--pair", "good", "bad", "--model", pairs, *REF2K)[1]
+    message = refused("infer", "good", "bad", "--model", pairs, *REF2K)
+    assert message == "text 1 is a single text, but the model was trained on a pair of texts at a time"
+    message = refused("infer", "good", "--pair", "good", "bad", "--model", "movie-tiny", *REF2K)
+    assert message == "pair 1 is a pair of texts, but the first is a single text"
+
+
+def test_a_table_in_and_a_table_out(run, refused, pairs, tmp_path):
+    file, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    file.write_text('premise,hypothesis,label\n"a ""good"", film\nthe movie",bad,1\ngood,"\u2028bad",0\n')
+    code, printed, err = run("infer", "--file", file, "--out", out, "--model", pairs, *REF2K)
+    assert (code, err) == (0, "")
+    assert printed.splitlines()[0] == f"written: {out}"
+    with open(out, newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [(row["text1"], row["text2"]) for row in rows] == [
+        ('a "good", film\nthe movie', "bad"),
+        ("good", "\u2028bad"),
+    ]
+    assert rows[0].keys() == {"text1", "text2", "label", "score", "truncated", "error"}
+    # What was written can be read again.
+    _, again, _ = run("infer", "--file", out, "--model", pairs, "--json", *REF2K)
+    assert [each["label"] for each in json.loads(again)["results"]] == [row["label"] for row in rows]
+    out.unlink()
+    message = refused("infer", "--file", file, "--out", out, "--model", "movie-tiny", "--text-columns", "hypo", *REF2K)
+    assert message == f"{file} has no column hypo. Its columns are premise, hypothesis, label"
+    assert not out.exists()
+
+
+def test_results_are_in_the_given_order_whatever_their_length(run, tmp_path, diverging):
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    texts = ["film " * 20, "good", "film " * 19, "a mess", "bad"]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    code, _, err = run("infer", "--file", file, "--out", out, "--model", diverging, *REF2K)
+    assert code == 2
+    assert err.startswith(f"flaxmpc: 1 of 5 texts has no answer; {file}, line 4: the model diverges")
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["text"] for record in records] == texts
+    assert ["error" in record for record in records] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("x.xlsx", "unknown suffix of --out '.xlsx'. Did you mean '.csv'? Known: .csv, .jsonl"),
+        ("no/x.csv", "{folder}/no/x.csv: {folder}/no is no folder"),
+        ("in.csv", "{folder}/in.csv is the file of the texts: the results would take its place"),
+    ],
+)
+def test_a_file_for_results_is_looked_at_before_anything_runs(refused, tmp_path, out, message):
+    (tmp_path / "in.csv").write_text("text\ngood\n")
+    found = refused("infer", "--file", tmp_path / "in.csv", "--out", tmp_path / out, "--model", "movie-tiny", *REF2K)
+    assert found == message.format(folder=tmp_path)
+
+
+def test_settings_of_the_parties_are_not_for_a_cluster(refused):
+    message = refused("infer", "good", "--cluster", "c", "--protocol", "ABY3", "--fraction-bits", 18)
+    assert message.startswith("--fraction-bits and --protocol: on a cluster its cluster.toml says it")
+
+
+def test_an_entry_without_weights_names_what_makes_them(refused, shipped):
+    entry = shipped.parent / "movie-later"
+    entry.mkdir()
+    try:
+        shutil.copy(shipped / "config.json", entry)
+        (entry / "recipe.json").write_text("{}")
+        message = f"{entry} has no weights here: {entry / 'recipe.json'} makes them, in the repository"
+        for command in (("infer", "good", "--model"), ("cost",), ("check",)):
+            assert refused(*command, "movie-later") == message
+        assert refused("put", "movie-later", "--cluster", "c") == message
+        (entry / "results.json").write_text(json.dumps({"made_by": "train/movie.py later"}))
+        assert "here: train/movie.py later makes them" in refused("infer", "good", "--model", "movie-later")
+    finally:
+        shutil.rmtree(entry)
+
+
 # ------------------------------------------------------------------------------------------------------- cost and zoo
 
 
@@ -166,6 +311,16 @@ def test_cost_json_is_what_a_run_costs(run):
     assert record["seconds"] < record["lan_seconds"] < record["wan_seconds"]
     cost = json.loads(run("infer", "good", "bad film", "--model", "movie-tiny", "--json")[1])["cost"]
     assert (record["bytes_sent"], record["rounds"]) == (cost["bytes_sent"], cost["rounds"])
+
+
+def test_modelled_seconds_of_a_protocol_without_exact_rounds_are_indicative(run, monkeypatch):
+    inexact = dataclasses.replace(secure.PROTOCOLS["REF2K"], rounds_exact=False)
+    assert json.loads(run("cost", "movie-tiny", "--tokens", 16, *REF2K, "--json")[1])["indicative"] is False
+    monkeypatch.setattr(secure, "PROTOCOLS", {"REF2K": inexact})
+    _, out, _ = run("cost", "movie-tiny", "--tokens", 16, *REF2K)
+    assert "modelled, indicative: LAN" in out
+    assert "indicative: in REF2K not every counted round is one of the network's" in " ".join(out.split())
+    assert json.loads(run("cost", "movie-tiny", "--tokens", 16, *REF2K, "--json")[1])["indicative"] is True
 
 
 def test_zoo_list_is_readable_at_80_columns(run, shipped, monkeypatch):
@@ -229,27 +384,27 @@ def test_a_cluster_is_written_and_gets_a_client_more(run, tmp_path):
 
 
 def test_no_text(refused):
-    assert refused("infer") == "there is no sentence to classify: give some, or --file"
+    assert refused("infer") == "there is no text to classify: give some, or --file"
 
 
 def test_empty_text(refused):
-    assert refused("infer", "good", " ", "--model", "movie-tiny", *REF2K) == "sentence 2 of 2 is empty"
+    assert refused("infer", "good", " ", "--model", "movie-tiny", *REF2K) == "text 2 is empty"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"good\n\xff\xfe bad\n", "is not UTF-8: byte 5 is 0xff"),
-        (b"", "holds no sentence"),
-        (b"\n \n", "holds no sentence"),
-        (None, "cannot be read: No such file or directory"),
+        (b"good\n\xff\xfe bad\n", ", line 2: not UTF-8 (byte 0xff)"),
+        (b"", " holds no text"),
+        (b"\n \n", " holds no text"),
+        (None, " cannot be read: No such file or directory"),
     ],
 )
 def test_a_file_without_sentences(refused, tmp_path, content, message):
     file = tmp_path / "sentences.txt"
     if content is not None:
         file.write_bytes(content)
-    assert refused("infer", "--file", file, "--model", "movie-tiny") == f"{file} {message}"
+    assert refused("infer", "--file", file, "--model", "movie-tiny") == f"{file}{message}"
 
 
 def test_a_folder_in_place_of_a_file(refused, tmp_path):
@@ -302,17 +457,11 @@ def test_an_unknown_protocol(refused):
     assert message == "unknown protocol 'ABY4'. Did you mean 'ABY3'? Known: ABY3, CHEETAH, REF2K, SEMI2K"
 
 
-@pytest.mark.parametrize(("protocol", "parties", "right"), [("ABY3", 2, 3), ("SEMI2K", 3, 2), ("REF2K", 0, 1)])
-def test_a_protocol_with_the_wrong_number_of_parties(refused, protocol, parties, right):
-    message = refused("infer", "good", "--model", "movie-tiny", "--protocol", protocol, "--parties", parties)
-    assert message == f"protocol {protocol} takes {right} parties, not {parties}"
-
-
 def test_settings_out_of_range(refused):
     model = ("--model", "movie-tiny")
     assert "fraction_bits must be in 1..30" in refused("infer", "good", *model, "--fraction-bits", 40)
     assert "unknown ring 'FM65'. Did you mean 'FM64'?" in refused("infer", "good", *model, "--ring", "FM65")
-    assert "the model takes 1 to 24 tokens" in refused("cost", "movie-tiny", "--tokens", 25, *REF2K)
+    assert "a text has 1 to 24 tokens, all that" in refused("cost", "movie-tiny", "--tokens", 25, *REF2K)
 
 
 def test_weights_that_are_not_finite(refused, model):
@@ -387,6 +536,12 @@ def test_a_real_process_ends_with_2_and_one_line(tmp_path):
     done = python("-m", "flaxmpc.cli", "infer", "good", "--model", "zzz", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "flaxmpc: unknown model 'zzz'. Known: movie-tiny\n"
+
+
+def test_a_byte_that_is_not_utf8_is_named(tmp_path):
+    done = python("-m", "flaxmpc.cli", "infer", "good", os.fsdecode(b"caf\xe9"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "flaxmpc: text 2 is not UTF-8: it has the byte 0xe9\n"
 
 
 def test_importing_is_light(tmp_path):

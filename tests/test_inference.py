@@ -42,6 +42,12 @@ def public(folder_of, group):
     return SecureClassifier.from_folder(folder_of("public"), group("REF2K"))
 
 
+def shares_of(classifier, texts):
+    """What the client shares of texts of one length."""
+    run = classifier.run(classifier.encode(texts), range(len(texts)), len(texts))
+    return classifier.share(run.ids, run.mask, run.types)
+
+
 # -------------------------------------------------------------------------------------------------------- the answers
 
 
@@ -79,24 +85,67 @@ def test_plaintext_is_the_model_as_it_was_trained(public, folder_of):
 # ---------------------------------------------------------------------------------------------------------- the input
 
 
-def test_a_sentence_is_padded_to_its_bucket(public):
-    assert [public.bucket(n) for n in (1, 15, 16, 17, 24)] == [16, 16, 16, 24, 24]
-    ids, mask, _ = public.encode(TEXTS)
-    assert ids.shape == mask.shape == (4, 24)
-    assert (ids[mask == 0] == public.config.pad_token_id).all()
-    assert mask.sum(1).tolist() == [9, 8, 3, 18]
-
-
-def test_a_sentence_longer_than_the_positions_is_cut_and_flagged(public):
+def test_a_text_longer_than_the_positions_is_cut_and_flagged(public):
     # [CLS] and [SEP] leave 22 of 24 positions.
-    texts = [" ".join(["film"] * n) for n in (22, 23, 60)]
-    ids, _, truncated = public.encode(texts)
-    assert truncated == [False, True, True]
-    assert (ids[1] == ids[0]).all()
-    assert (ids[2] == ids[0]).all()
-    fits, cut, _ = public.classify(texts).predictions
+    fits, cut = public.classify([" ".join(["film"] * n) for n in (22, 60)]).predictions
     assert (fits.truncated, cut.truncated) == (False, True)
     np.testing.assert_allclose(cut.logits, fits.logits, atol=1e-3)
+
+
+def test_texts_of_other_lengths_cost_what_their_buckets_cost(public, folder_of, group):
+    classifier = SecureClassifier.from_folder(folder_of("public"), group("ABY3"))
+    texts = ["film", "film " * 18, "good", "bad"]
+    predictions, cost = classifier.classify(texts)
+    short, long = classifier.estimate(16, 3), classifier.estimate(24, 1)
+    assert cost.bytes_sent == short.bytes_sent + long.bytes_sent
+    assert cost.rounds == short.rounds + long.rounds
+    assert sum(op.bytes_sent for op in cost.per_op.values()) == cost.bytes_sent == sum(cost.bytes_sent_per_party)
+    assert [each.cost and each.cost.bytes_sent for each in predictions] == [
+        *(short.bytes_sent, long.bytes_sent, short.bytes_sent, short.bytes_sent),
+    ]
+    alone = [public.classify([text]).predictions[0].logits for text in texts]
+    np.testing.assert_allclose([each.logits for each in predictions], alone, atol=0.02)
+
+
+def test_memory_bounds_the_texts_of_a_run(public):
+    assert [list(public.sizes(length))[-1] for length in (16, 24, 512, 4096)] == [64, 42, 2, 1]
+
+
+def test_a_text_that_the_model_diverges_on_has_an_error_in_its_place(write_diverging, tmp_path, group):
+    classifier = SecureClassifier.from_folder(write_diverging(tmp_path), group("REF2K"))
+    good, mess, bad = classifier.classify(["good", "a mess", "bad"]).predictions
+    assert mess.error == "the model diverges on this text: its logits in the clear are not finite"
+    assert (mess.label, mess.score, mess.logits) == (None, None, [])
+    for each in (good, bad):  # of the same run
+        assert each.error is None
+        assert each.difference < 0.02
+        assert each.label == ("negative", "positive")[int(np.argmax(each.logits_plaintext))]
+
+
+def test_a_ring_that_does_not_hold_the_model_gives_no_answer(folder_of):
+    classifier = SecureClassifier.from_folder(folder_of("public"), secure.InProcess("ABY3", fraction_bits=30))
+    (prediction,) = classifier.classify(TEXTS[:1]).predictions
+    assert (prediction.error or "").startswith("the logits on shares are off by ")
+    assert prediction.label is None
+
+
+@pytest.mark.parametrize("mode", ["public", "secret"])
+def test_pairs_are_answered_as_in_the_clear(mode, write_classifier, tmp_path, group):
+    folder = write_classifier(tmp_path, embedding=mode, num_texts=2)
+    classifier = SecureClassifier.from_folder(folder, group("REF2K"))
+    pairs = [("a good film", "bad"), ("good", "a bad movie"), ("a good film bad", "good")]
+    predictions = classifier.classify(pairs).predictions
+    loaded = folders.load(folder)
+    for pair, prediction in zip(pairs, predictions, strict=True):
+        encoded = loaded.tokenizer(*pair, return_tensors="np")
+        ids, types = encoded["input_ids"], jnp.asarray(encoded["token_type_ids"])
+        words = loaded.model.config.embedding.encode(jnp.asarray(ids), 20)
+        types = loaded.model.config.embedding.encode(types, 2)
+        (logits,) = jax.jit(loaded.model.apply)({"params": loaded.params}, words, jnp.ones(ids.shape), types)
+        np.testing.assert_allclose(prediction.logits_plaintext, logits, atol=1e-4)
+        assert prediction.difference < 0.02
+        assert prediction.text == pair
+    assert np.ptp([prediction.logits[0] for prediction in predictions]) > 0.01
 
 
 def test_no_warning_reaches_the_terminal(folder_of, group, capfd):
@@ -107,15 +156,6 @@ def test_no_warning_reaches_the_terminal(folder_of, group, capfd):
     finally:
         path.unlink()
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [([], "there is no sentence"), (["good", " \n"], "sentence 2 of 2 is empty"), ([""], "sentence 1 of 1 is empty")],
-)
-def test_empty_input_is_refused(public, texts, message):
-    with pytest.raises(ValueError, match=message):
-        public.classify(texts)
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder_of, minilm, tmp_path, group):
@@ -157,17 +197,21 @@ def test_an_estimate_is_what_a_run_costs(classifier):
     assert (cost.bytes_sent > 0) == (cost.protocol == "ABY3")
 
 
-@pytest.mark.parametrize(("tokens", "sentences"), [(0, 1), (25, 1), (8, 0)])
-def test_an_impossible_estimate_is_refused(public, tokens, sentences):
-    with pytest.raises(
-        ValueError, match=f"takes 1 to 24 tokens and at least one sentence, not {tokens} and {sentences}"
-    ):
-        public.estimate(tokens, sentences)
+@pytest.mark.parametrize(
+    ("tokens", "texts", "message"),
+    [
+        (0, 1, "a text has 1 to 24 tokens, all that the model has positions for; 0 were asked for"),
+        (25, 1, "a text has 1 to 24 tokens, all that the model has positions for; 25 were asked for"),
+        (8, 0, "a run has at least one text, not 0"),
+    ],
+)
+def test_an_impossible_estimate_is_refused(public, tokens, texts, message):
+    with pytest.raises(ValueError, match=message):
+        public.estimate(tokens, texts)
 
 
 def test_nothing_is_indexed_by_a_secret(classifier):
-    ids, mask, _ = classifier.encode(TEXTS[:1])
-    program = classifier._secure.program(classifier.weights, *classifier.share(ids, mask))
+    program = classifier._secure.program(classifier.weights, *shares_of(classifier, TEXTS[:1]))
     assert "pphlo.dot" in program
     assert "gather" not in program
     assert "while" not in program
@@ -177,8 +221,7 @@ def test_the_client_keeps_the_public_table_and_nothing_of_a_secret_one(classifie
     table = (20, 32)
     shared = [leaf.shape for leaf in jax.tree.leaves(classifier.weights.struct)]
     kept = [leaf.shape for leaf in jax.tree.leaves(classifier.client_params)]
-    ids, mask, _ = classifier.encode(TEXTS[:1])
-    (tokens,) = jax.tree.leaves(classifier.share(ids, mask)[0])
+    tokens, *_ = jax.tree.leaves(shares_of(classifier, TEXTS[:1])[0])
     if classifier.config.embedding.name == "public":
         assert (table in shared, table in kept, tokens.shape) == (False, True, (1, 16, 32))
     else:

@@ -40,7 +40,7 @@ def test_the_four_lines(start, write_classifier, tmp_path):
         return out
 
     begin = time.monotonic()
-    assert "ABY3, 3 parties; start them: flaxmpc cluster up demo" in done("cluster", "init", "demo", "--parties", "3")
+    assert "ABY3, 3 parties; start them: flaxmpc cluster up demo" in done("cluster", "init", "demo")
     up = start("cluster", "up", "demo")
     assert "tiny: 1 programs (1x16), hash" in done("put", str(model), "--cluster", "demo", "--lengths", "16")
     assert "positive" in (table := done("infer", "A gripping film.", "--cluster", "demo")) or "negative" in table
@@ -48,16 +48,15 @@ def test_the_four_lines(start, write_classifier, tmp_path):
     answer = json.loads(done("infer", "A gripping film.", "--cluster", "demo", "--model", "tiny", "--json"))
     assert answer["model"] == "tiny"
     assert [result["text"] for result in answer["results"]] == ["A gripping film."]
+    assert answer.keys() == {"results", "model", "cost", "versions", "seconds", "bytes_sent"}
+    # The only model is meant where none is named; no other one is asked in place of the zoo's default.
+    process = start("infer", "good", "--cluster", "demo", "--model", "movie-minilm-l6-2quad-freediv", "--json")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "do not hold model 'movie-minilm-l6-2quad-freediv'" in json.loads(out)["error"]
 
     up.send_signal(signal.SIGTERM)
     _, log = up.communicate(timeout=60)
     assert up.returncode == 0
     assert sum(json.loads(line)["event"] == "stopped" for line in log.splitlines()) == 3
     assert "gripping" not in log
-
-
-def test_the_number_of_parties_is_the_protocols(start):
-    process = start("cluster", "init", "demo", "--parties", "2")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert err == "flaxmpc: protocol ABY3 takes 3 parties, not 2\n"

@@ -10,6 +10,7 @@ from importlib import resources
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 Text: TypeAlias = str | tuple[str, str]
@@ -141,7 +142,8 @@ def encode(tokenizer: Any, texts: Sequence[Text], max_length: int) -> Encoded:
     # In chunks: the tokenizer's own objects take some hundred bytes a token.
     chunk = 4096
     starts = range(0, len(texts), chunk)
-    for start in track(starts, "tokenizing", transient=True, disable=len(starts) < 4):
+    err = Console(stderr=True)  # standard output may be a command's JSON
+    for start in track(starts, "tokenizing", console=err, transient=True, disable=len(starts) < 4):
         columns = zip(*texts[start : start + chunk], strict=True) if pairs else [texts[start : start + chunk]]
         output = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
         encoded.input_ids.extend(np.asarray(row, np.int32) for row in output["input_ids"])

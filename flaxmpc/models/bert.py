@@ -38,7 +38,7 @@ def _dense(config: BertConfig, features: int, name: str | None = None) -> nn.Den
 
 
 class BertEmbeddings(nn.Module):
-    """Word + position + token type, LayerNorm, dropout."""
+    """Word + position + token type, LayerNorm, dropout. ValueError: more tokens than the model has positions."""
 
     config: BertConfig
 
@@ -57,7 +57,10 @@ class BertEmbeddings(nn.Module):
 
     def __call__(self, tokens: Array, token_types: Array | None, *, deterministic: bool) -> Hidden:
         lookup = self.config.embedding.lookup
-        positions_TxH = self.position_embeddings[: tokens.shape[1]]
+        length, most = tokens.shape[1], self.config.max_position_embeddings
+        if length > most:
+            raise ValueError(f"a text has {length} tokens, but the model has {most} positions")
+        positions_TxH = self.position_embeddings[:length]
         x_BxTxH = lookup(self.word_embeddings, tokens) + positions_TxH
         if token_types is not None:
             x_BxTxH = x_BxTxH + lookup(self.token_type_embeddings, token_types)

@@ -43,6 +43,20 @@ def find(name_or_folder: str | Path) -> Path:
     raise unknown("model", str(name_or_folder), known)
 
 
+def with_weights(name_or_folder: str | Path) -> Path:
+    """The same, of a model that can run.
+
+    Raises:
+        FileNotFoundError: its weights are not there; says what makes those of an entry that is kept as a recipe.
+    """
+    folder = find(name_or_folder)
+    recipe = folder / "recipe.json"
+    if not (folder / "model.safetensors").is_file() and recipe.is_file():
+        by = results(folder).get("made_by", recipe)
+        raise FileNotFoundError(f"{folder} has no weights here: {by} makes them, in the repository")
+    return folder
+
+
 def results(folder: Path) -> dict[str, Any]:
     """The measured results of an entry, empty where it has none."""
     path = folder / "results.json"

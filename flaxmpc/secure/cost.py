@@ -33,6 +33,14 @@ class OpCost:
     bytes_sent: int
     rounds: float
 
+    def __add__(self, other: OpCost) -> OpCost:
+        return OpCost(
+            self.count + other.count,
+            self.seconds + other.seconds,
+            self.bytes_sent + other.bytes_sent,
+            self.rounds + other.rounds,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -97,6 +105,23 @@ class Cost:
             rounds=sum(actions for _, actions in profile.totals) / n,
             per_op=per_op,
             **provenance(),
+        )
+
+    def __add__(self, other: Cost) -> Cost:
+        """Of two runs with the same settings, one after the other."""
+        per_op = dict(self.per_op)
+        for name, op in other.per_op.items():
+            per_op[name] = per_op[name] + op if name in per_op else op
+        return dataclasses.replace(
+            other,
+            seconds=self.seconds + other.seconds,
+            compile_seconds=self.compile_seconds + other.compile_seconds,
+            bytes_sent=self.bytes_sent + other.bytes_sent,
+            bytes_sent_per_party=tuple(
+                a + b for a, b in zip(self.bytes_sent_per_party, other.bytes_sent_per_party, strict=True)
+            ),
+            rounds=self.rounds + other.rounds,
+            per_op=dict(sorted(per_op.items(), key=lambda item: (-item[1].bytes_sent, -item[1].seconds))),
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -457,3 +457,10 @@ def test_gradients_of_the_whole_model_are_finite(tiny):
     model, variables = tiny(attention=attention, hidden_act=activation, num_hidden_layers=len(attention))
     grads = jax.grad(lambda variables: jnp.square(model.apply(variables, *inputs(TINY))).sum())(variables)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", ["public", "secret"])
+def test_more_tokens_than_positions_are_refused(name, tiny):
+    model, variables = tiny(embedding=name)
+    with pytest.raises(ValueError, match="a text has 13 tokens, but the model has 12 positions"):
+        model.apply(variables, model.config.embedding.encode(jnp.ones((1, 13), jnp.int32), 60))

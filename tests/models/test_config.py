@@ -224,3 +224,10 @@ def test_a_preset_is_found_and_changed():
     with pytest.raises(ValueError, match=r"unknown preset 'bas'\. Did you mean 'base'") as error:
         preset("bas")
     assert all(name in str(error.value) for name in PRESETS)
+
+
+def test_how_many_texts_a_model_takes_is_kept_and_checked():
+    assert BertConfig.from_dict({}).num_texts is None
+    assert written_and_read(dataclasses.replace(TINY, num_texts=2)).num_texts == 2
+    with pytest.raises(ValueError, match="num_texts is 1, or 2 for pairs, not 3"):
+        dataclasses.replace(TINY, num_texts=3)
