@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import ctypes
 import functools
@@ -42,21 +43,39 @@ def thread_limit(parties: int) -> dict[str, str]:
     return {THREAD_LIMIT: os.environ.get(THREAD_LIMIT) or str(max(1, (os.cpu_count() or 1) // parties))}
 
 
+_loaded: concurrent.futures.Future[ModuleType] = concurrent.futures.Future()
 _load_lock = threading.Lock()
 
 
-@functools.cache
 def load_spu() -> ModuleType:
     """The module spu, imported without its warnings, with its log off the terminal, and with as many threads as fit.
 
     In one process all parties run, so three.
     """
-    with _load_lock, warnings.catch_warnings(), _environment(thread_limit(3)):
-        warnings.simplefilter("ignore")
-        import spu
+    if not _loaded.done():
+        threading.Thread(target=_load, name="flaxmpc-spu", daemon=True).start()
+    return _loaded.result()
 
-        _log()
-    return spu
+
+def _load() -> None:
+    """Loads spu, and stays: what SPU's links say of their caller lies on the stack of the thread that imported it.
+
+    When that thread ends its stack goes, and the next use of a link reads what is no memory any more.
+    """
+    with _load_lock:
+        if _loaded.done():
+            return
+        try:
+            with warnings.catch_warnings(), _environment(thread_limit(3)):
+                warnings.simplefilter("ignore")
+                import spu
+
+                _log()
+            _loaded.set_result(spu)
+        except BaseException as error:
+            _loaded.set_exception(error)
+            return
+    threading.Event().wait()
 
 
 @contextlib.contextmanager
