@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import secrets
 import tempfile
 import threading
@@ -19,6 +18,7 @@ import numpy as np
 
 from flaxmpc.secure._spu import SecureError, captured_stderr, load_spu
 from flaxmpc.secure.cost import Cost
+from flaxmpc.secure.lowering import lower
 from flaxmpc.secure.party import InProcess, Parties, Resident, check_visibility, to_arrays
 from flaxmpc.secure.protocol import Config
 
@@ -198,7 +198,7 @@ class SecureFunction:
                 for _ in jax.tree.leaves(struct)
             ]
             fn = _opened_once(self.fn, once) if any(once) else self.fn
-            program = self._programs[key] = _compile(fn, structs, per_leaf)
+            program = self._programs[key] = _compile(fn, structs, per_leaf, self.config)
             return program, time.perf_counter() - start
 
 
@@ -222,25 +222,16 @@ def _zeros(leaf: Any) -> Any:
     return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
 
-# SPU's compiler does not refuse these: it ends the process.
-_FATAL = re.compile(r"stablehlo\.(?:cbrt|fft|rng_bit_generator)\b")
-
-
-def _compile(fn: Callable[..., Any], structs: tuple[Any, ...], visibilities: Sequence[str]) -> Program:
+def _compile(fn: Callable[..., Any], structs: tuple[Any, ...], visibilities: Sequence[str], config: Config) -> Program:
     """Traces `fn` on pytrees of ShapeDtypeStructs and compiles it, or takes the code from disk."""
     spu = load_spu()
     from spu import libspu
 
-    lowered = _lower(fn, structs)
-    output = jax.tree.map(_struct, lowered.out_info)
+    lowered, output = _lower(fn, structs, config)
     if not jax.tree.leaves(output):
         raise ValueError("the function returns no array, so there is nothing to compute")
     # Unlike the serialized HLO the text has no source locations: another caller, or an edit above, is the same program.
     text = lowered.as_text()
-    fatal = _FATAL.search(text)
-    if fatal:
-        raise SecureError(f"compiling failed: SPU does not support {fatal.group()}")
-
     path = cache_dir() / hashlib.sha256("\n".join([spu.__version__, *visibilities, text]).encode()).hexdigest()
     code = _read(path)
     if code is None:
@@ -258,14 +249,15 @@ def _compile(fn: Callable[..., Any], structs: tuple[Any, ...], visibilities: Seq
     return Program(code, output)
 
 
-def _lower(fn: Callable[..., Any], structs: tuple[Any, ...]) -> Any:
-    """Lowers `fn` for no device in particular; SPU's patch keeps `sort` from looking at the bits of a float."""
+def _lower(fn: Callable[..., Any], structs: tuple[Any, ...], config: Config) -> tuple[Any, Any]:
+    """`lowering.lower`, with SPU's patch, which keeps `sort` from looking at the bits of a float."""
     from spu.utils import frontend
 
     with frontend._jax_lock:
         patches = frontend._patch_jax()
         try:
-            return jax.jit(fn, keep_unused=True).trace(*structs).lower(lowering_platforms=("interpreter",))
+            lowered, output = lower(fn, structs, config)
+            return lowered, jax.tree.map(_struct, output)
         finally:
             frontend._restore_jax_patch(patches)
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Literal
 
+from flaxmpc.secure.jaxpr import called, source
 from flaxmpc.secure.limits import quantities
 from flaxmpc.secure.protocol import Config
 
@@ -55,19 +55,6 @@ class OpMargin:
             f"{self.limit:.3g}, so {self.margin_bits:.1f} bits of margin"
         )
 
-
-# Their parameter with the function that they call on their operands.
-_CALLS = {
-    "pjit": "jaxpr",
-    "jit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
 
 # Element i of the result depends on element i of the operands alone.
 _ELEMENTWISE = frozenset(
@@ -145,9 +132,8 @@ class _Flat:
         for eqn in closed.jaxpr.eqns:
             ins = tuple(map(number, eqn.invars))
             here = "/".join(part for part in (where, _modules(str(eqn.source_info.name_stack))) if part)
-            called = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-            if called is not None:
-                outs = self._add(_closed(called), ins, here)
+            if (function := called(eqn)) is not None:
+                outs = self._add(function, ins, here)
             else:
                 outs = [self._new() for _ in eqn.outvars]
                 self.steps.append(_Step(eqn, ins, tuple(outs), here))
@@ -158,10 +144,6 @@ class _Flat:
 def _modules(scope: str) -> str:
     """Flax names a module again for each of its methods: a/b.method/b.other is a/b."""
     return re.sub(r"(?<![^/])([^/]+)(?:/\1(?![^/]))+", r"\1", re.sub(r"\.\w+", "", scope))
-
-
-def _closed(jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
-    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
 class Instrumented:
@@ -274,20 +256,13 @@ def _met(step: _Step, ins: list[Any], out: Any, mask: Any, config: Config) -> It
         op = OpMargin(
             primitive=step.eqn.primitive.name,
             where=step.where,
-            source=_source(step.eqn.source_info),
+            source=source(step.eqn),
             shape=tuple(jnp.shape(out)),
             quantity=quantity.name,
             magnitude=0.0,
             limit=quantity.limit,
         )
         yield op, jnp.max(size, initial=0.0).astype(jnp.float32)
-
-
-def _source(source_info: Any) -> str:
-    """File name and line."""
-    text = source_info_util.summarize(source_info)
-    found = re.search(r"[^/\\:]+:\d+", text)
-    return found.group() if found else text
 
 
 # ------------------------------------------------------------------------------------------------- loops and branches

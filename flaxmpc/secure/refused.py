@@ -1,0 +1,35 @@
+"""What SPU cannot compute: JAX's primitives that end the process, give something else, or have no meaning on shares."""
+
+from types import MappingProxyType
+
+_BITS = "it looks at the bits of a number, which shares do not have"
+_KEY = "a random key must be known when the function is compiled: a constant in it, not an argument"
+_HOST = "the parties cannot call back into Python: they see no value"
+_NONE = "SPU has no such operation"
+
+REFUSED = MappingProxyType(
+    {
+        "random_bits": _KEY,
+        "random_clone": _KEY,
+        "random_fold_in": _KEY,
+        "random_gamma": _KEY,
+        "random_seed": _KEY,
+        "random_split": _KEY,
+        "random_unwrap": _KEY,
+        "random_wrap": _KEY,
+        "rng_bit_generator": _KEY,
+        "rng_uniform": "it draws other numbers at every call",
+        "threefry2x32": _KEY,
+        "cbrt": _NONE,
+        "fft": _NONE,
+        "clz": _BITS,
+        "nextafter": _BITS,
+        "population_count": _BITS,
+        "reduce_precision": _BITS,
+        "debug_callback": _HOST,
+        "debug_print": _HOST,
+        "io_callback": _HOST,
+        "pure_callback": _HOST,
+    }
+)
+"""Names of primitives, and why."""
