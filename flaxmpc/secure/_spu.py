@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 
 class SecureError(RuntimeError):
@@ -162,19 +163,28 @@ def recorded_log() -> Iterator[LogReader]:
 _stderr_lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def captured_stderr() -> Iterator[LogReader]:
-    """Catches what SPU's compiler prints about a program that it refuses: it writes to file descriptor 2 itself.
+def compile_source(source: Any) -> bytes:
+    """The code of an spu.CompilationSource.
 
-    If all goes well it prints nothing; what came meanwhile is then another thread's, and is passed on.
+    SPU prints why it refuses a program to file descriptor 2 itself; that is caught, and is the error's message. If all
+    goes well it prints nothing; what came meanwhile is then another thread's, and is passed on.
+
+    Raises:
+        SecureError: SPU refuses the program; one line, which names the operation.
     """
+    from spu import libspu
+
+    # No generator makes a context of this: an interrupt at its `yield` would leave the descriptor where it is.
     with _stderr_lock, tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
         reader = LogReader(file.fileno())
+        kept = os.dup(2)
         try:
-            yield reader
+            os.dup2(file.fileno(), 2)
+            code = libspu.compile(source, libspu.CompilerOptions())
+        except RuntimeError as error:
+            raise SecureError.wrap("compiling", error, reader.text()) from error
         finally:
             os.dup2(kept, 2)
             os.close(kept)
         os.write(2, reader.text().encode())
+        return code

@@ -10,6 +10,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -115,6 +116,7 @@ def _leave() -> None:
     """
     if _any_within(_PATIENCE_SECONDS, abandoned=False):
         libc = ctypes.CDLL(None)
+        faulthandler.disable()  # at the interpreter's end it would set its signals back
         libc.signal(signal.SIGABRT, libc.pause)
         if hasattr(libc, "on_exit"):  # glibc
             libc.on_exit(libc._exit, None)

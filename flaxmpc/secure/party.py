@@ -43,7 +43,6 @@ class Party:
 
     def __init__(self, link: Any, config: Config):
         """Joins the parties on `link` (an spu.link.Context); blocks until all have."""
-        self._link = link
         self._runtime = load_spu().Runtime(link, config.runtime_config())
         self._opens_once = config.opens_once
         self.names: set[str] = set()
@@ -74,11 +73,10 @@ class Party:
     def run(self, executable: Any) -> None:
         """Runs an spu.Executable on values held under its input names and keeps its outputs under theirs.
 
-        Sends are asynchronous, so it returns at a barrier: what was sent has then arrived.
+        Between processes what it sent may not have arrived yet when it returns.
         """
         self._runtime.run(executable)
         self.names.update(executable.output_names)
-        self._link.barrier()
 
 
 class Parties(abc.ABC):
