@@ -38,13 +38,15 @@ class Margins:
 
     @property
     def worst(self) -> OpMargin:
-        """The operation with the smallest margin; the first of them."""
+        """The operation with the smallest margin; the first of them. ValueError: nothing in the function has one."""
+        if not self.operations:
+            raise ValueError("the function only moves values: no operation has a margin")
         return min(self.operations, key=lambda op: op.margin_bits)
 
     @property
     def margin_bits(self) -> float:
-        """The smallest margin: by how many bits the numbers may grow before one of them overflows."""
-        return self.worst.margin_bits
+        """The smallest margin: by how many bits the numbers may grow before one of them overflows; inf if none can."""
+        return min((op.margin_bits for op in self.operations), default=math.inf)
 
     def table(self, n: int = 10) -> list[OpMargin]:
         """The `n` operations with the smallest margins, smallest first."""
@@ -87,12 +89,16 @@ class Margins:
 def check(
     fn: Callable[..., Any], batches: Iterable[tuple[Any, ...]], *, ring: str = "FM64", fraction_bits: int = 18
 ) -> Margins:
-    """How far `fn` stays from overflow on calibration data, computed in the clear.
+    """How far `fn` stays from what fixed point gets wrong on calibration data, computed in the clear.
 
         secure.check(f, [(params, x) for x in calibration]).require(bits=2.0)
 
-    What an overflow can't spoil is left out: values that a `where` or a product with a 0 from a comparison drops.
-    Too small numbers, which become 0, are no overflow and not reported; nor is a while loop's condition.
+    That is overflow, of int32 and int64 too; results that are not finite; and jumps (floor, round, a remainder, a
+    conversion to integers, sign) closer to their argument than fixed point is exact.
+
+    What an overflow can't spoil is left out: values that a `where` or a product with a 0 from a comparison drops, and
+    what depends on no argument. Too small numbers, which become 0, are no overflow and not reported; nor are
+    comparisons of nearly equal numbers, and a while loop's condition.
 
     Args:
         fn: any JAX function of pytrees, as for `secure.jit`.
@@ -100,13 +106,17 @@ def check(
         ring, fraction_bits: see `secure.jit`.
 
     Raises:
-        ValueError, TypeError: no batch, an argument without fixed-point encoding, an unknown ring, or a function
-            without floating-point operations.
+        ValueError, TypeError: no batch, one that is no tuple of arguments, an argument without fixed-point encoding,
+            or an unknown ring.
     """
     config = Config(ring=ring, fraction_bits=fraction_bits)
     compiled: dict[Any, Instrumented] = {}
     found: dict[Any, OpMargin] = {}
+    if hasattr(batches, "shape") or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is a list of tuples of arguments, not a single {type(batches).__name__}: [(x,), ...]")
     for number, batch in enumerate(batches):
+        if not isinstance(batch, (tuple, list)):
+            raise TypeError(f"batch {number} is a tuple of arguments, not a single {type(batch).__name__}: (x,)")
         args = to_arrays(tuple(batch), config, f"batch {number}")
         leaves, treedef = jax.tree.flatten(args)
         key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
@@ -121,6 +131,4 @@ def check(
                 found[place] = op
     if not compiled:
         raise ValueError("there is no batch to check the function on")
-    if not found:
-        raise ValueError("the function has no floating-point operation to check")
     return Margins(config.ring, config.fraction_bits, tuple(found.values()))

@@ -21,13 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import DropVar
-from jax.experimental import enable_x64
 from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.secure._spu import SecureError
 from flaxmpc.secure.jaxpr import called, source
 from flaxmpc.secure.protocol import RING_BITS, Config
 from flaxmpc.secure.refused import REFUSED
+
+try:
+    from jax import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError:  # jax before 0.8
+    from jax.experimental import enable_x64
 
 # Of few known numbers they make many, so what they make is not kept in the program.
 _GROWING = frozenset(["broadcast_in_dim", "iota"])

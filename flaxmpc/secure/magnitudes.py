@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.secure.jaxpr import called, source
-from flaxmpc.secure.limits import quantities
+from flaxmpc.secure.limits import Operation, exact, quantities
 from flaxmpc.secure.protocol import Config
 
 
@@ -94,7 +94,10 @@ _ELEMENTWISE = frozenset(
 )
 
 # A small whole number made of comparisons stays one, without a rounding error, through these.
-_EXACT = frozenset(["add", "sub", "neg", "broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy"])
+_COUNTS = frozenset(["add", "sub", "neg", "broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy"])
+
+# Of one number, however often it stands there, they make one number.
+_UNIFORM = _ELEMENTWISE | {"broadcast_in_dim", "reshape", "squeeze"}
 
 
 class _Step(NamedTuple):
@@ -154,7 +157,7 @@ class Instrumented:
         self._operations: list[OpMargin] = []
 
         def magnitudes(leaves: list[Any]) -> jax.Array:
-            found = _evaluate(program, leaves, config)[1]
+            found = _evaluate(program, leaves, config, inputs_exact=True)[1]
             self._operations = [op for op, _ in found]
             return _stack(found)
 
@@ -178,10 +181,56 @@ def _stack(found: _Found) -> jax.Array:
     return jnp.stack([magnitude for _, magnitude in found]) if found else jnp.zeros(0)
 
 
-def _evaluate(program: _Flat, args: Sequence[Any], config: Config) -> tuple[list[Any], _Found]:
-    """The program's outputs, and what it met on the way."""
+class _Facts:
+    """What is known of a program's values beside what they are: that they are constants, or exact in fixed point."""
+
+    def __init__(self, program: _Flat, inputs_exact: bool):
+        self._known: set[int] = set(program.constants)
+        self._uniform = {atom for atom, value in program.constants.items() if _is_uniform(value)}
+        self._exact = set(program.constants) | (set(program.inputs) if inputs_exact else set())
+
+    def is_known(self, step: _Step) -> bool:
+        """Whether a step depends on no argument: JAX computes it, while compiling."""
+        return all(isinstance(atom, Literal) or atom in self._known for atom in step.ins)
+
+    def learn(self, step: _Step, ins: Sequence[Any], outs: Sequence[Any], config: Config) -> Operation:
+        """The step's operation, with its first result; notes what follows for its results."""
+        uniform = [self._has(self._uniform, atom) for atom in step.ins]
+        exact_ins = [
+            self._has(self._exact, atom) or not jnp.issubdtype(jnp.result_type(value), jnp.floating)
+            for atom, value in zip(step.ins, ins, strict=True)
+        ]
+        operation = Operation(step.eqn, ins, outs[0] if outs else None, exact_ins, uniform, config)
+        if self.is_known(step):
+            self._known.update(step.outs)
+            self._exact.update(step.outs)
+            if all(uniform) and step.eqn.primitive.name in _UNIFORM:
+                self._uniform.update(step.outs)
+        elif outs and exact(operation):
+            self._exact.update(step.outs)
+        return operation
+
+    @staticmethod
+    def _has(atoms: set[int], atom: Any) -> bool:
+        return isinstance(atom, Literal) or atom in atoms
+
+
+def _is_uniform(constant: Any) -> bool:
+    array = np.asarray(constant)
+    return array.size > 0 and bool((array == array.flat[0]).all())
+
+
+def _evaluate(
+    program: _Flat, args: Sequence[Any], config: Config, *, inputs_exact: bool = False
+) -> tuple[list[Any], _Found]:
+    """The program's outputs, and what it met on the way.
+
+    `inputs_exact`: the arguments are rounded to fixed point, and no more; what a loop hands on may be off by more.
+    """
     values: dict[int, Any] = dict(program.constants) | dict(zip(program.inputs, args, strict=True))
-    exact: set[int] = set()
+    counts: set[int] = set()
+    facts = _Facts(program, inputs_exact)
+    operations: dict[int, Operation] = {}
     inside: dict[int, _Found] = {}
 
     def read(atom: Any) -> Any:
@@ -197,11 +246,12 @@ def _evaluate(program: _Flat, args: Sequence[Any], config: Config) -> tuple[list
             outs = step.eqn.primitive.bind(*functions, *ins, **params)
             # Without it XLA would copy a long chain of operations into every maximum along it, and compile for minutes.
             outs = jax.lax.optimization_barrier(outs if step.eqn.primitive.multiple_results else [outs])
-            if name in _EXACT and all(
-                isinstance(atom, Literal) or atom in exact or jnp.result_type(value) == jnp.bool_
+            if name in _COUNTS and all(
+                isinstance(atom, Literal) or atom in counts or jnp.result_type(value) == jnp.bool_
                 for atom, value in zip(step.ins, ins, strict=True)
             ):
-                exact.update(step.outs)
+                counts.update(step.outs)
+        operations[index] = facts.learn(step, ins, outs, config)
         values.update(zip(step.outs, outs, strict=True))
 
     # Which elements of a value have an effect: all (True), those of a mask, or none (the value is not in the dict).
@@ -213,12 +263,12 @@ def _evaluate(program: _Flat, args: Sequence[Any], config: Config) -> tuple[list
         if any(mask is not False for mask in masks):
             for position, atom in enumerate(step.ins):
                 if not isinstance(atom, Literal):
-                    mask = _needed_of(step, position, ins, masks[0], exact)
+                    mask = _needed_of(step, position, ins, masks[0], counts)
                     needed[atom] = _either(needed.get(atom, False), mask)
         here: _Found = list(inside.get(index, ()))
-        if index not in inside:
+        if index not in inside and not facts.is_known(step):
             for out, mask in zip(step.outs, masks, strict=True):
-                here += _met(step, ins, values[out], mask, config)
+                here += _met(step, operations[index]._replace(out=values[out]), mask)
         found.append(here)
     return [read(atom) for atom in program.outputs], [pair for here in reversed(found) for pair in here]
 
@@ -229,7 +279,7 @@ def _either(a: Any, b: Any) -> Any:
     return b if a is False else a if b is False else a | b
 
 
-def _needed_of(step: _Step, position: int, ins: list[Any], mask: Any, exact: set[int]) -> Any:
+def _needed_of(step: _Step, position: int, ins: list[Any], mask: Any, counts: set[int]) -> Any:
     """Which elements of an operand have an effect on the needed ones of the result."""
     name = step.eqn.primitive.name
     shape = step.eqn.outvars[0].aval.shape
@@ -237,7 +287,7 @@ def _needed_of(step: _Step, position: int, ins: list[Any], mask: Any, exact: set
         return True
     if name == "select_n" and position > 0:
         mask = _and(mask, jnp.broadcast_to(ins[0] == position - 1, shape))
-    if name == "mul" and not isinstance(other := step.ins[1 - position], Literal) and other in exact:
+    if name == "mul" and not isinstance(other := step.ins[1 - position], Literal) and other in counts:
         mask = _and(mask, jnp.broadcast_to(ins[1 - position] != 0, shape))
     return mask
 
@@ -246,9 +296,9 @@ def _and(mask: Any, other: jax.Array) -> Any:
     return other if mask is True else mask & other
 
 
-def _met(step: _Step, ins: list[Any], out: Any, mask: Any, config: Config) -> Iterator[tuple[OpMargin, jax.Array]]:
+def _met(step: _Step, operation: Operation, mask: Any) -> Iterator[tuple[OpMargin, jax.Array]]:
     """The limits of one result, and the largest magnitudes against them."""
-    for quantity in quantities(step.eqn, ins, out, config):
+    for quantity in quantities(operation):
         size = jnp.abs(quantity.value)
         size = jnp.where(jnp.isnan(size), jnp.inf, size)
         if mask is not True:
@@ -257,7 +307,7 @@ def _met(step: _Step, ins: list[Any], out: Any, mask: Any, config: Config) -> It
             primitive=step.eqn.primitive.name,
             where=step.where,
             source=source(step.eqn),
-            shape=tuple(jnp.shape(out)),
+            shape=tuple(jnp.shape(operation.out)),
             quantity=quantity.name,
             magnitude=0.0,
             limit=quantity.limit,

@@ -157,12 +157,96 @@ def test_batches_are_one():
 def test_what_cannot_be_checked():
     with pytest.raises(ValueError, match="no batch"):
         secure.check(jnp.sin, [])
-    with pytest.raises(ValueError, match="no floating-point operation"):
-        secure.check(lambda x: x + 1, [(np.int32(1),)])
+    with pytest.raises(TypeError, match="batches is a list of tuples of arguments, not a single ndarray"):
+        secure.check(jnp.sin, X)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"batch 0 is a tuple of arguments, not a single ndarray: \(x,\)"):
+        secure.check(jnp.sin, [X])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"batch 1\[0\] holds inf"):
         secure.check(jnp.sin, [(1.0,), (np.float32(np.inf),)])
     with pytest.raises(ValueError, match="unknown ring"):
         secure.check(jnp.sin, [(1.0,)], ring="FM65")
+
+
+# ------------------------------------------------------------------------------------------ jumps, integers, domains
+
+# A function, arguments that it is right for, and some that it is not, and the operation that is named.
+RISKS = {
+    "integers": (lambda x: x * x > 0, (np.int32(20_000),), (np.int32(50_000),), "mul"),
+    "a sum of integers": (jnp.sum, (np.full(4, 2**26, np.int32),), (np.full(4, 2**30, np.int32),), "reduce_sum"),
+    "a product of integers": (jnp.dot, (np.full(4, 2**13, np.int32),) * 2, (np.full(4, 2**15, np.int32),) * 2, "dot_"),
+    "to an integer": (
+        lambda x: x.astype(jnp.int32) > 0,
+        (np.float32(5e8),),
+        (np.float32(3e9),),
+        "convert_element_type",
+    ),
+    "floor": (lambda x: jnp.floor(x / 3), (X + 2.9,), (X[:1] * 0 + 6,), "floor"),
+    "ceil": (lambda x: jnp.ceil(x / 3), (X + 2.9,), (X[:1] * 0 + 6,), "ceil"),
+    "round": (lambda x: jnp.round(x / 3), (X + 2.9,), (X[:1] * 0 + 7.5,), "round"),
+    "trunc": (lambda x: (x / 3).astype(jnp.int32), (X + 2.9,), (X[:1] * 0 + 6,), "convert_element_type"),
+    "sign": (lambda x: jnp.sign(x / 3 - 2), (X + 2.9,), (X[:1] * 0 + 6,), "sign"),
+    "remainder": (lambda x, y: x % y, (X, 0 * X + 3), (0 * X + 0.3, 0 * X + 0.1), "rem"),
+    "log": (jnp.log, (X + 3,), (X,), "log"),
+    "sqrt": (jnp.sqrt, (X + 3,), (X,), "sqrt"),
+    "rsqrt": (jax.lax.rsqrt, (X + 3,), (0 * X,), "rsqrt"),
+}
+
+
+@pytest.mark.parametrize("name", RISKS)
+def test_what_it_warns_of(group, name):
+    """What passes is right on shares; the rest is not, or not in every run."""
+    fn, good, bad, operation = RISKS[name]
+    secure.check(fn, [good]).require()
+    got, want = secure.jit(fn, parties=group("ABY3"))(*good), jax.jit(fn)(*good)
+    np.testing.assert_allclose(got, want, atol=2e-3)
+    with pytest.raises(secure.OverflowRisk, match=rf"too small for {operation}"):
+        secure.check(fn, [bad]).require()
+
+
+# They once had no bits left, and are right.
+ALARMS = {
+    "median": (jnp.median, X),
+    "quantile": (lambda x: jnp.quantile(x, 0.3), X),
+    "softmax of some": (lambda x: jax.nn.softmax(x, where=jnp.arange(8) < 5), X),
+    "softmax of some, known at run time": (lambda x, m: jax.nn.softmax(x, where=m), X, X > -1),
+    "a maximum of some": (lambda x: jnp.max(x, initial=-jnp.inf, where=x > 1), X),
+    "clip": (lambda x: jnp.clip(x, -jnp.inf, 1.0), X),
+    "a constant divisor": (lambda x: x / 1e6, 3e6 * X),
+    "a constant divisor, an array": (lambda x: x / jnp.full(8, 1e6), 3e6 * X),
+    "floor of arguments": (jnp.floor, np.array([2, -3.5, 0], np.float32)),
+    "floor of their sums": (lambda x: jnp.floor(x + x[::-1] - 1), np.array([2, -3.5, 0.25], np.float32)),
+    "quotients that are whole": (
+        lambda x, y: [x // y, x % y],
+        np.array([6, 9, -8], np.float32),
+        np.array([3, 1.5, 4], np.float32),
+    ),
+    "a hash": (lambda x: (x * jnp.uint32(2654435761)) >> 16, np.array([1, 2**31], np.uint32)),
+    "a counter": (lambda x: jax.lax.fori_loop(0, 5, lambda i, y: y + i // 2, x), np.array([1, 2], np.int32)),
+    "what only moves": (jnp.transpose, X),
+}
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_no_false_alarm(group, name):
+    fn, *args = ALARMS[name]
+    secure.check(fn, [tuple(args)]).require()
+    for got, want in zip(
+        jax.tree.leaves(secure.jit(fn, parties=group("ABY3"))(*args)), jax.tree.leaves(jax.jit(fn)(*args)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=2e-3)
+
+
+def test_nothing_to_overflow_is_no_error():
+    margins = secure.check(jnp.transpose, [(X,)])
+    assert (margins.operations, margins.margin_bits, margins.as_dict()["margin_bits"]) == ((), math.inf, None)
+    with pytest.raises(ValueError, match="only moves values"):
+        _ = margins.worst
+
+
+def test_the_place_is_the_users():
+    """Of a function that has no line of the user's, the line that asks."""
+    for margins in (secure.check(jnp.log, [(X + 3,)]), secure.check(jnp.linalg.norm, [(X,)])):
+        assert {op.source.partition(":")[0] for op in margins.operations} == {"test_check.py"}
 
 
 # ------------------------------------------------------------------------------------------------- a small BERT
