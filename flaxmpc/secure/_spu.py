@@ -112,6 +112,10 @@ def _log() -> int:
     return fd
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_log.cache_clear)  # parent and child would write to one log
+
+
 @functools.cache
 def _scratch() -> str:
     path = tempfile.mkdtemp(prefix="flaxmpc-spu-")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxmpc.secure._spu import compile_source, load_spu
+from flaxmpc.secure._spu import SecureError, compile_source, load_spu
 from flaxmpc.secure.cost import Cost
 from flaxmpc.secure.lowering import lower
 from flaxmpc.secure.party import InProcess, Parties, Resident, check_visibility, to_arrays
@@ -257,6 +257,8 @@ def _lower(fn: Callable[..., Any], structs: tuple[Any, ...], config: Config) -> 
             frontend._patch_jax()
             lowered, output = lower(fn, structs, config)
             return lowered, jax.tree.map(_struct, output)
+        except NotImplementedError as error:  # of a primitive that JAX has for some devices only
+            raise SecureError.wrap("compiling", error) from error
         finally:
             frontend._restore_jax_patch(before)
 
