@@ -378,20 +378,41 @@ def _top_k(rewriting: _Rewriting, eqn: Any, ins: list[Any]) -> list[Any]:
     return [values, lax.convert_element_type(places[..., :k], eqn.outvars[1].aval.dtype)]
 
 
+def _convolution(rewriting: _Rewriting, eqn: Any, ins: list[Any]) -> list[Any]:
+    """Groups of a batch (as in the gradient of a convolution by groups) one by one: SPU would end the process."""
+    params = dict(eqn.params)
+    groups, numbers = params["batch_group_count"], params["dimension_numbers"]
+    if groups == 1:
+        return _bind(eqn, [_staged(x) for x in ins])
+    params["batch_group_count"] = 1
+    images = jnp.split(_staged(ins[0]), groups, numbers.lhs_spec[0])
+    kernels = jnp.split(_staged(ins[1]), groups, numbers.rhs_spec[0])
+    parts = [_bind(eqn, pair, params)[0] for pair in zip(images, kernels, strict=True)]
+    return [lax.concatenate(parts, numbers.out_spec[1])]
+
+
+def _tan(rewriting: _Rewriting, eqn: Any, ins: list[Any]) -> list[Any]:
+    x = _staged(ins[0])
+    return [lax.sin(x) / lax.cos(x)]
+
+
 def _same(rewriting: _Rewriting, eqn: Any, ins: list[Any]) -> list[Any]:
     return ins
 
 
 _RULES: Mapping[str, Callable[[_Rewriting, Any, list[Any]], list[Any]]] = {
     "bitcast_convert_type": _bitcast,
+    "conv_general_dilated": _convolution,
     "convert_element_type": _convert,
     "div": _div,
     "optimization_barrier": _same,  # it only tells XLA's scheduler what to keep apart
     "rem": _rem,
+    "sharding_constraint": _same,  # there is one device
     "shift_left": _shift,
     "shift_right_arithmetic": _shift,
     "shift_right_logical": _shift,
     "sort": _sort,
+    "tan": _tan,
     "top_k": _top_k,
 }
 

@@ -28,7 +28,6 @@ REFUSED = MappingProxyType(
         "hessenberg": _NONE,
         "schur": _NONE,
         "svd": _NONE,
-        "tan": _NONE,
         "tridiagonal": _NONE,
         "igamma": _LOOP,
         "igamma_grad_a": _LOOP,

@@ -5,6 +5,9 @@ two lines for each, before and after: "> name", and "= " with a JSON list of nam
 "right", "refused", "wrong" or "error"; if the process ends after the first line, the example ended it.
 """
 
+# What JAX exports is not all said to type checkers.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
 import concurrent.futures
 import json
 import re
@@ -105,7 +108,7 @@ for name in ("eq", "ne", "lt", "le", "gt", "ge"):
 for name, fn in {"and": lax.bitwise_and, "or": lax.bitwise_or, "xor": lax.bitwise_xor}.items():
     every(name, fn, 2, WHOLE)
 for name in ("shift_left", "shift_right_logical", "shift_right_arithmetic"):
-    add(name, "int32", lambda x, fn=getattr(lax, name): fn(x, np.full(8, 2, np.int32)), I)
+    add(name, "int32", lambda x, name=name: getattr(lax, name)(x, np.full(8, 2, np.int32)), I)
     few = np.array([0, 1, 2, 3, 4, 5, 1, 2], np.int32)
     add(name, "secret places", getattr(lax, name), I, few, refused="the number of places must be known")
 add("atan2", "float32", lax.atan2, F, F2, tolerance=1e-2)
@@ -277,6 +280,20 @@ add(
     lambda x, w: lax.conv_general_dilated(x, w, (2, 1), [(1, 0), (0, 2)], (2, 1), (1, 2)),
     image,
     kernel,
+)
+add(
+    "conv_general_dilated",
+    "batch groups",
+    lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "VALID", batch_group_count=2),
+    np.concatenate([image, -image]),
+    kernel,
+)
+add(
+    "conv_general_dilated",
+    "gradient by groups",
+    jax.grad(lambda w, x: (lax.conv_general_dilated(x, w, (1, 1), "SAME", feature_group_count=2) ** 2).sum()),
+    kernel[:, :1].copy(),
+    image,
 )
 add(
     "conv_general_dilated",
@@ -501,7 +518,7 @@ add("pure_callback", "float32", lambda x: jax.pure_callback(np.sin, x, x), F)
 add("io_callback", "float32", lambda x: io_callback(lambda v: v, x, x), F)
 
 add("debug_callback", "float32", lambda x: [jax.debug.callback(lambda v: None, x), x][1], F)
-add("infeed", "float32", lambda x: x + lax.infeed(lax.create_token(x), jax.ShapeDtypeStruct((8,), np.float32))[0], F)
+add("infeed", "float32", lambda x: x + lax.infeed(lax.create_token(x), jax.core.ShapedArray((8,), np.float32))[0], F)
 add("outfeed", "float32", lambda x: [lax.outfeed(lax.create_token(x), x), x][1], F)
 add("xla_pmap", "float32", lambda x: jax.pmap(lambda v: lax.psum(v, "i"), "i")(x), F[None])
 
@@ -550,7 +567,7 @@ def outcome(example: Example, parties: secure.InProcess) -> tuple[str, str]:
 
 def main() -> None:
     if "--without-table" in sys.argv:
-        lowering.REFUSED = {}  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
+        lowering.REFUSED = {}
     parties = secure.InProcess(sys.argv[1])
     for name in map(str.strip, sys.stdin):
         print(f"> {name}", flush=True)
