@@ -37,7 +37,6 @@ REFUSED = MappingProxyType(
         "cumlogsumexp": "it begins with minus infinity, which fixed point does not have",
         "clz": _BITS,
         "nextafter": _BITS,
-        "population_count": _BITS,
         "reduce_precision": _BITS,
         "debug_callback": _HOST,
         "debug_print": _HOST,

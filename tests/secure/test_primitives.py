@@ -76,8 +76,10 @@ FLOAT = ("float32",)
 for name, fn in {"abs": lax.abs, "neg": lax.neg, "sign": lax.sign}.items():
     every(name, fn, 1, NUMBERS)
 every("not", lax.bitwise_not, 1, WHOLE)
-for name in ("population_count", "clz"):
-    every(name, getattr(lax, name), 1, ("int32",))
+every("clz", lax.clz, 1, ("int32",))
+for kind in ("int8", "uint8", "int16", "uint16", "int32", "uint32"):
+    limits = [np.iinfo(kind).min, np.iinfo(kind).max, 0, 1, 77]
+    add("population_count", kind, lambda x: lax.population_count(x).astype(np.int32), np.array(limits, kind))
 for name in ("logistic", "sin", "cos", "erf", "erfc", "floor", "ceil", "round", "is_finite", "atan", "asinh", "cbrt"):
     add(name, "float32", getattr(lax, name), F)
 for name in ("exp", "expm1", "exp2", "tanh", "sinh", "cosh", "bessel_i0e", "bessel_i1e"):
@@ -112,7 +114,7 @@ for name in ("shift_left", "shift_right_logical", "shift_right_arithmetic"):
     few = np.array([0, 1, 2, 3, 4, 5, 1, 2], np.int32)
     add(name, "secret places", getattr(lax, name), I, few, refused="the number of places must be known")
 add("atan2", "float32", lax.atan2, F, F2, tolerance=1e-2)
-add("nextafter", "float32", lax.nextafter, F, F2)
+add("nextafter", "float32", lax.nextafter, F, F2, tolerance=0.0)
 add("complex", "float32", lambda x, y: lax.real(lax.complex(x, y) * lax.complex(y, x)), F, F2)
 add("real", "float32", lambda x, y: lax.real(lax.complex(x, y)), F, F2)
 add("imag", "float32", lambda x, y: lax.imag(lax.complex(x, y)), F, F2)
@@ -488,6 +490,12 @@ add(
 
 # ---------------------------------------------------------------------------------------------- randomness, the outside
 KEY = np.array([0, 42], np.uint32)
+
+
+def next_key(data):
+    return jax.random.fold_in(jax.random.wrap_key_data(data), 1)
+
+
 add("random_wrap", "uint32", lambda k: jax.random.uniform(k, (8,)), KEY)
 add(
     "random_bits",
@@ -503,7 +511,7 @@ add(
     lambda k: jax.random.key_data(jax.random.split(jax.random.wrap_key_data(k))).astype(np.float32),
     KEY,
 )
-add("random_unwrap", "uint32", lambda k: jax.random.key_data(jax.random.wrap_key_data(k)).astype(np.float32), KEY)
+add("random_unwrap", "uint32", lambda k: jax.random.key_data(next_key(k)).astype(np.float32), KEY)
 add("random_clone", "uint32", lambda k: jax.random.uniform(jax.random.clone(jax.random.wrap_key_data(k))), KEY)
 add("random_gamma", "float32", lambda a: jax.random.gamma(jax.random.key(0), a), POSITIVE)
 add("threefry2x32", "uint32", lambda k: jax.random.bits(k, (8,)).astype(np.float32), KEY)
@@ -577,6 +585,9 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------ the tests
 
 
+PATIENCE = 200  # seconds for one example
+
+
 def tried(names: Iterable[str], *arguments: str) -> dict[str, tuple[str, str]]:
     """Outcome and text of each, in a process that is started anew when an example ends it, or takes too long."""
     left, found = list(names), {}
@@ -588,11 +599,11 @@ def tried(names: Iterable[str], *arguments: str) -> dict[str, tuple[str, str]]:
         assert process.stdout is not None
         threading.Thread(target=feed, args=(process.stdin, left), daemon=True).start()
         current = "the start"
-        clock = threading.Timer(300, process.kill)
+        clock = threading.Timer(PATIENCE, process.kill)
         clock.start()
         for line in process.stdout:
             clock.cancel()
-            clock = threading.Timer(300, process.kill)
+            clock = threading.Timer(PATIENCE, process.kill)
             clock.start()
             if line.startswith("> "):
                 current = line[2:].strip()
