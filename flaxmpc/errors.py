@@ -1,7 +1,24 @@
 """Errors that name the bad value and what is allowed."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80
+
+
+def brief(value: object) -> str:
+    """`repr` of at most a line: what stands in a file may be long, or nested deeply."""
+    return _BRIEF.repr(value)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names, each in quotes where it would not be seen; of many the first."""
+    shown = [str(name) for name in names]
+    plain = [name if name.isprintable() and 0 < len(name.strip()) == len(name) < 80 else brief(name) for name in shown]
+    more = f" and {len(plain) - 20} more" if len(plain) > 20 else ""
+    return ", ".join(plain[:20]) + more or "none"
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:

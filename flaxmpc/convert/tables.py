@@ -1,17 +1,12 @@
-"""Tables of labelled text from files: CSV, TSV, JSONL, JSON, Parquet, Arrow. Nothing is written beside them.
+"""Tables of labelled text from files: CSV, TSV, JSONL, JSON, Parquet, Arrow. Nothing is written beside them."""
 
-Text formats are parsed here and not by `datasets`, which names no line when a row is broken and copies the file into
-a cache.
-"""
-
-import csv
 import dataclasses
-import io
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from flaxmpc.convert.rows import csv_rows, json_rows, jsonl_rows, read_text, tsv_rows, twice
 
 ALL = ""
 """In place of the name of a split: a table that is not split yet."""
@@ -53,15 +48,19 @@ def from_dataset(dataset: Any, source: str) -> Table:
     )
 
 
-def read(path: str | Path) -> dict[str, Table]:
+def read(path: str | Path, splits: Container[str] | None = None, unnamed: Sequence[str] = ()) -> dict[str, Table]:
     """The tables of a path by the name of their split; a single table that is not split is `ALL`.
 
     Args:
         path: a file (.csv, .tsv, .jsonl, .json, .parquet), a folder with such files whose names are those of splits
             (train.csv, dev.csv, test.csv, train-00000-of-00002.parquet), or a folder of `datasets.save_to_disk`.
+        splits: the files of a folder that are read; None: all.
+        unnamed: the columns of CSV and TSV files that come without a line of names: those whose first line has as many
+            fields, but none of these names.
 
     CSV and TSV start with a line of column names; CSV is quoted as usual, TSV is never quoted, as GLUE's. JSONL is one
-    object a line, JSON a list of objects. Text is UTF-8.
+    object a line, JSON a list of objects. Text is UTF-8. A line ends in LF or CR LF and nowhere else; in CSV and TSV a
+    blank one is no row. A carriage return on its own is text within the quotes of CSV, and refused elsewhere.
 
     Raises:
         FileNotFoundError: there is no such path, or nothing in the folder that could be read.
@@ -71,136 +70,112 @@ def read(path: str | Path) -> dict[str, Table]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_file():
-        return {ALL: _read_file(path)}
+        return {ALL: _read_file(path, unnamed)}
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a folder")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _read_saved(path)
-    tables = {}
-    for split, files in sorted(_by_split(path).items()):
-        if all(file.suffix.lower() == ".parquet" for file in files):
-            tables[split] = _read_parquet(files)
-        elif len(files) == 1:
-            tables[split] = _read_file(files[0])
-        else:
-            names = ", ".join(file.name for file in files)
-            raise ValueError(f"{path} has {len(files)} files for the split {split}: {names}; one is needed")
-    if not tables:
+    found = _by_split(path)
+    if not found:
         raise FileNotFoundError(
             f"{path} has neither files of data ({', '.join(sorted(_READERS))}) nor what datasets.save_to_disk writes"
         )
+    tables = {}
+    for split, files in sorted(found.items()):
+        if splits is not None and split not in splits:
+            continue
+        names = ", ".join(file.name for file in files)
+        if len(files) > 1 and {file.suffix.lower() for file in files} != {".parquet"}:
+            raise ValueError(f"{path} has {len(files)} files for the split {split}: {names}; one is needed")
+        if not _whole(files):
+            raise ValueError(f"{path} has not one file, or every shard once, for the split {split}: {names}")
+        tables[split] = _read_file(files[0], unnamed) if len(files) == 1 else _read_parquet(files)
+    if not tables:
+        raise FileNotFoundError(f"{path} has no file that is named as a split, such as train.csv: {', '.join(found)}")
     return tables
+
+
+_SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 
 
 def _by_split(folder: Path) -> dict[str, list[Path]]:
     """The files of a folder that can be read, by their names without suffix and number of shard."""
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in _READERS and file.is_file():
-            split = re.sub(r"-\d+-of-\d+$", "", file.stem.lower())
-            found.setdefault(split, []).append(file)
+        if file.suffix.lower() in _READERS and not file.is_dir():  # a link to nothing is an error when it is read
+            found.setdefault(_SHARD.sub("", file.stem).lower(), []).append(file)
     return found
 
 
-def _read_file(file: Path) -> Table:
+def _whole(files: Sequence[Path]) -> bool:
+    """Whether a split's files are one file, or each of its shards once."""
+    shards = [match.groups() for file in files if (match := _SHARD.search(file.stem))]
+    numbers = sorted((int(number), int(count)) for number, count in shards)
+    return numbers == [(number, len(files)) for number in range(len(files))] or (len(files) == 1 and not shards)
+
+
+def _read_file(file: Path, unnamed: Sequence[str]) -> Table:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         raise ValueError(f"{file} is none of the formats that can be read: {', '.join(sorted(_READERS))}")
-    return reader(file)
+    return reader(file, unnamed)
 
 
-def _read_text(file: Path) -> str:
-    """The text of a file, without the mark that some programs put before UTF-8."""
-    data = file.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 (byte {data[error.start]:#04x})") from error
-    if not text.strip():
-        raise ValueError(f"{file} is empty")
-    return text
+def _fields(file: Path, rows: Iterable[tuple[int, list[str]]], unnamed: Sequence[str]) -> Table:
+    """The table of rows of fields, of which the first names the columns unless `unnamed` does."""
+    lines, found = zip(*rows, strict=True)
+    if len(found[0]) == len(unnamed) and not set(found[0]) & set(unnamed):
+        names = unnamed
+    else:
+        names, found, lines = found[0], found[1:], lines[1:]
+    if name := twice(names):
+        raise ValueError(f"{file}: two columns are named {name}")
+    for line, fields in zip(lines, found, strict=True):
+        if len(fields) != len(names):
+            raise ValueError(f"{file}, line {line}: {len(fields)} fields, but the first line has {len(names)}")
+    columns = zip(*found, strict=True) if found else [()] * len(names)
+    return Table(str(file), dict(zip(names, columns, strict=True)), list(lines))
 
 
-def _read_csv(file: Path, **dialect: Any) -> Table:
-    reader = csv.reader(io.StringIO(_read_text(file), newline=""), strict=True, **dialect)
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    line = 1
-    try:
-        for fields in reader:
-            if rows and fields and len(fields) != len(rows[0]):
-                raise ValueError(
-                    f"{file}, line {line}: {len(fields)} fields, but the first line names {len(rows[0])} columns"
-                )
-            if fields:  # a blank line is no row
-                rows.append(fields)
-                lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{file}, line {line}: {error}") from error
-    names, *rows = rows
-    if len(set(names)) < len(names):
-        raise ValueError(f"{file}, line {lines[0]}: a column name stands twice in {', '.join(names)}")
-    columns = zip(*rows, strict=True) if rows else [()] * len(names)
-    return Table(str(file), dict(zip(names, columns, strict=True)), lines[1:])
-
-
-def _read_tsv(file: Path) -> Table:
-    return _read_csv(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _objects(file: Path, rows: Sequence[Any], lines: Sequence[int] | None) -> Table:
+def _objects(file: Path, rows: Iterable[tuple[int, Any]]) -> Table:
     """The table of JSON objects; what an object lacks is None."""
     names: dict[str, None] = {}
-    table = Table(str(file), {}, lines)
-    for number, row in enumerate(rows):
+    found, lines = [], []
+    for line, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{table.at(number)}: not a JSON object with the columns as keys")
+            raise ValueError(f"{file}, line {line}: not a JSON object with the columns as keys")
         names.update(dict.fromkeys(row))
-    return dataclasses.replace(table, columns={name: [row.get(name) for row in rows] for name in names})
-
-
-def _read_jsonl(file: Path) -> Table:
-    rows, lines = [], []
-    for line, text in enumerate(_read_text(file).split("\n"), 1):
-        if text.strip():
-            try:
-                rows.append(json.loads(text))
-            except ValueError as error:
-                raise ValueError(f"{file}, line {line}: not JSON: {error}") from error
-            lines.append(line)
-    return _objects(file, rows, lines)
+        found.append(row)
+        lines.append(line)
+    return Table(str(file), {name: [row.get(name) for row in found] for name in names}, lines)
 
 
 def _read_json(file: Path) -> Table:
     """A list of objects; or JSONL, which often is named so too."""
-    text = _read_text(file)
-    if not text.lstrip().startswith("["):
-        return _read_jsonl(file)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
-    return _objects(file, rows, None)
+    text = read_text(file)
+    rows = json_rows if text.lstrip(" \t\r\n").startswith("[") else jsonl_rows
+    return _objects(file, rows(file, text))
 
 
 def _read_parquet(files: Sequence[Path]) -> Table:
     """The table of a file, or of all shards of a split."""
     import datasets
-    import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets.table import InMemoryTable
 
-    shards = []
+    shards: list[datasets.Dataset] = []
     for file in files:
         try:
-            shards.append(pq.read_table(file))
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
-    try:
-        table = InMemoryTable(pa.concat_tables(shards))
-    except pa.ArrowException as error:
-        raise ValueError(f"the shards from {files[0]} on have different columns: {error}") from error
-    return from_dataset(datasets.Dataset(table), str(files[0]) if len(files) == 1 else f"{files[0]} and shards")
+            table = pq.ParquetFile(file).read()  # read_table makes a column a of a folder named a=b
+            table.validate(full=True)
+            shards.append(datasets.Dataset(InMemoryTable(table)))
+        except Exception as error:  # whatever pyarrow, datasets or JSON raise on a damaged file
+            raise ValueError(f"{file} cannot be read as Parquet: {_one_line(error)}") from error
+        here, first = shards[-1].features, shards[0].features
+        if here != first:
+            raise ValueError(f"{file} has other columns than {files[0].name}: {here}, not {first}")
+    source = str(files[0]) if len(files) == 1 else f"{files[0]} and shards"
+    return from_dataset(datasets.concatenate_datasets(shards), source)
 
 
 def _read_saved(folder: Path) -> dict[str, Table]:
@@ -209,17 +184,22 @@ def _read_saved(folder: Path) -> dict[str, Table]:
 
     try:
         saved: Any = datasets.load_from_disk(str(folder))
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {ALL: saved}
+        for dataset in splits.values():
+            dataset.data.validate(full=True)
     except Exception as error:  # whatever datasets, pyarrow or JSON raise on a damaged folder
-        raise ValueError(f"{folder} cannot be read as a folder of datasets.save_to_disk: {error}") from error
-    if not isinstance(saved, datasets.DatasetDict):
-        return {ALL: from_dataset(saved, str(folder))}
-    return {str(split): from_dataset(dataset, str(folder / str(split))) for split, dataset in saved.items()}
+        raise ValueError(f"{folder} cannot be read as a folder of datasets.save_to_disk: {_one_line(error)}") from error
+    return {str(split): from_dataset(dataset, str(folder / str(split))) for split, dataset in splits.items()}
 
 
-_READERS: dict[str, Callable[[Path], Table]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": lambda file: _read_parquet([file]),
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+_READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {
+    ".csv": lambda file, unnamed: _fields(file, csv_rows(file, read_text(file)), unnamed),
+    ".tsv": lambda file, unnamed: _fields(file, tsv_rows(file, read_text(file)), unnamed),
+    ".jsonl": lambda file, unnamed: _objects(file, jsonl_rows(file, read_text(file))),
+    ".json": lambda file, unnamed: _read_json(file),
+    ".parquet": lambda file, unnamed: _read_parquet([file]),
 }

@@ -1,7 +1,7 @@
 """Tasks: labelled texts by name or from files, checked, split in three, and encoded. Ready to train on."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +9,9 @@ import numpy as np
 
 from flaxmpc.convert import tables
 from flaxmpc.convert.data import SPLITS, Split, Text, encode, movie_sentences, split_of
+from flaxmpc.convert.labels import REGRESSION, read_labels
 from flaxmpc.convert.tables import ALL, Table
-from flaxmpc.errors import unknown
-
-REGRESSION = ("LABEL_0",)
-"""The one label of a regression, named as HF does."""
+from flaxmpc.errors import brief, listed, unknown
 
 # The pairs first: a table with question and sentence is one of pairs.
 _TEXT_COLUMNS = (
@@ -43,20 +41,45 @@ _SPLIT_NAMES = {
 
 
 class Glue(NamedTuple):
-    """A task of GLUE (Wang et al., arXiv 1804.07461): its columns, its labels, the metrics it is ranked by."""
+    """A task of GLUE (Wang et al., arXiv 1804.07461), with the names that the hub gives to its columns and labels.
+
+    Attributes:
+        text_columns, id2label: the hub's.
+        metrics: what it is ranked by.
+        shipped: the names of columns in the files that GLUE itself ships, where they differ, by the hub's.
+        unnamed: the columns of its files that come without a line of names.
+    """
 
     text_columns: tuple[str, ...]
     id2label: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
+    shipped: Mapping[str, str] = {}
+    unnamed: tuple[str, ...] = ()
 
 
 GLUE: dict[str, Glue] = {
-    "cola": Glue(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
+    "cola": Glue(
+        ("sentence",),
+        ("unacceptable", "acceptable"),
+        ("matthews_correlation",),
+        unnamed=("source", "label", "original_label", "sentence"),
+    ),
     "sst2": Glue(("sentence",), ("negative", "positive")),
-    "mrpc": Glue(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "qqp": Glue(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-    "stsb": Glue(("sentence1", "sentence2"), REGRESSION, ("pearson", "spearman")),
-    "mnli": Glue(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "mrpc": Glue(
+        ("sentence1", "sentence2"),
+        ("not_equivalent", "equivalent"),
+        ("accuracy", "f1"),
+        {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+    ),
+    "qqp": Glue(
+        ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), {"label": "is_duplicate"}
+    ),
+    "stsb": Glue(("sentence1", "sentence2"), REGRESSION, ("pearson", "spearman"), {"label": "score"}),
+    "mnli": Glue(
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        shipped={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
+    ),
     "qnli": Glue(("question", "sentence"), ("entailment", "not_entailment")),
     "rte": Glue(("sentence1", "sentence2"), ("entailment", "not_entailment")),
     "wnli": Glue(("sentence1", "sentence2"), ("not_entailment", "entailment")),
@@ -74,7 +97,8 @@ class Task:
         id2label: the names of the classes in order of their ids; one name for regression.
         metrics: names in `flaxmpc.convert.metrics.METRICS`; the first decides which checkpoint is best.
         text_columns: one, or two for pairs.
-        warnings: what is odd but no error, a sentence each: texts that are cut, texts that two splits share.
+        warnings: what is odd but no error, a sentence each: texts that are cut, texts that two splits share, a text
+            with two labels, numbers that look like classes.
     """
 
     name: str
@@ -104,7 +128,8 @@ def load(
     `data` is one of
     - `movie`, the shipped sentences, see `movie_sentences`;
     - a task of GLUE: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, from the hub;
-    - TASK=FOLDER, such as `sst2=data/sst2`: a local copy of a task of GLUE, handled as the hub's;
+    - TASK=FOLDER, such as `sst2=data/SST-2`: a local copy of a task of GLUE, in the files that GLUE ships or with the
+      hub's columns, handled as the hub's;
     - a file or a folder, see `tables.read`. A name comes before a path: write ./movie for a folder of that name.
 
     A data set that comes with train, validation and test is used as it is. Where only one of validation and test
@@ -112,8 +137,9 @@ def load(
     test labels are not public, so this holds for all of GLUE (for MNLI with the matched validation split). A single
     table is split by `split_of` in three. So all splits are the same at every run, and need no seed.
 
-    Labels are names (strings), ids from 0 without gaps (integers), or numbers for regression (any float among them);
-    numbers may be written as strings.
+    Labels are names (strings), ids from 0 without gaps (integers), true and false, or numbers for regression (any float
+    among them); numbers may be written as strings. Where a column's classes have names, as `datasets.ClassLabel` gives
+    them, it is these that count and not their order.
 
     Args:
         tokenizer: see `flaxmpc.models.folder.load_tokenizer`.
@@ -123,18 +149,23 @@ def load(
 
     Raises:
         ValueError: an unknown name; a broken file; a missing column (says which exist); no rows; a missing, negative
-            or unknown label, or an empty text (says in which row); a class that train lacks.
+            or unknown label, one of another kind than most, one that differs from another only in case, or an empty
+            text (says in which row); a class that train lacks.
         FileNotFoundError: a folder with no data in it.
         ConnectionError: the hub cannot be reached.
     """
     name, separator, path = data.partition("=")
     glue = GLUE.get(name)
-    if glue is not None:
-        found = tables.read(path) if separator else _from_hub(name)
+    if glue is not None and separator:
+        if not path:
+            raise ValueError(f"{data} names no folder")
+        found = _read(path, glue, _SPLIT_NAMES)
+    elif glue is not None:
+        found = _from_hub(name)
     elif data == "movie":
         found = {split: tables.from_dataset(rows, f"movie {split}") for split, rows in movie_sentences().items()}
     elif Path(data).exists():
-        found = tables.read(data)
+        found = _read(data, None, _SPLIT_NAMES)
     else:
         raise unknown("data set or path", data, ("movie", *GLUE))
     name = name if glue is not None else data
@@ -153,7 +184,7 @@ def load(
 
     warnings: list[str] = []
     texts = {split: _texts(table, columns, warnings if glue else None) for split, table in found.items()}
-    labels, id2label = _labels(found, label_column, glue.id2label if glue else None)
+    labels, id2label = read_labels(found, label_column, glue.id2label if glue else None, warnings)
     rows = _three({split: Rows(texts[split], labels[split]) for split in found})
     for split in SPLITS:
         if not rows[split].texts:
@@ -163,6 +194,7 @@ def load(
         lacking = sorted(set(range(len(id2label))) - set(rows["train"].labels.tolist()))
         if lacking:
             raise ValueError(f"the training split of {name} has no row of class {lacking[0]} ({id2label[lacking[0]]})")
+        warnings += _contradictions(rows)
     warnings += _leaks(rows)
 
     encoded: dict[str, Split] = {}
@@ -191,7 +223,7 @@ def unlabelled(path: Path, task: Task, tokenizer: Any, max_length: int) -> Split
         ValueError: a broken file; a missing column (says which exist); an empty text (says in which row); no texts.
         FileNotFoundError: there is no such path, or no data in it.
     """
-    found = tables.read(path).values()
+    found = _read(path, GLUE.get(task.name)).values()
     for table in found:
         _need(table, task.text_columns)
     held_out = {*(task.validation.texts or ()), *(task.test.texts or ())}
@@ -210,6 +242,21 @@ class Rows(NamedTuple):
 
     def where(self, mask: np.ndarray) -> "Rows":
         return Rows([self.texts[row] for row in np.flatnonzero(mask)], self.labels[mask])
+
+
+def _read(path: str | Path, glue: Glue | None, splits: Container[str] | None = None) -> dict[str, Table]:
+    """The tables of a path; a task's in the files that GLUE ships have the hub's names of columns too."""
+    if glue is None:
+        return tables.read(path, splits)
+    found = tables.read(path, splits, glue.unnamed)
+    for split, table in found.items():
+        columns, class_names = dict(table.columns), dict(table.class_names)
+        for ours, theirs in glue.shipped.items():
+            if ours not in columns and theirs in columns:
+                columns[ours] = columns[theirs]
+                class_names |= {ours: class_names[theirs]} if theirs in class_names else {}
+        found[split] = dataclasses.replace(table, columns=columns, class_names=class_names)
+    return found
 
 
 def _from_hub(name: str) -> dict[str, Table]:
@@ -235,12 +282,8 @@ def _named(found: Mapping[str, Table], name: str) -> dict[str, Table]:
         if ours is not None:
             renamed[ours] = table
     if not renamed.keys() & {"train", ALL}:
-        raise ValueError(f"{name} has no training split: a split or file named train is needed, it has {_list(found)}")
+        raise ValueError(f"{name} has no training split: a split or file named train is needed, it has {listed(found)}")
     return renamed
-
-
-def _list(names: Any) -> str:
-    return ", ".join(map(str, names)) or "none"
 
 
 def _usual_text_columns(found: Mapping[str, Table]) -> tuple[str, ...]:
@@ -251,14 +294,14 @@ def _usual_text_columns(found: Mapping[str, Table]) -> tuple[str, ...]:
     usual = " or ".join("+".join(columns) for columns in _TEXT_COLUMNS)
     raise ValueError(
         f"{table.source} has no column of text that is named as usual ({usual}). Its columns are "
-        f"{_list(table.columns)}: name one or two as text_columns"
+        f"{listed(table.columns)}: name one or two as text_columns"
     )
 
 
 def _need(table: Table, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise ValueError(f"{table.source} has no column {_list(missing)}. Its columns are {_list(table.columns)}")
+        raise ValueError(f"{table.source} has no column {listed(missing)}. Its columns are {listed(table.columns)}")
 
 
 def _texts(table: Table, columns: Sequence[str], warnings: list[str] | None) -> list[Text]:
@@ -271,7 +314,7 @@ def _texts(table: Table, columns: Sequence[str], warnings: list[str] | None) -> 
     for column, values in zip(columns, texts, strict=True):
         for row, value in enumerate(values):
             if not isinstance(value, str):
-                what = "is missing" if value is None else f"is {value!r}, not a string"
+                what = "is missing" if value is None else f"is {brief(value)}, not a string"
                 raise ValueError(f"{table.at(row)}: {column} {what}")
             if not value.strip():
                 if warnings is None:
@@ -280,106 +323,6 @@ def _texts(table: Table, columns: Sequence[str], warnings: list[str] | None) -> 
     if empty and warnings is not None:
         warnings.append(f"{table.source}: {empty} texts are empty")
     return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))  # pyright: ignore[reportReturnType]
-
-
-def _label(value: Any) -> int | float | str | None:
-    """A label as an id, a number or a name; None if it is missing. Files of text have their numbers as strings."""
-    if isinstance(value, str):
-        text = value.strip()
-        for number in (int, float):
-            try:
-                return _label(number(text))
-            except ValueError:
-                pass
-        return text or None
-    if isinstance(value, float):
-        return None if np.isnan(value) else value
-    return int(value) if isinstance(value, int) else None
-
-
-class _Labels(NamedTuple):
-    """The column of labels of every table, parsed."""
-
-    column: str
-    found: Mapping[str, Table]
-    values: dict[str, list[Any]]
-
-    @classmethod
-    def parse(cls, found: Mapping[str, Table], column: str) -> "_Labels":
-        labels = cls(column, found, {})
-        for split, table in found.items():
-            raw = list(table.columns[column][:])
-            labels.values[split] = [_label(value) for value in raw]
-            if None in labels.values[split]:
-                row = labels.values[split].index(None)
-                raise ValueError(f"{table.at(row)}: {column} is missing or no label: {raw[row]!r}")
-        return labels
-
-    @property
-    def train(self) -> list[Any]:
-        return self.values["train"] if "train" in self.values else self.values[ALL]
-
-    def count(self, kind: type) -> int:
-        return sum(isinstance(value, kind) for values in self.values.values() for value in values)
-
-    def refuse(self, wrong: Callable[[Any], bool], message: str) -> None:
-        """Raises for the first row whose label is wrong."""
-        for split, values in self.values.items():
-            for row, value in enumerate(values):
-                if wrong(value):
-                    raise ValueError(f"{self.found[split].at(row)}: {self.column} {value!r} {message}")
-
-    def arrays(self, convert: Callable[[Any], float], dtype: Any) -> dict[str, np.ndarray]:
-        return {split: np.asarray([convert(value) for value in values], dtype) for split, values in self.values.items()}
-
-
-def _labels(
-    found: Mapping[str, Table], column: str, names: tuple[str, ...] | None
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The ids, or numbers, of every table, and the names of the classes.
-
-    Args:
-        names: of the classes where they are known, `REGRESSION` for numbers; None: as the column says.
-    """
-    labels = _Labels.parse(found, column)
-    words, numbers = labels.count(str), labels.count(int) + labels.count(float)
-    if words and numbers:
-        rare, common = (str, "a number") if words < numbers else ((int, float), "a name")
-        labels.refuse(lambda value: isinstance(value, rare), f"is not {common}, as most labels are")
-
-    if names is None:
-        given = {table.class_names.get(column) for table in found.values()}
-        if len(given) > 1:
-            raise ValueError(f"the splits name the classes of {column} differently: {_list(given)}")
-        names = given.pop()
-    if names == REGRESSION or (names is None and labels.count(float)):
-        labels.refuse(lambda value: isinstance(value, str), "is not a number")
-        labels.refuse(lambda value: not np.isfinite(value), "is not finite")
-        return labels.arrays(float, np.float32), REGRESSION
-
-    labels.refuse(lambda value: isinstance(value, float), "is not the id of a class")
-    if not words:
-        labels.refuse(lambda value: value < 0, "is negative (-1 often marks a split whose labels are not public)")
-    if names is None:
-        names = tuple(sorted(set(labels.train))) if words else _numbered(labels.train)
-    if len(names) < 2:
-        raise ValueError(f"all labels of {labels.column} for training are {_list(names)}: there is nothing to learn")
-    ids: Mapping[Any, int] = {value: i for i, value in enumerate(names if words else range(len(names)))}
-    known = _list(names) if words else f"0 to {len(names) - 1}"
-    labels.refuse(lambda value: value not in ids, f"is none of the classes: {known}")
-    return labels.arrays(ids.__getitem__, np.int32), names
-
-
-def _numbered(train: Sequence[int]) -> tuple[str, ...]:
-    """HF's names of classes that have none. Ids that leave one out are refused: it could not be learnt."""
-    present, largest = set(train), max(train)
-    gap = next((i for i in range(largest) if i not in present), None)
-    if gap is not None:
-        raise ValueError(
-            f"the training split has labels up to {largest} but no row of class {gap}: ids are 0, 1, 2, ... without "
-            "gaps; else give names"
-        )
-    return tuple(f"LABEL_{i}" for i in range(largest + 1))
 
 
 def _three(rows: dict[str, Rows]) -> dict[str, Rows]:
@@ -393,6 +336,17 @@ def _three(rows: dict[str, Rows]) -> dict[str, Rows]:
         return {split: whole.where(buckets == split) for split in SPLITS}
     chosen = buckets == "validation"
     return {"train": whole.where(~chosen), "validation": whole.where(chosen), "test": held_out}
+
+
+def _contradictions(rows: Mapping[str, Rows]) -> list[str]:
+    """A warning for every split that has a text with two labels."""
+    found = []
+    for split in SPLITS:
+        first: dict[Text, int] = {}
+        pairs = zip(rows[split].texts, rows[split].labels.tolist(), strict=True)
+        if count := sum(first.setdefault(text, label) != label for text, label in pairs):
+            found.append(f"{split}: {count} of {len(rows[split].texts)} rows repeat an earlier text with another label")
+    return found
 
 
 def _leaks(rows: Mapping[str, Rows]) -> list[str]:

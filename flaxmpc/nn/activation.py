@@ -80,6 +80,14 @@ def relu(x: X) -> X:
     return jax.nn.relu(x)
 
 
+def silu(x: X) -> X:
+    """x / (1 + exp(-x)): exact. On shares it takes a comparison, an exponential and a division.
+
+    From 20 on 1 / (1 + exp(-x)) is 1 in float32. Without the bound it is 0 on shares beyond 500.
+    """
+    return x * jax.nn.sigmoid(jnp.minimum(x, 20.0))
+
+
 def quad(x: X) -> X:
     """0.125 x^2 + 0.25 x + 0.5 = 0.125 (x + 1)^2 + 0.375. One squaring; folded, nothing more."""
     return 0.125 * x * x + 0.25 * x + 0.5
@@ -178,11 +186,23 @@ def gelu_nimbus(x: X) -> X:
     return (low - high) * quadratic + high * x
 
 
-ACTIVATIONS: Registry[Activation] = Registry("activation", Activation)
+ACTIVATIONS: Registry[Activation] = Registry(
+    "activation",
+    Activation,
+    # HF has several names, and forms of code, for one function.
+    also={
+        **dict.fromkeys(
+            ("gelu_accurate", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"), "gelu_tanh"
+        ),
+        "gelu_python": "gelu",
+        "swish": "silu",
+    },
+)
 
 ACTIVATIONS.register(Activation("gelu", gelu_erf, "exact", needs_distillation=False, max_gelu_error=0.0))
 ACTIVATIONS.register(Activation("gelu_tanh", gelu_tanh, "exact", False, input_range=(-7.0, 7.0), max_gelu_error=0.0005))
 ACTIVATIONS.register(Activation("relu", relu, "exact", needs_distillation=True))
+ACTIVATIONS.register(Activation("silu", silu, "exact", needs_distillation=True))
 ACTIVATIONS.register(
     Activation(
         "quad",

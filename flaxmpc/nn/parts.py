@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 from flaxmpc.errors import unknown
+from flaxmpc.nn.same import same
 
 P = TypeVar("P")
 
@@ -13,22 +14,31 @@ class Registry(Mapping[str, P], Generic[P]):
     """The named parts of one kind, such as every published activation.
 
     A part is a frozen dataclass with a field `name`; `functools.partial`s and plain functions go in a field.
+
+    Args:
+        kind: for messages.
+        part_type: of every part.
+        also: names of parts by what others call them; a part is found under both.
     """
 
-    def __init__(self, kind: str, part_type: type[P]):
+    def __init__(self, kind: str, part_type: type[P], also: Mapping[str, str] | None = None):
         self.kind = kind
         self.part_type = part_type
+        self.also = also or {}
         self._parts: dict[str, P] = {}
 
     def register(self, part: P) -> P:
         """Adds a part under its own name, so that configs can name it.
 
+        The same part may come again, made anew by the same definition, see `flaxmpc.nn.same`: the last is kept.
+
         Raises:
             ValueError: the name is taken by another part.
         """
         name = part.name  # pyright: ignore[reportAttributeAccessIssue]
-        if self._parts.setdefault(name, part) is not part:
-            raise ValueError(f"{self.kind} {name!r} is registered already")
+        if name in self.also or not same(self._parts.get(name, part), part):
+            raise ValueError(f"{self.kind} {name!r} is registered already, as another part: give this one its own name")
+        self._parts[name] = part
         return part
 
     def resolve(self, spec: Any) -> P:
@@ -70,6 +80,7 @@ class Registry(Mapping[str, P], Generic[P]):
             field.name: getattr(part, field.name)
             for field in dataclasses.fields(part)  # pyright: ignore[reportArgumentType]
             if getattr(part, field.name) != getattr(known, field.name)
+            and not same(getattr(part, field.name), getattr(known, field.name))
         }
         for field, value in changes.items():
             if not isinstance(value, (str, int, float, tuple, type(None))):
@@ -80,9 +91,13 @@ class Registry(Mapping[str, P], Generic[P]):
         return {"name": name, **changes} if changes else name
 
     def __getitem__(self, name: str) -> P:
-        if name not in self._parts:
+        part = self._parts.get(self.also.get(name, name))
+        if part is None:
             raise unknown(self.kind, name, self._parts)
-        return self._parts[name]
+        return part
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts or name in self.also
 
     def __iter__(self):
         return iter(self._parts)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from flaxmpc.secure._spu import SecureError
 
 # A place in this folder is none of the user's.
 source_info_util.register_exclusion(str(Path(__file__).parent))
@@ -37,3 +40,15 @@ def source(eqn: Any) -> str:
     text = source_info_util.summarize(eqn.source_info)
     found = re.search(r"[^/\\:]+:\d+", text)
     return found.group() if found else text
+
+
+def bind(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any] | None = None) -> list[Any]:
+    """The results of an equation on values: computed, or traced; by default with its own parameters."""
+    functions, own = eqn.primitive.get_bind_params(eqn.params if params is None else params)
+    outs = eqn.primitive.bind(*functions, *ins, **own)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def refusal(eqn: Any, reason: str) -> SecureError:
+    """The error that names an equation's primitive, and the user's line."""
+    return SecureError(f"SPU cannot compute {eqn.primitive.name} ({source(eqn)}): {reason}")

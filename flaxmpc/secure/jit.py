@@ -51,6 +51,9 @@ def jit(
         secure_loss = secure.jit(loss, "ABY3")
         value, cost = secure_loss.run(params, batch)
 
+    It gives what JAX gives, within the precision of fixed point, as long as no number overflows (`secure.check`): what
+    SPU by itself computes otherwise is rewritten, or refused by name when it is compiled (`flaxmpc.secure.lowering`).
+
     Args:
         fn: any JAX function of pytrees (positional arguments) that returns a pytree; shapes are static.
         protocol: a name in PROTOCOLS; "ABY3" unless `parties` are given.

@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.table import InMemoryTable
 
 from flaxmpc.convert import tables
 from flaxmpc.convert.tables import ALL
@@ -49,7 +50,7 @@ def state(folder: Path) -> dict[str, tuple]:
         ("a.jsonl", "\n".join(map(json.dumps, ROWS)), [1, 2]),
         ("a.jsonl", "\r\n".join(map(json.dumps, ROWS)) + "\n\n", [1, 2]),
         ("a.json", "\n".join(map(json.dumps, ROWS)), [1, 2]),
-        ("a.json", json.dumps(ROWS, indent=2), None),
+        ("a.json", json.dumps(ROWS, indent=2), [2, 6]),
     ],
 )
 def test_files_of_text(tmp_path, name, text, lines):
@@ -103,7 +104,7 @@ def test_shards_are_one_split(tmp_path):
     assert set(found) == {"train", "validation_matched"}
     assert columns(found["train"]) == {"text": ["0", "1"], "label": [0, 1]}
     pq.write_table(pa.table({"text": [2.5], "label": [1]}), tmp_path / "train-00001-of-00002.parquet")
-    with pytest.raises(ValueError, match=r"the shards from .*train-00000-of-00002.parquet on have different columns"):
+    with pytest.raises(ValueError, match=r"00001-of-00002.parquet has other columns than train-00000-of-00002.parquet"):
         tables.read(tmp_path)
 
 
@@ -149,18 +150,18 @@ def test_reading_writes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "text,label\na,0\nb,1,2\n", "a.csv, line 3: 3 fields, but the first line names 2 columns"),
-        ("a.csv", 'text,label\n"a\nb",0\n\nb\n', "a.csv, line 5: 1 fields, but the first line names 2 columns"),
-        ("a.csv", 'text,label\na,0\n"b,1\nc,0\n', "a.csv, line 3: unexpected end of data"),
-        ("a.csv", 'text,label\n"a" b,0\n', "a.csv, line 2: ',' expected after '\"'"),
-        ("a.csv", "text,text\na,0\n", "a.csv, line 1: a column name stands twice in text, text"),
-        ("a.tsv", "text\tlabel\na\t0\nb 1\n", "a.tsv, line 3: 1 fields, but the first line names 2 columns"),
+        ("a.csv", "text,label\na,0\nb,1,2\n", "a.csv, line 3: 3 fields, but the first line has 2"),
+        ("a.csv", 'text,label\n"a\nb",0\n\nb\n', "a.csv, line 5: 1 fields, but the first line has 2"),
+        ("a.csv", 'text,label\na,0\n"b,1\nc,0\n', "a.csv, line 3: a quote opens here that never closes"),
+        ("a.csv", 'text,label\n"a" b,0\n', "a.csv, line 2: after the quoted field that starts here stands ' '"),
+        ("a.csv", "text,text\na,0\n", "a.csv: two columns are named 'text'"),
+        ("a.tsv", "text\tlabel\na\t0\nb 1\n", "a.tsv, line 3: 1 fields, but the first line has 2"),
         ("a.csv", b"text,label\na,0\n\xe9t\xe9,1\n", "a.csv, line 3: not UTF-8 (byte 0xe9)"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}', "a.jsonl, line 3: not UTF-8 (byte 0xff)"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": "b"\n', "a.jsonl, line 3: not JSON: Expecting ',' delimiter"),
         ("a.jsonl", '{"text": "a"}\n["b", 1]\n', "a.jsonl, line 2: not a JSON object with the columns as keys"),
         ("a.json", '[{"text": "a"},\n{"text": b}]', "a.json, line 2: not JSON: Expecting value"),
-        ("a.json", '[{"text": "a"}, 3]', "a.json, row 1 (from 0): not a JSON object"),
+        ("a.json", '[{"text": "a"}, 3]', "a.json, line 1: not a JSON object"),
         ("a.csv", " \n", "a.csv is empty"),
         ("a.jsonl", "", "a.jsonl is empty"),
         ("a.parquet", "no parquet", "a.parquet cannot be read as Parquet"),
@@ -189,6 +190,122 @@ def test_there_has_to_be_something(tmp_path):
     (tmp_path / "notes.txt").write_text("no data")
     with pytest.raises(FileNotFoundError, match="has neither files of data"):
         tables.read(tmp_path)
+
+
+def test_a_split_has_all_of_its_shards_once(tmp_path):
+    def shard(name: str) -> None:
+        pq.write_table(pa.table({"text": [name]}), tmp_path / name)
+
+    shard("train-00000-of-00002.parquet")
+    with pytest.raises(ValueError, match="has not one file, or every shard once, for the split train: train-00000-of-"):
+        tables.read(tmp_path)
+    shard("train-00001-of-00002.parquet")
+    assert len(tables.read(tmp_path)["train"]) == 2
+    shard("train.parquet")
+    with pytest.raises(ValueError, match="has not one file, or every shard once"):
+        tables.read(tmp_path)
+
+
+def test_shards_name_their_classes_alike(tmp_path):
+    for shard, names in enumerate((["no", "yes"], ["yes", "no"])):
+        features = datasets.Features(label=datasets.ClassLabel(names=names))
+        datasets.Dataset.from_dict({"label": [1]}, features=features).to_parquet(
+            str(tmp_path / f"train-{shard:05}-of-00002.parquet")
+        )
+    with pytest.raises(ValueError, match=r"00001-of-00002.parquet has other columns than train-00000-of-00002.parquet"):
+        tables.read(tmp_path)
+
+
+def test_a_folder_named_as_a_column_is_none(tmp_path):
+    file = tmp_path / "label=7" / "train.parquet"
+    file.parent.mkdir()
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), file)
+    assert columns(tables.read(file)[ALL]) == {"text": ["a"], "label": [1]}
+
+
+def test_names_of_categories_are_read_from_parquet(tmp_path):
+    pq.write_table(pa.table({"label": pa.array(["b", "a", "b"]).dictionary_encode()}), tmp_path / "a.parquet")
+    assert columns(tables.read(tmp_path / "a.parquet")[ALL]) == {"label": ["b", "a", "b"]}
+
+
+def test_a_split_that_is_a_link_to_nothing_is_not_left_out(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,0\n")
+    (tmp_path / "dev.csv").symlink_to(tmp_path / "moved.csv")
+    with pytest.raises(FileNotFoundError, match=r"dev\.csv"):
+        tables.read(tmp_path)
+
+
+def test_only_the_splits_that_are_asked_for_are_read(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,0\n")
+    (tmp_path / "dataset_infos.json").write_text("not a table")
+    assert set(tables.read(tmp_path, ("train", "dev"))) == {"train"}
+    with pytest.raises(FileNotFoundError, match=r"has no file that is named as a split, .*: dataset_infos, train"):
+        tables.read(tmp_path, ("dev",))
+    with pytest.raises(ValueError, match=r"dataset_infos.json, line 1: not JSON"):
+        tables.read(tmp_path)
+
+
+def test_columns_of_a_file_without_a_line_of_names(tmp_path):
+    unnamed = ("source", "label", "sentence")
+    file = tmp_path / "a.tsv"
+    file.write_text("x\t1\tA film.\ny\t0\tA film\n")
+    table = tables.read(file, unnamed=unnamed)[ALL]
+    assert columns(table) == {"source": ["x", "y"], "label": ["1", "0"], "sentence": ["A film.", "A film"]}
+    assert table.lines == [1, 2]
+    file.write_text("idx\tlabel\tsentence\n3\t1\tA film.\n")
+    assert columns(tables.read(file, unnamed=unnamed)[ALL]) == {"idx": ["3"], "label": ["1"], "sentence": ["A film."]}
+    file.write_text("index\tsentence\n3\tA film.\n")
+    assert columns(tables.read(file, unnamed=unnamed)[ALL]) == {"index": ["3"], "sentence": ["A film."]}
+    file.write_text("x\t1\tA film.\ny\t0\n")
+    with pytest.raises(ValueError, match=r"a.tsv, line 2: 2 fields, but the first line has 3"):
+        tables.read(file, unnamed=unnamed)
+
+
+def corrupt(text: bytes) -> pa.Table:
+    """A string that is no UTF-8, as other writers of Parquet let pass."""
+    offsets = pa.array(["a" * len(text)]).buffers()[1]
+    return pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(text)])})
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (corrupt(b"\xff\xfe"), "cannot be read as Parquet: .*Invalid UTF8"),
+        (pa.table({"text": ["a"]}).replace_schema_metadata({"huggingface": "{bad"}), "cannot be read as Parquet: "),
+        (pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["x", "x"]), "cannot be read as Parquet: "),
+    ],
+)
+def test_what_is_odd_within_parquet_is_refused_with_its_file(tmp_path, table, message):
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=f"a.parquet {message}") as error:
+        tables.read(tmp_path / "a.parquet")
+    assert str(error.value).startswith(str(tmp_path))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_strings_that_are_no_utf8_in_a_folder_of_datasets(tmp_path):
+    datasets.Dataset(InMemoryTable(corrupt(b"\xff"))).save_to_disk(str(tmp_path))
+    with pytest.raises(ValueError, match=r"cannot be read as a folder of datasets.save_to_disk: .*Invalid UTF8"):
+        tables.read(tmp_path)
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 700), st.integers(0, 3), st.binary(max_size=3)), min_size=1))
+@hypothesis.settings(max_examples=100)
+def test_damaged_parquet_is_refused_with_its_file(tmp_path_factory, edits):
+    file = tmp_path_factory.mktemp("damaged") / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), file)
+    data = file.read_bytes()
+    for start, length, part in edits:
+        data = data[:start] + part + data[start + length :]
+    file.write_bytes(data)
+    refused = None
+    try:
+        assert [len(column) for column in columns(tables.read(file)[ALL]).values()] != []
+    except ValueError as error:
+        refused = error
+    if refused is not None:
+        assert str(refused).startswith(f"{file} cannot be read as Parquet: ")
+        assert len(str(refused).splitlines()) == 1
 
 
 def test_two_files_for_a_split_are_one_too_many(tmp_path):

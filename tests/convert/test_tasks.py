@@ -259,6 +259,104 @@ def test_empty_texts_of_glue_are_kept_and_counted(tmp_path, read):
     assert len(task.train) + len(task.validation) == 60
 
 
+# As GLUE ships them: the lines of names of train and dev, rows of made-up texts, and where the texts and label stand.
+SHIPPED = {
+    "cola": (None, "gj04\t{id}\t\tA sentence {n}."),
+    "sst2": ("sentence\tlabel", "a film {n} \t{id}"),
+    "mrpc": (
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        '{id}\t7{n}\t8{n}\tHe said " it {n} .\t"It {n} ".',
+    ),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", '{n}\t1\t2\t"""Is it {n}?\tIs it?"\t{id}'),
+    "stsb": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        "{n}\tmain-news\tMSRvid\t2012\t000{n}\tnone\tnone\tA man {n}.\tA woman.\t{id}.250",
+    ),
+    "mnli": (
+        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse"
+        "\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+        "{n}\t3\t3n\tfiction\t( It {n} )\t( It )\t(ROOT {n})\t(ROOT)\tIt {n}.\tIt.\tneutral\t{label}",
+    ),
+    "qnli": ("index\tquestion\tsentence\tlabel", "{n}\tWhat {n}?\tThat.\t{label}"),
+    "rte": ("index\tsentence1\tsentence2\tlabel", "{n}\tIt {n}.\tIt.\t{label}"),
+    "wnli": ("index\tsentence1\tsentence2\tlabel", "{n}\tIt {n}.\tIt.\t{id}"),
+}
+
+
+def ship(folder: Path, name: str) -> Path:
+    """A folder of a task in the form in which GLUE ships it: 60 rows to train on, 12 of dev, test without labels."""
+    header, row = SHIPPED[name]
+    names = GLUE[name].id2label
+
+    def lines(start: int, count: int) -> list[str]:
+        made = [
+            row.format(n=n, id=n % max(2, len(names)), label=names[n % len(names)]) for n in range(start, start + count)
+        ]
+        return made if header is None else [header, *made]
+
+    folder.mkdir()
+    held_out = ("dev_matched", "dev_mismatched") if name == "mnli" else ("dev",)
+    for split, start, count in (("train", 0, 60), *((split, 100 * i + 100, 12) for i, split in enumerate(held_out))):
+        (folder / f"{split}.tsv").write_text("\n".join(lines(start, count)), encoding="utf-8")
+    test = [f"{n}\tA text {n}" for n in range(9)]
+    (folder / f"{held_out[0].replace('dev', 'test')}.tsv").write_text("\n".join(["index\tsentence", *test]) + "\n")
+    (folder / "diagnostic-full.tsv").write_text("a table of another form\n1\t2\n")
+    (folder / "original").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_glue_as_it_ships_it(name, tmp_path, read):
+    task = read(f"{name}={ship(tmp_path / name, name)}")
+    assert (task.name, task.id2label, task.metrics) == (name, GLUE[name].id2label, GLUE[name].metrics)
+    assert task.text_columns == GLUE[name].text_columns
+    assert task.warnings == ()
+    assert len(task.train) + len(task.validation) == 60
+    numbers = [n % max(2, len(task.id2label)) for n in range(100, 112)]
+    assert task.test.labels.tolist() == ([n + 0.25 for n in numbers] if name == "stsb" else numbers)
+    expected = {
+        "cola": "A sentence 100.",
+        "sst2": "a film 100 ",
+        "mrpc": ('He said " it 100 .', '"It 100 ".'),
+        "qqp": ('"""Is it 100?', 'Is it?"'),
+        "stsb": ("A man 100.", "A woman."),
+        "qnli": ("What 100?", "That."),
+    }
+    assert task.test.texts[0] == expected.get(name, ("It 100.", "It."))
+
+
+@pytest.mark.parametrize("name", ["cola", "mrpc", "stsb"])
+def test_texts_without_labels_as_glue_ships_them(name, tmp_path, read, tokenizer):
+    task = read(f"{name}={ship(tmp_path / name, name)}")
+    split = tasks.unlabelled(tmp_path / name / "train.tsv", task, tokenizer, 16)
+    assert len(split) == len(task.train)  # all but those of validation
+
+
+def test_columns_of_glue_by_their_own_names(tmp_path, read):
+    folder = ship(tmp_path / "mrpc", "mrpc")
+    task = read(f"mrpc={folder}", text_columns=("#2 String", "#1 String"), label_column="Quality")
+    assert task.test.texts[0] == ('"It 100 ".', 'He said " it 100 .')
+
+
+def test_glue_with_classes_in_another_order(tmp_path, read):
+    turned = datasets.Features(
+        premise=datasets.Value("string"),
+        hypothesis=datasets.Value("string"),
+        label=datasets.ClassLabel(names=["contradiction", "entailment", "neutral"]),
+    )
+    columns = {"premise": [f"a {i}" for i in range(60)], "hypothesis": ["b"] * 60, "label": [i % 3 for i in range(60)]}
+    rows = datasets.Dataset.from_dict(columns, features=turned)
+    datasets.DatasetDict({"train": rows, "validation_matched": rows}).save_to_disk(str(tmp_path))
+    task = read(f"mnli={tmp_path}")
+    assert task.id2label == ("entailment", "neutral", "contradiction")
+    assert task.test.labels.tolist() == [(i + 2) % 3 for i in range(60)]
+
+
+def test_a_folder_of_glue_has_a_name(read):
+    with pytest.raises(ValueError, match="sst2= names no folder"):
+        read("sst2=")
+
+
 # ----------------------------------------------------------------------------------------------------------- warnings
 
 
@@ -276,6 +374,12 @@ def test_texts_that_splits_share_are_counted(tmp_path, read):
         "3 of 4 texts of test are in train too",
         "2 of 4 texts of test are in validation too",
     )
+
+
+def test_texts_with_two_labels_are_counted(tmp_path, read):
+    train = [*films(8), ("film number 0", 1), ("film number 1", 1), ("film number 0", 1)]
+    task = read(folder_of(tmp_path, train=train, dev=films(3, 50), test=films(3, 60)))
+    assert task.warnings == ("train: 2 of 11 rows repeat an earlier text with another label",)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad data
@@ -369,6 +473,12 @@ def test_columns_are_named_where_one_is_missing(tmp_path, read):
     write(tmp_path / "two" / "test.csv", GOOD, ("sentence", "stars"))
     with pytest.raises(ValueError, match=r"test.csv has no column label. Its columns are sentence, stars"):
         read(tmp_path / "two")
+
+
+def test_names_of_columns_that_cannot_be_seen_are_quoted(tmp_path, read):
+    file = write(tmp_path / "a.csv", GOOD, ("text\u200b", " label"))
+    with pytest.raises(ValueError, match=r"Its columns are 'text\\u200b', ' label'"):
+        read(file)
 
 
 def test_texts_have_to_be_strings(tmp_path, read):

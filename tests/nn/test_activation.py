@@ -66,6 +66,7 @@ FORMULAS = {
     "gelu": _erf_gelu,
     "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: x * (x > 0),
+    "silu": lambda x: x / (1 + np.exp(np.minimum(-x, 700))),
     "quad": lambda x: 0.125 * x**2 + 0.25 * x + 0.5,
     "square": lambda x: x**2,
     "gelu_puma": _puma,
@@ -156,6 +157,13 @@ def test_gelu_costs_less_than_the_one_of_jax(group):
     assert np.abs(runs[0].output - runs[1].output).max() < 0.002
     assert runs[1].cost.bytes_sent < 0.4 * runs[0].cost.bytes_sent
     assert runs[1].cost.rounds < 0.4 * runs[0].cost.rounds
+
+
+@pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])
+def test_silu_is_right_far_out(protocol, group):
+    x = np.array([-30000, -1000, -500, -20, 19.99, 20, 20.01, 500, 600, 1000, 30000], np.float32)
+    ours = secure.jit(ACTIVATIONS["silu"], parties=group(protocol))(x)
+    np.testing.assert_allclose(ours, FORMULAS["silu"](x.astype(np.float64)), rtol=2e-5, atol=0.003)
 
 
 @pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])

@@ -1,8 +1,11 @@
 import dataclasses
+import math
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.nn.activation import ACTIVATIONS, Activation
 from flaxmpc.nn.attention import ATTENTION, Constant
 from flaxmpc.nn.embedding import EMBEDDINGS
 from flaxmpc.nn.normalization import NORMALIZATIONS, Newton
@@ -17,7 +20,7 @@ def test_every_published_part_is_registered():
         *("softmax", "softmax_puma", "2relu", "2quad", "softmax_freediv", "2quad_freediv", "relu_freediv", "scaling")
     }
     assert set(ACTIVATIONS) >= {
-        *("gelu", "gelu_tanh", "relu", "quad", "gelu_puma", "gelu_bumblebee", "gelu_bolt"),
+        *("gelu", "gelu_tanh", "relu", "silu", "quad", "gelu_puma", "gelu_bumblebee", "gelu_bolt"),
         *("gelu_secformer", "gelu_shaft", "gelu_nimbus"),
     }
     assert set(NORMALIZATIONS) >= {"layer_norm", "layer_norm_newton"}
@@ -111,6 +114,85 @@ def test_a_taken_name_is_refused_and_the_part_kept():
     registry = Registry("norm", Newton)
     first = registry.register(Newton("a"))
     assert registry.register(first) is first
-    with pytest.raises(ValueError, match="norm 'a' is registered already"):
+    with pytest.raises(ValueError, match="norm 'a' is registered already, as another part: give this one its own name"):
         registry.register(Newton("a", steps=2))
     assert dict(registry) == {"a": first}
+
+
+def test_a_part_may_be_registered_again_by_the_same_definition():
+    registry = Registry("activation", Activation)
+
+    def cell(power: int = 3) -> Activation:
+        return registry.register(Activation("mine", lambda x: (x + 1) ** power, "mine", needs_distillation=True))
+
+    first = cell()
+    again = cell()
+    assert first != again  # as their functions are two objects
+    assert registry["mine"] is again
+    assert registry.spec(first) == registry.spec(again) == "mine"  # a model built before can still be saved
+    with pytest.raises(ValueError, match="'mine' is registered already, as another part"):
+        cell(power=2)
+    assert registry["mine"] is again
+
+
+def test_an_object_of_an_own_class_may_be_registered_again():
+    registry = Registry("norm", Newton)
+    module: dict = {"__name__": "__main__", "registry": registry}
+    cell = (
+        "class Mine:\n    name = 'mine'\n    def __call__(self, x):\n        return {} * x\nregistry.register(Mine())"
+    )
+    exec(cell.format(2), module)
+    exec(cell.format(2), module)
+    with pytest.raises(ValueError, match="'mine' is registered already, as another part"):
+        exec(cell.format(3), module)
+    assert registry["mine"](jnp.ones(())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "formula"),
+    [
+        *(
+            (name, "gelu_tanh", lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+            for name in ("gelu_new", "gelu_pytorch_tanh", "gelu_accurate", "gelu_python_tanh")
+        ),
+        ("gelu_fast", "gelu_tanh", lambda x: 0.5 * x * (1 + np.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x)))),
+        ("gelu_python", "gelu", lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))),
+        ("swish", "silu", lambda x: x / (1 + np.exp(-x))),
+    ],
+)
+def test_hf_has_other_names_for_some_activations(name, ours, formula):
+    part = ACTIVATIONS.resolve(name)
+    assert part is ACTIVATIONS[ours]
+    assert name in ACTIVATIONS
+    assert name not in set(ACTIVATIONS)
+    assert ACTIVATIONS.spec(part) == ours
+    x = np.linspace(-8, 8, 101)
+    np.testing.assert_allclose(np.asarray(part(jnp.asarray(x, jnp.float32))), formula(x), atol=2e-6)
+    with pytest.raises(ValueError, match=f"{name!r} is registered already"):
+        ACTIVATIONS.register(dataclasses.replace(part, name=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [
+        ("quick_gelu", "gelu"),
+        ("gelu_10", "gelu"),
+        ("relu2", "relu"),
+        ("relu6", "relu"),
+        ("leaky_relu", "relu"),
+        ("prelu", "relu"),
+        ("selu", "silu"),
+        ("tanh", "gelu_tanh"),
+        ("sigmoid", None),
+        ("linear", None),
+        ("mish", None),
+        ("laplace", None),
+    ],
+)
+def test_an_activation_of_hf_that_is_no_part_gets_the_closest(name, closest):
+    assert name not in ACTIVATIONS
+    with pytest.raises(ValueError, match=f"unknown activation {name!r}") as error:
+        ACTIVATIONS.resolve(name)
+    assert ("Did you mean" in str(error.value)) == (closest is not None)
+    assert closest is None or f"Did you mean {closest!r}?" in str(error.value)
+    assert "gelu_tanh" in str(error.value)
