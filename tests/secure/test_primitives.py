@@ -659,6 +659,12 @@ def test_every_primitive_is_right_or_refused_by_name():
     assert not unexpected(sweep([name for name in NAMES if not example(name).slow], "REF2K"))
 
 
+def test_what_no_table_knows_is_refused_in_one_line(group, monkeypatch):
+    monkeypatch.setattr(lowering, "REFUSED", {})
+    with pytest.raises(secure.SecureError, match=r"^compiling failed: [^\n]*'hessenberg'[^\n]*$"):
+        secure.jit(lambda a: lax.linalg.hessenberg(a), parties=group("REF2K"))(MATRIX)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["ABY3", "SEMI2K", "REF2K"])
 def test_every_primitive_is_right_or_refused_by_every_protocol(protocol):
