@@ -81,7 +81,7 @@ class Benchmark:
             console = Console()
             for columns in self.tables:
                 console.print(rich_table(_table(records, columns)))
-            for note in self.notes(records):
+            for note in self._notes(records):
                 console.print(note, markup=False, highlight=False)
         return records
 
@@ -110,6 +110,10 @@ class Benchmark:
             partial.unlink(missing_ok=True)
         return list(done.values())
 
+    def _notes(self, records: list[Record]) -> list[str]:
+        protocols = dict.fromkeys(record["protocol"] for record in records if _indicative(record))
+        return [*self.notes(records), *([_INDICATIVE.format(", ".join(protocols))] if protocols else [])]
+
     def save(self, records: list[Record]) -> None:
         """JSON, CSV, Markdown and PNG, named by what made them."""
         import pandas as pd
@@ -125,7 +129,7 @@ class Benchmark:
         flat = pd.json_normalize([{k: v for k, v in record.items() if k != "per_op"} for record in records])
         flat.to_csv(f"{stem}.csv", index=False)
         blocks = [markdown(_table(records, columns)) for columns in self.tables]
-        blocks.append("\n".join(f"- {note}" for note in self.notes(records)))
+        blocks.append("\n".join(f"- {note}" for note in self._notes(records)))
         Path(f"{stem}.md").write_text("\n\n".join(blocks).rstrip() + "\n", "utf-8")
         for suffix, plot in self.plots.items():
             plot(records).savefig(f"{stem}{suffix and '-' + suffix}.png", dpi=150)
@@ -222,9 +226,20 @@ _HEADINGS = {
 }
 
 
+# Send actions that are no rounds make these no more than an indication.
+_OF_ROUNDS = ("rounds", "lan_seconds", "wan_seconds")
+_INDICATIVE = "~: indicative, as the send actions of {} are not rounds"
+
+
+def _indicative(record: Record) -> bool:
+    return "protocol" in record and not secure.get_protocol(record["protocol"]).rounds_exact
+
+
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return ""
+    if column == "error":
+        return f"{value:.1g}"
     if column.endswith("bytes") or column in ("bytes_sent_total", "bytes_per_layer"):
         value = value / 1e6
     elif column == "accuracy":
@@ -234,7 +249,10 @@ def _cell(column: str, value: Any) -> str:
 
 def _table(records: Sequence[Record], columns: Sequence[str]) -> list[list[str]]:
     """Heading and rows."""
-    rows = [[_cell(column, row.get(column)) for column in columns] for row in records]
+    rows = [
+        ["~" * (column in _OF_ROUNDS and _indicative(row)) + _cell(column, row.get(column)) for column in columns]
+        for row in records
+    ]
     return [[_HEADINGS.get(column, column) for column in columns], *rows]
 
 

@@ -144,7 +144,7 @@ def measure(protocol: str, network: secure.Network, work: Workload) -> Record:
     ):
         runs = []
         for _ in range(REPETITIONS):
-            cost, over_network = work.run(here), work.run(there)
+            cost, over_network = work.run(here).cost, work.run(there).cost
             runs.append(record(cost, network=network.name) | {
                 "modelled_seconds": network.seconds(cost),
                 "measured_seconds": over_network.seconds,

@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 from harness import Benchmark, Options, Record, figure, record
-from variants import ours
+from variants import SHARED_RECIPROCAL, ours
 
 from flaxmpc import secure
 from flaxmpc.models import zoo
@@ -38,8 +38,8 @@ def teacher_of(config: BertConfig) -> BertConfig:
 
 def measure(config: BertConfig, tokens: int, *, folded: bool, **fields: Any) -> Record:
     """Of the shape, with random weights: not all entries have theirs in the repository."""
-    cost = ours(config, folded=folded, batch=1, tokens=tokens).run(secure.InProcess("ABY3"))
-    return record(cost, **fields, **names(config), num_tokens=tokens)
+    cost = ours(config, folded=folded, batch=1, tokens=tokens).run(secure.InProcess("ABY3")).cost
+    return record(cost, shared_reciprocal=SHARED_RECIPROCAL, **fields, **names(config), num_tokens=tokens)
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:

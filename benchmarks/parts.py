@@ -49,7 +49,7 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
         for kind, name, form, width, case in cases:
 
             def measure(parties=parties, kind=kind, name=name, form=form, width=width, case=case) -> Record:
-                cost = case._replace(inputs=(rng.normal(size=(tokens, width)),)).run(parties)
+                cost = case._replace(inputs=(rng.normal(size=(tokens, width)),)).run(parties).cost
                 return record(cost, variant=name, kind=kind, form=form, num_tokens=tokens, width=width)
 
             yield f"{protocol}, {name}, {form}", measure

@@ -40,7 +40,7 @@ def measure(axis: str, value: int, base: dict[str, int], parties: secure.Parties
         num_attention_heads=size["width"] // 64,
         intermediate_size=4 * size["width"],
     )
-    cost = ours(config, folded=variant.folded, batch=size["batch"], tokens=size["length"]).run(parties)
+    cost = ours(config, folded=variant.folded, batch=size["batch"], tokens=size["length"]).run(parties).cost
     return record(
         cost, variant="2quad_freediv", axis=axis, value=value, num_tokens=size["length"], num_layers=size["layers"],
         batch_size=size["batch"], hidden_size=size["width"],

@@ -89,6 +89,15 @@ def cases(heads: int, size: int, tokens: int) -> Iterator[Case]:
                lambda _, v: AFTER_FEED_FORWARD(v), (row,))  # fmt: skip
     yield Case("GeLU", "erfc, as JAX has it", False, lambda _, x: jax.nn.gelu(x, approximate=False), (hidden,))
     yield Case("GeLU", "erf", True, lambda _, x: ACTIVATIONS["gelu"](x), (hidden,))
+    row_sums = (1, heads, tokens, 1)
+    yield Case("division by a row's sum", "of each number", False, lambda _, c, s: c / s, (values, values))
+    yield Case("division by a row's sum", "one reciprocal", True, lambda _, c, s: c * (1.0 / s), (values, row_sums))
+    yield Case("0.7 < x < 1.2", "difference of floats", False,
+               lambda _, x: ((x > 0.7).astype(jnp.float32) - (x > 1.2).astype(jnp.float32)) * x, (hidden,))  # fmt: skip
+    yield Case("0.7 < x < 1.2", "bits, one by one", False, lambda _, x: ((x > 0.7) ^ (x > 1.2)) * x, (hidden,))
+    yield Case("0.7 < x < 1.2", "bits, compared together", True,
+               lambda _, x: jnp.logical_xor(*(jnp.stack([x, x]) > jnp.array([0.7, 1.2])[:, None, None])) * x,
+               (hidden,))  # fmt: skip
     yield Case("doubling", "a product with 2", False, lambda _, v: 2.0 * v, (hidden,))
     yield Case("doubling", "a sum", True, lambda _, v: v + v, (hidden,))
 
@@ -100,7 +109,7 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
 
     def measure(case: Case) -> Record:
         inputs = tuple(rng.uniform(0.5, 1.5, shape) for shape in case.shapes)
-        cost = Workload(case.function, None, inputs).run(parties[case.protocol])
+        cost = Workload(case.function, None, inputs).run(parties[case.protocol]).cost
         return record(cost, step=case.step, variant=case.variant, kept=case.kept)
 
     for case in cases(*size):

@@ -207,6 +207,35 @@ def test_held_fails_outside_its_bounds(load):
     assert held("x", 2.1, most=2.0).startswith("FAILS")
 
 
+def test_what_comes_of_send_actions_that_are_no_rounds_is_marked(load, capsys, tmp_path):
+    load("parts")
+    harness = sys.modules["harness"]
+    made = [a_record(protocol=p, rounds=5.0, wan_seconds=2.0, lan_seconds=1.0) for p in ("ABY3", "CHEETAH")]
+    columns = ("protocol", "seconds", "rounds", "lan_seconds", "wan_seconds")
+    some = harness.Benchmark("some", lambda: [(r["protocol"], lambda r=r: r) for r in made], (columns,))
+    some.run(harness.Options())
+    printed = capsys.readouterr().out
+    (saved,) = tmp_path.glob("*.md")
+    table = saved.read_text("utf-8")
+    assert "| ABY3 | 1.0 | 5.0 | 1.0 | 2.0 |" in table
+    assert "| CHEETAH | 1.0 | ~5.0 | ~1.0 | ~2.0 |" in table
+    for text in (printed, table):
+        assert "~: indicative, as the send actions of CHEETAH are not rounds" in " ".join(text.split())
+    harness.Benchmark("other", lambda: [("a", lambda: made[0])], (columns,)).run(harness.Options())
+    assert "~" not in capsys.readouterr().out
+
+
+def test_the_client_may_embed_for_the_unmodified_bert(load):
+    """The second row of the baseline: the same logits, from the embedding's output on."""
+    load("bert_base")
+    variants = sys.modules["variants"]
+    pytest.importorskip("transformers.models.bert.modeling_flax_bert")
+    whole, rest = (variants.workload(name, "tiny", 1, tokens=4, vocab_size=50) for name in
+                   (variants.BASELINE, variants.EMBEDDED))  # fmt: skip
+    assert "embeddings" not in rest.weights["bert"]
+    np.testing.assert_allclose(rest.plain(), whole.plain(), atol=1e-5)
+
+
 def test_a_variant_is_the_median_of_its_runs_and_compared_with_the_baseline(load):
     bert_base = load("bert_base")
     fields = dict.fromkeys((*bert_base._TIMES, "bytes_sent_total", "rounds", "peak_memory_bytes"), 1.0)

@@ -1,17 +1,23 @@
 """Activations: the exact ones, the trained square, and the published GeLU approximations that need no training.
 
-What costs in MPC is comparisons (x < a takes the bits of every element: about as much as ten products) and the number
-of products in sequence. `quad` has neither: after folding it is one squaring.
+What costs in MPC is comparisons (x < a takes the bits of every element: as much as two products, and the rounds of
+three) and the number of products in sequence. `quad` has neither: after folding it is one squaring.
+
+So the parts compare at once what can be compared at once (`jnp.stack` costs nothing), and multiply with the bit itself:
+`jnp.where(bit, y, 0)`, or a product of a boolean, needs no truncation, while a bit that was added to another one as a
+float is a number like any other (three pieces of 128 x 3072 numbers, ABY3: 907 MB, by bits 307 MB).
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from flaxmpc.nn.parts import Registry
 
@@ -51,16 +57,19 @@ class Activation:
         return self.f(x)
 
 
-def _polynomial(x: X, *coefficients: float) -> X:
-    """Horner's rule, highest power first."""
-    y = jnp.full_like(x, coefficients[0])
-    for c in coefficients[1:]:
-        y = y * x + c
-    return y
+def _sums(rows: Sequence[Sequence[float]], *terms: X) -> tuple[X, ...]:
+    """For each row the sum of the terms by its coefficients: one product of matrices, so one truncation for each."""
+    return tuple(jnp.tensordot(jnp.array(rows), jnp.stack(terms), 1, precision="highest"))
 
 
-def _step(condition: Array) -> Array:
-    return condition.astype(jnp.float32)
+def _below(edges: Sequence[float], *xs: X) -> Bool[Array, "edge *shape"]:
+    """Whether each x is below its edge, in one comparison."""
+    return jnp.stack(xs) < jnp.array(edges).reshape(-1, *[1] * xs[0].ndim)
+
+
+def _pieces(inside: Sequence[Bool[Array, "*shape"]], *values: X) -> X:
+    """The sum of the values, each where its bit is set."""
+    return functools.reduce(jnp.add, jnp.where(jnp.stack(inside), jnp.stack(values), 0.0))
 
 
 def gelu_erf(x: X) -> X:
@@ -99,91 +108,96 @@ def square(x: X) -> X:
 
 
 def gelu_puma(x: X) -> X:
-    """Piecewise: 0, a cubic, an even sextic + x/2, x, with edges at -4, -1.95, 3. Three comparisons, five products."""
-    cubic = _polynomial(x, -0.011034134030615728, -0.11807612951181953, -0.42226581151983866, -0.5054031199708174)
+    """Piecewise: 0, a cubic, an even sextic + x/2, x, with edges at -4, -1.95, 3. Three comparisons, four products."""
     x2 = x * x
-    sextic = (
-        x2 * _polynomial(x2, 0.0018067462606141187, -0.037688200365904236, 0.3603292692789629)
-        + 0.5 * x
-        + 0.008526321541038084
+    x3, x4 = jnp.stack([x, x2]) * x2
+    cubic, sextic = _sums(
+        [
+            (-0.42226581151983866, -0.11807612951181953, -0.011034134030615728, 0.0, 0.0),
+            (0.5, 0.3603292692789629, 0.0, -0.037688200365904236, 0.0018067462606141187),
+        ],
+        *(x, x2, x3, x4, x4 * x2),
     )
-    above_low, above_middle, above_high = _step(x >= -4.0), _step(x >= -1.95), _step(x > 3.0)
-    return (above_low - above_middle) * cubic + (above_middle - above_high) * sextic + above_high * x
+    low, middle, high = _below((-4.0, -1.95, -3.0), x, x, -x)
+    return _pieces((low ^ middle, ~(middle ^ high), high), cubic - 0.5054031199708174, sextic + 0.008526321541038084, x)
 
 
 def gelu_bumblebee(x: X) -> X:
-    """A quartic of a = |x| where a < 3, + x/2; relu beyond. Two comparisons, five products."""
-    a = jnp.abs(x)
-    quartic = _polynomial(
-        a,
-        0.020848611754127593,
-        -0.18352506127082727,
-        0.5410550166368381,
-        -0.03798164612714154,
-        0.001620808531841547,
+    """A quartic of a = |x| where a < 3, + x/2; relu beyond. Two comparisons, three products.
+
+    As relu(x) = (x + a) / 2, that is (x + a) / 2 + [a < 3] (quartic - a/2).
+    """
+    a, a2 = jnp.abs(x), x * x
+    a3, a4 = jnp.stack([a, a2]) * a2
+    (inner,) = _sums(
+        [(-0.03798164612714154 - 0.5, 0.5410550166368381, -0.18352506127082727, 0.020848611754127593)], a, a2, a3, a4
     )
-    return jax.lax.select(a < 3.0, quartic + 0.5 * x, jax.nn.relu(x))
+    return 0.5 * (x + a) + jnp.where(a < 3.0, inner + 0.001620808531841547, 0.0)
 
 
 def gelu_bolt(x: X) -> X:
-    """A quartic of a = |x| where a < 2.7, in two products (P = (g0 a + g1) a + g2; (P + g0 a + g3) P + g4), + x/2."""
+    """A quartic of a = |x| where a < 2.7, in two products (P = (g0 a + g1) a + g2; (P + g0 a + g3) P + g4), + x/2.
+
+    Beyond, relu(x) = (x + a) / 2. Two comparisons.
+    """
     g0, g1, g2 = 0.14439048359960427, -0.7077117131613893, 4.5702822654246535
     g3, g4 = -8.15444702051307, 16.382265425072532
     a = jnp.abs(x)
-    p = (g0 * a + g1) * a + g2
-    return jax.lax.select(a < 2.7, (p + g0 * a + g3) * p + g4 + 0.5 * x, jax.nn.relu(x))
+    scaled, half, relu = _sums([(0.0, g0), (0.0, 0.5), (0.5, 0.5)], x, a)
+    p = (scaled + g1) * a + g2
+    return relu + jnp.where(a < 2.7, (p + scaled + g3) * p + g4 - half, 0.0)
 
 
-def _sine_series(theta: X, coefficients: tuple[float, ...]) -> X:
+def _sine_series(theta: X, coefficients: Sequence[float]) -> X:
     """sum_k b_k sin(k theta), k from 1.
 
-    A sine sends as much as 20 products (ABY3), so one and a cosine are taken, together, and the rest follows from them:
-    sin 2jt = 2 sin jt cos jt, sin (2j+1)t = 2 sin (j+1)t cos jt - sin t, and so for the cosines; 3 products in sequence
-    reach 8t.
+    A sine sends as much as 20 products (ABY3), so one and a cosine are taken, together. The rest follows from them:
+    sin k theta / sin theta is a polynomial in cos theta, Chebyshev's of the second kind, and so is their sum.
     """
+    last, kind = np.zeros(1), np.ones(1)
+    total = np.zeros(len(coefficients))
+    for b in coefficients:
+        total[: len(kind)] += b * kind
+        last, kind = kind, np.polynomial.polynomial.polysub(np.convolve((0.0, 2.0), kind), last)
     sine, cosine = jnp.sin(jnp.stack((theta, theta + math.pi / 2)))
-    sines, cosines = [sine], [cosine]  # of (k + 1) theta
-    for k in range(2, len(coefficients) + 1):
-        low, high = k // 2 - 1, (k + 1) // 2 - 1
-        even = k % 2 == 0
-        sines.append(2 * sines[high] * cosines[low] - (0.0 if even else sine))
-        cosines.append(2 * cosines[high] * cosines[low] - (1.0 if even else cosine))
-    return sum((b * s for b, s in zip(coefficients, sines, strict=True)), jnp.zeros(()))
+    powers, degree = cosine[None], len(coefficients) - 1
+    while len(powers) < degree:
+        powers = jnp.concatenate([powers, powers[: degree - len(powers)] * powers[-1]])
+    (inner,) = _sums([total[1:].tolist()], *powers)
+    return sine * (inner + total[0])
 
 
 def gelu_secformer(x: X) -> X:
     """x/2 (1 + erf(z)), z = x / sqrt 2, erf(z) a 7-term Fourier series where |z| < 1.7, the sign beyond.
 
-    Two comparisons, a sine and a cosine, which SPU takes without a comparison, and their multiples.
+    Two comparisons, a sine and a cosine, which SPU takes without a comparison, and their multiples. As erf is odd, with
+    a = |x| that is (x + a) / 2 + [a < 1.7 sqrt 2] a/2 (series(a / sqrt 2) - 1).
     """
-    z = x / math.sqrt(2.0)
-    low, high = _step(z > -1.7), _step(z >= 1.7)
-    inside = low - high
+    a = jnp.abs(x)
+    inside = a < 1.7 * math.sqrt(2.0)
+    relu, half, angle = _sums([(0.5, 0.5), (0.0, 0.5), (0.0, math.pi / 10.0 / math.sqrt(2.0))], x, a)
     # Outside the interval the series is not used, and its angles would leave the range of SPU's sine.
-    series = _sine_series(
-        math.pi / 10.0 * z * inside, (1.25772, -0.0299154, 0.382155, -0.0519123, 0.196033, -0.0624557, 0.118029)
-    )
-    return 0.5 * x * (low + high + inside * series)
+    half, angle = jnp.where(inside, jnp.stack([half, angle]), 0.0)
+    series = _sine_series(angle, (1.25772, -0.0299154, 0.382155, -0.0519123, 0.196033, -0.0624557, 0.118029))
+    return relu + half * (series - 1.0)
 
 
 def gelu_shaft(x: X) -> X:
-    """relu(x) + [|x| < 4] sum_k b_k sin(2 pi k |x| / 8), eight terms.
+    """relu(x) + [|x| < 4] sum_k b_k sin(2 pi k |x| / 8), eight terms; relu(x) = (x + |x|) / 2.
 
-    Two comparisons, a sine and a cosine, and their multiples.
+    Two comparisons, a sine and a cosine, and their multiples. At an angle of 0 the series is 0.
     """
     a = jnp.abs(x)
-    inside = _step(a < 4.0)
-    series = _sine_series(
-        math.pi / 4.0 * a * inside, (-0.0818, -0.0809, -0.0424, -0.0176, -0.0079, -0.0043, -0.0026, -0.0017)
-    )
-    return jax.nn.relu(x) + inside * series
+    relu, angle = _sums([(0.5, 0.5), (0.0, math.pi / 4.0)], x, a)
+    angle = jnp.where(a < 4.0, angle, 0.0)
+    return relu + _sine_series(angle, (-0.0818, -0.0809, -0.0424, -0.0176, -0.0079, -0.0043, -0.0026, -0.0017))
 
 
 def gelu_nimbus(x: X) -> X:
-    """0 below -1.8, x above 0.5, one quadratic between. Two comparisons, two products in sequence."""
-    low, high = _step(x >= -1.8), _step(x > 0.5)
-    quadratic = _polynomial(x, 0.17025471961795552, 0.32421075145645123, -0.006946478426716862)
-    return (low - high) * quadratic + high * x
+    """0 below -1.8, x above 0.5, one quadratic between. Two comparisons, one product."""
+    (quadratic,) = _sums([(0.32421075145645123, 0.17025471961795552)], x, x * x)
+    low, high = _below((-1.8, -0.5), x, -x)
+    return _pieces((~(low ^ high), high), quadratic - 0.006946478426716862, x)
 
 
 ACTIVATIONS: Registry[Activation] = Registry(

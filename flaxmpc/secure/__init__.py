@@ -11,9 +11,10 @@ from flaxmpc.secure.jit import Program, Run, SecureFunction, cache_dir, jit
 from flaxmpc.secure.magnitudes import OpMargin
 from flaxmpc.secure.network import LAN, WAN, Network
 from flaxmpc.secure.party import InProcess, Parties, Party, Resident
-from flaxmpc.secure.protocol import PROTOCOLS, Config, Protocol, get_protocol
+from flaxmpc.secure.protocol import EXP_MODES, PROTOCOLS, Config, Protocol, get_protocol
 
 __all__ = [
+    "EXP_MODES",
     "LAN",
     "PROTOCOLS",
     "WAN",

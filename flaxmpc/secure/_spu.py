@@ -167,8 +167,8 @@ def recorded_log() -> Iterator[LogReader]:
 _stderr_lock = threading.Lock()
 
 
-def compile_source(source: Any) -> bytes:
-    """The code of an spu.CompilationSource.
+def compile_source(source: Any, options: Any) -> bytes:
+    """The code of an spu.CompilationSource, with spu.CompilerOptions.
 
     SPU prints why it refuses a program to file descriptor 2 itself; that is caught, and is the error's message. If all
     goes well it prints nothing; what came meanwhile is then another thread's, and is passed on.
@@ -184,7 +184,7 @@ def compile_source(source: Any) -> bytes:
         kept = os.dup(2)
         try:
             os.dup2(file.fileno(), 2)
-            code = libspu.compile(source, libspu.CompilerOptions())
+            code = libspu.compile(source, options)
         except RuntimeError as error:
             raise SecureError.wrap("compiling", error, reader.text()) from error
         finally:

@@ -221,7 +221,9 @@ class Cluster(Parties):
             self._refresh()
             raise
 
-    def program(self, fn: Callable[..., Any], weights: Resident, *inputs: Any, length: int) -> m.Program:
+    def program(
+        self, fn: Callable[..., Any], weights: Resident, *inputs: Any, length: int, shared_reciprocal: bool = False
+    ) -> m.Program:
         """Compiles a function for `publish`, for one request and for 2, 4, 8, ... that wait at the same time.
 
         Args:
@@ -230,6 +232,7 @@ class Cluster(Parties):
             weights: put on these parties.
             inputs: pytrees of arrays of a request's shapes and dtypes, secret; their values are not used.
             length: tokens of a sentence, for the parties' limits.
+            shared_reciprocal: see `secure.jit`.
 
         Raises:
             SecureError: SPU cannot compile the function.
@@ -240,8 +243,8 @@ class Cluster(Parties):
         batch = arrays[0].shape[0]
         most = self.cluster.limits.max_batch_sentences // batch
         counts = [2**i for i in range(1, most.bit_length()) if 2**i <= most]
-        program = jit(fn, parties=self).compile(weights, *inputs)
-        together = jit(jointly(fn), parties=self)
+        program = jit(fn, parties=self, shared_reciprocal=shared_reciprocal).compile(weights, *inputs)
+        together = jit(jointly(fn), parties=self, shared_reciprocal=shared_reciprocal)
         return m.Program(
             program.code,
             tuple(m.Array(leaf.shape, leaf.dtype.name) for leaf in arrays),

@@ -93,7 +93,7 @@ class ClusterFile(_Table, frozen=True):
     """What cluster.toml says. File names in it are relative to it.
 
     Attributes:
-        protocol, ring, fraction_bits: see Config.
+        protocol, ring, fraction_bits, exp_mode: see Config.
         ca: the authority that signed every certificate.
         party: the computing hosts, by rank.
         owner, client: identities, on the hosts that have them.
@@ -110,6 +110,7 @@ class ClusterFile(_Table, frozen=True):
     party: tuple[PartyEntry, ...]
     ring: str = "FM64"
     fraction_bits: int = 18
+    exp_mode: str = "taylor"
     owner: Identity | None = None
     client: Identity | None = None
     models: tuple[str, ...] | None = None
@@ -177,7 +178,7 @@ class ClusterFile(_Table, frozen=True):
     @property
     def config(self) -> Config:
         """The settings of the secure computation."""
-        return Config(self.protocol, self.ring, self.fraction_bits, len(self.party))
+        return Config(self.protocol, self.ring, self.fraction_bits, len(self.party), self.exp_mode)
 
     def file(self, name: str) -> Path:
         """A file that cluster.toml names."""

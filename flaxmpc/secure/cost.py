@@ -42,6 +42,7 @@ class Cost:
         protocol: name of the protocol.
         ring: ring of the shares.
         fraction_bits: bits after the binary point.
+        exp_mode: how exponentials were computed.
         parties: number of computing parties.
         seconds: wall-clock time of the program at the parties, until everything sent has arrived. Making the shares
             and opening the result are not in it.
@@ -60,6 +61,7 @@ class Cost:
     protocol: str
     ring: str
     fraction_bits: int
+    exp_mode: str
     parties: int
     seconds: float
     compile_seconds: float
@@ -86,6 +88,7 @@ class Cost:
             protocol=config.protocol,
             ring=config.ring,
             fraction_bits=config.fraction_bits,
+            exp_mode=config.exp_mode,
             parties=n,
             seconds=seconds,
             compile_seconds=compile_seconds,

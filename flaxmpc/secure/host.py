@@ -64,6 +64,7 @@ class Host:
             "protocol": cluster.protocol,
             "ring": cluster.ring,
             "fraction_bits": str(cluster.fraction_bits),
+            "exp_mode": cluster.exp_mode,
             "parties": str(len(cluster.party)),
             **versions(),
         }

@@ -43,6 +43,8 @@ def jit(
     *,
     ring: str | None = None,
     fraction_bits: int | None = None,
+    exp_mode: str | None = None,
+    shared_reciprocal: bool = False,
     visibility: str | tuple[str, ...] = "secret",
     parties: Parties | None = None,
 ) -> SecureFunction:
@@ -59,6 +61,11 @@ def jit(
         protocol: a name in PROTOCOLS; "ABY3" unless `parties` are given.
         ring: "FM32", "FM64" (default) or "FM128".
         fraction_bits: bits after the binary point, 18 by default.
+        exp_mode: how exponentials are computed, see Config; "taylor" by default.
+        shared_reciprocal: whether x / y, where y was broadcast (a row's sum), is x times one reciprocal of y that a row
+            shares, in place of a division of each number: a softmax of 128 x 128 scores and 64 columns of V sends half
+            the bytes. But 1/y has the fraction bits only: the quotient's error grows with x, to 2^-18 x, so it is for
+            sums that are not large: a softmax's, not squares'.
         visibility: "secret" or "public", for all arguments or as a tuple with one for each. A resident argument has
             its own.
         parties: who computes. Functions that share the group share its resident values. By default the function
@@ -67,7 +74,7 @@ def jit(
     Raises:
         ValueError: unknown names, or settings that are not those of `parties`.
     """
-    given = {"protocol": protocol, "ring": ring, "fraction_bits": fraction_bits}
+    given = {"protocol": protocol, "ring": ring, "fraction_bits": fraction_bits, "exp_mode": exp_mode}
     given = {name: value for name, value in given.items() if value is not None}
     config = Config(**given) if parties is None else parties.config
     for name, value in given.items():
@@ -75,7 +82,7 @@ def jit(
             raise ValueError(f"{name} {value!r} was asked for, but the parties have {getattr(config, name)!r}")
     for item in (visibility,) if isinstance(visibility, str) else visibility:
         check_visibility(item)
-    return SecureFunction(fn, config, visibility, parties)
+    return SecureFunction(fn, config, visibility, parties, shared_reciprocal)
 
 
 class SecureFunction:
@@ -86,12 +93,18 @@ class SecureFunction:
     """
 
     def __init__(
-        self, fn: Callable[..., Any], config: Config, visibility: str | tuple[str, ...], parties: Parties | None
+        self,
+        fn: Callable[..., Any],
+        config: Config,
+        visibility: str | tuple[str, ...],
+        parties: Parties | None,
+        shared_reciprocal: bool = False,
     ):
         self.fn = fn
         self.config = config
         self._visibility = visibility
         self._parties = parties
+        self._shared_reciprocal = shared_reciprocal
         self._programs: dict[Any, Program] = {}
         self._lock = threading.Lock()
 
@@ -101,7 +114,10 @@ class SecureFunction:
         with self._lock:
             if self._parties is None:
                 self._parties = InProcess(
-                    self.config.protocol, ring=self.config.ring, fraction_bits=self.config.fraction_bits
+                    self.config.protocol,
+                    ring=self.config.ring,
+                    fraction_bits=self.config.fraction_bits,
+                    exp_mode=self.config.exp_mode,
                 )
             return self._parties
 
@@ -201,7 +217,8 @@ class SecureFunction:
                 for _ in jax.tree.leaves(struct)
             ]
             fn = _opened_once(self.fn, once) if any(once) else self.fn
-            program = self._programs[key] = _compile(fn, structs, per_leaf, self.config)
+            compiled = _compile(fn, structs, per_leaf, self.config, self._shared_reciprocal)
+            program = self._programs[key] = compiled
             return program, time.perf_counter() - start
 
 
@@ -225,7 +242,13 @@ def _zeros(leaf: Any) -> Any:
     return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
 
-def _compile(fn: Callable[..., Any], structs: tuple[Any, ...], visibilities: Sequence[str], config: Config) -> Program:
+def _compile(
+    fn: Callable[..., Any],
+    structs: tuple[Any, ...],
+    visibilities: Sequence[str],
+    config: Config,
+    shared_reciprocal: bool,
+) -> Program:
     """Traces `fn` on pytrees of ShapeDtypeStructs and compiles it, or takes the code from disk."""
     spu = load_spu()
     from spu import libspu
@@ -235,7 +258,10 @@ def _compile(fn: Callable[..., Any], structs: tuple[Any, ...], visibilities: Seq
         raise ValueError("the function returns no array, so there is nothing to compute")
     # Unlike the serialized HLO the text has no source locations: another caller, or an edit above, is the same program.
     text = lowered.as_text()
-    path = cache_dir() / hashlib.sha256("\n".join([spu.__version__, *visibilities, text]).encode()).hexdigest()
+    options = libspu.CompilerOptions()
+    options.enable_optimize_denominator_with_broadcast = shared_reciprocal
+    key = [spu.__version__, f"shared_reciprocal={shared_reciprocal}", *visibilities, text]
+    path = cache_dir() / hashlib.sha256("\n".join(key).encode()).hexdigest()
     code = _read(path)
     if code is None:
         source = libspu.CompilationSource(
@@ -243,7 +269,7 @@ def _compile(fn: Callable[..., Any], structs: tuple[Any, ...], visibilities: Seq
             lowered.compiler_ir("hlo").as_serialized_hlo_module_proto(),
             [spu.parse_visibility(f"VIS_{visibility.upper()}") for visibility in visibilities],
         )
-        code = compile_source(source)
+        code = compile_source(source, options)
         _write(path, code)
     return Program(code, output)
 

@@ -56,6 +56,11 @@ class OpMargin:
         )
 
 
+# Linear in each operand, so what is needed of that goes the way back.
+_MOVING = frozenset(
+    {"broadcast_in_dim", "concatenate", "dot_general", "reduce_sum", "reshape", "slice", "squeeze", "transpose"}
+)
+
 # Element i of the result depends on element i of the operands alone.
 _ELEMENTWISE = frozenset(
     [
@@ -283,12 +288,24 @@ def _needed_of(step: _Step, position: int, ins: list[Any], mask: Any, counts: se
     """Which elements of an operand have an effect on the needed ones of the result."""
     name = step.eqn.primitive.name
     shape = step.eqn.outvars[0].aval.shape
-    if name not in _ELEMENTWISE or jnp.shape(ins[position]) != shape:
+    if name in _MOVING and mask is not True:
+        functions, params = step.eqn.primitive.get_bind_params(step.eqn.params)
+
+        def moved(operand: jax.Array) -> jax.Array:
+            others = [jnp.ones(jnp.shape(each)) for each in ins]
+            return step.eqn.primitive.bind(*functions, *others[:position], operand, *others[position + 1 :], **params)
+
+        _, back = jax.vjp(moved, jnp.ones(jnp.shape(ins[position])))
+        return back(mask.astype(jnp.float32))[0] > 0
+    own = jnp.shape(ins[position])
+    if name not in _ELEMENTWISE or len(own) != len(shape):
         return True
     if name == "select_n" and position > 0:
         mask = _and(mask, jnp.broadcast_to(ins[0] == position - 1, shape))
     if name == "mul" and not isinstance(other := step.ins[1 - position], Literal) and other in counts:
         mask = _and(mask, jnp.broadcast_to(ins[1 - position] != 0, shape))
+    if own != shape and mask is not True:  # broadcast
+        mask = mask.any(tuple(axis for axis, size in enumerate(own) if size != shape[axis]), keepdims=True)
     return mask
 
 

@@ -231,6 +231,7 @@ class Join(Message, frozen=True, tag=True):
     protocol: str
     ring: str
     fraction_bits: int
+    exp_mode: str
     timeout_ms: int
     facts: Facts
 

@@ -197,9 +197,10 @@ class InProcess(Parties):
         ring: str = "FM64",
         fraction_bits: int = 18,
         num_parties: int | None = None,
+        exp_mode: str = "taylor",
     ):
         """Starts the parties. Arguments and errors: see Config."""
-        super().__init__(Config(protocol, ring, fraction_bits, num_parties))
+        super().__init__(Config(protocol, ring, fraction_bits, num_parties, exp_mode))
         self._lock = threading.Lock()
         self._doomed: collections.deque[str] = collections.deque()
         self._use(self._start)

@@ -75,6 +75,9 @@ PROTOCOLS = MappingProxyType(
     }
 )
 
+# How SPU computes an exponential, and its own name for that.
+EXP_MODES = MappingProxyType({"taylor": "EXP_TAYLOR", "pade": "EXP_PADE"})
+
 RING_BITS = MappingProxyType({"FM32": 32, "FM64": 64, "FM128": 128})
 
 
@@ -94,21 +97,27 @@ class Config:
         ring: "FM32", "FM64" or "FM128": secrets are integers modulo 2^32, 2^64 or 2^128.
         fraction_bits: bits after the binary point of the fixed-point encoding.
         num_parties: by default what the protocol takes; another number is an error.
+        exp_mode: how exponentials are computed. "taylor": (1 + x/256)^256, off by x^2/512 of the value, and by anything
+            below -512. "pade": by the bits of x log2 e, off by 1e-4 of the value and right for any negative x, at four
+            times the bytes and three times the rounds (ABY3).
 
     Raises:
-        ValueError: an unknown protocol or ring, a number of parties that the protocol cannot have, or fraction bits
-            that leave a product of two small numbers no room in the ring.
+        ValueError: an unknown protocol, ring or exp_mode, a number of parties that the protocol cannot have, or
+            fraction bits that leave a product of two small numbers no room in the ring.
     """
 
     protocol: str = "ABY3"
     ring: str = "FM64"
     fraction_bits: int = 18
     num_parties: int | None = None
+    exp_mode: str = "taylor"
 
     def __post_init__(self):
         needed = get_protocol(self.protocol).num_parties
         if self.ring not in RING_BITS:
             raise unknown("ring", self.ring, RING_BITS)
+        if self.exp_mode not in EXP_MODES:
+            raise unknown("exp_mode", self.exp_mode, EXP_MODES)
         # A product carries twice the fraction bits until it is truncated; SPU would return garbage without a word.
         most = RING_BITS[self.ring] // 2 - 2
         if not 1 <= self.fraction_bits <= most:
@@ -158,4 +167,5 @@ class Config:
             fxp_fraction_bits=self.fraction_bits,
         )
         config.enable_pphlo_profile = True
+        config.fxp_exp_mode = getattr(spu.RuntimeConfig, EXP_MODES[self.exp_mode])
         return config

@@ -147,7 +147,7 @@ class Sessions:
             config, timeout = self._cluster.config, self._cluster.timeout_seconds
             join = m.Join(
                 addresses, self._rank, session_id, config.protocol, config.ring, config.fraction_bits,
-                int(timeout * 1000), self._facts,
+                config.exp_mode, int(timeout * 1000), self._facts,
             )  # fmt: skip
             error = None
             try:

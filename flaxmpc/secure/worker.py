@@ -65,7 +65,7 @@ class Worker:
     def __init__(self, join: m.Join):
         self._link = make_link(join)
         agree(self._link, join.facts)
-        self._party = Party(self._link, Config(join.protocol, join.ring, join.fraction_bits))
+        self._party = Party(self._link, Config(join.protocol, join.ring, join.fraction_bits, exp_mode=join.exp_mode))
 
     def answer(self, command: m.Command) -> m.Answer:
         match command:

@@ -128,6 +128,20 @@ def test_what_a_selection_drops_may_overflow(group, name):
     assert np.abs(secure.jit(part, parties=group("ABY3"))(x) - part(jnp.asarray(x))).max() < 0.5
 
 
+def test_what_a_selection_drops_is_followed_through_what_only_moves_numbers():
+    """Stacked, reshaped, summed or multiplied by a matrix: what is dropped later still counts for nothing."""
+    matrix = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+
+    def f(x, bound):
+        pieces = (matrix @ jnp.stack([x**4, x**6]).reshape(2, -1)).reshape(2, *x.shape)
+        kept = jnp.where(jnp.stack([x, x]) < bound, pieces.transpose(0, 2, 1).transpose(0, 2, 1), 0.0)
+        return kept[0] + kept.sum(0)
+
+    x = np.array([[1.0, 5000.0], [2.0, 3.0]], np.float32)
+    assert secure.check(f, [(x, np.float32(100.0))]).margin_bits > 2
+    assert secure.check(f, [(x, np.float32(1e4))]).margin_bits < 0
+
+
 def test_what_a_selection_keeps_may_not(group):
     def f(x):
         return jnp.where(x > 1000.0, 1.0, x**4)

@@ -28,6 +28,12 @@ def test_a_local_cluster_is_read_as_it_was_written(local):
     assert len(ports) == 9
 
 
+def test_a_file_says_how_exponentials_are_computed(local, tmp_path):
+    assert local.config.exp_mode == "taylor"  # files that say nothing
+    (tmp_path / "cluster.toml").write_text('exp_mode = "pade"\n' + local.path.read_text())
+    assert ClusterFile.read(tmp_path).config.exp_mode == "pade"
+
+
 def test_parties_of_one_host_are_counted(local):
     assert local.parties_beside(1) == 3
     first, *others = local.party
@@ -100,6 +106,7 @@ def test_without_the_authority_there_are_no_more_clients(tmp_path):
         ('protocol = "ABY3"', 'protocol = "ABY"', "unknown protocol 'ABY'. Did you mean 'ABY3'"),
         ('protocol = "ABY3"', 'protocol = "REF2K"', "sees everything: not for a cluster"),
         ("fraction_bits = 18", "fraction_bits = 40", r"fraction_bits must be in 1\.\.30 with ring FM64, not 40"),
+        ('ring = "FM64"', 'exp_mode = "Pade"', "unknown exp_mode 'Pade'. Did you mean 'pade'"),
         ('ring = "FM64"', 'ring = "FM65"', "unknown ring 'FM65'. Did you mean 'FM64'"),
         ("timeout_seconds = 30", "timeout_seconds = 0.5", r"timeout_seconds: Expected `float` >= 1\.0, not 0.5"),
         ('ca = "ca.pem"', "", "missing required field `ca`"),

@@ -53,8 +53,8 @@ def test_record(group):
     record = json.loads(cost.to_json())
     assert record == cost.as_dict()
     assert list(record) == [
-        *("protocol", "ring", "fraction_bits", "parties", "seconds", "compile_seconds", "bytes_sent"),
-        *("bytes_sent_per_party", "rounds", "per_op", "versions", "machine", "date"),
+        *("protocol", "ring", "fraction_bits", "exp_mode", "parties", "seconds", "compile_seconds"),
+        *("bytes_sent", "bytes_sent_per_party", "rounds", "per_op", "versions", "machine", "date"),
     ]
     assert (record["protocol"], record["ring"], record["fraction_bits"], record["parties"]) == ("SEMI2K", "FM64", 18, 2)
     assert record["per_op"]["pphlo.dot"].keys() == {"count", "seconds", "bytes_sent", "rounds"}

@@ -133,12 +133,59 @@ def test_bad_settings():
         secure.jit(jnp.add, "SEMI2")
     with pytest.raises(ValueError, match="unknown ring"):
         secure.jit(jnp.add, ring="FM65")
+    with pytest.raises(ValueError, match=r"unknown exp_mode 'pad'\. Did you mean 'pade'\?"):
+        secure.jit(jnp.add, exp_mode="pad")
 
 
 def test_settings_that_the_parties_do_not_have(group):
     with pytest.raises(ValueError, match="protocol 'ABY3' was asked for, but the parties have 'SEMI2K'"):
         secure.jit(jnp.add, "ABY3", parties=group("SEMI2K"))
+    with pytest.raises(ValueError, match="exp_mode 'pade' was asked for, but the parties have 'taylor'"):
+        secure.jit(jnp.exp, exp_mode="pade", parties=group("SEMI2K"))
     secure.jit(jnp.add, "SEMI2K", fraction_bits=18, parties=group("SEMI2K"))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_shared_reciprocal_sends_less_and_is_less_exact(group, protocol):
+    """Large sums leave few bits of a reciprocal: the error grows with the numerator."""
+    rng = np.random.default_rng(0)
+    x, small = rng.uniform(0, 2, (8, 64)).astype(np.float32), rng.uniform(0.5, 4, (8, 1)).astype(np.float32)
+    runs = {
+        (shared, factor): secure.jit(jnp.divide, parties=group(protocol), shared_reciprocal=shared).run(
+            x * factor, small * factor
+        )
+        for shared in (False, True)
+        for factor in (1, 2048)
+    }
+    errors = {key: float(np.abs(run.output - x / small).max()) for key, run in runs.items()}
+    assert max(errors[False, 1], errors[True, 1], errors[False, 2048]) < 2e-4
+    assert 2e-3 < errors[True, 2048] < 4096 * 2.0**-18
+    if protocol != "REF2K":
+        assert runs[True, 1].cost.bytes_sent < 0.2 * runs[False, 1].cost.bytes_sent
+
+
+def test_a_shared_reciprocal_is_in_the_key(monkeypatch, tmp_path, group):
+    monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path))
+    row = np.ones((3, 1), np.float32)
+    programs = [
+        secure.jit(jnp.divide, parties=group("REF2K"), shared_reciprocal=shared).program(X, row)
+        for shared in (False, True, False)
+    ]
+    assert ["pphlo.reciprocal" in program for program in programs] == [False, True, False]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_exponentials_by_pade_are_right_where_those_by_taylor_are_not(protocol):
+    x = np.array([-1000, -600, -10, -1, 0, 1, 5, 10, 16], np.float32)
+    taylor, pade = (secure.jit(jnp.exp, protocol, exp_mode=mode).run(x) for mode in (None, "pade"))
+    exact = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose(pade.output, exact, rtol=2e-4, atol=1e-5)
+    assert np.abs(taylor.output / np.maximum(exact, 1e-9) - 1)[3:].max() > 0.3
+    assert np.abs(taylor.output[1]) > 1e3
+    assert (taylor.cost.exp_mode, pade.cost.exp_mode) == ("taylor", "pade")
+    if protocol != "REF2K":
+        assert 3 * taylor.cost.bytes_sent < pade.cost.bytes_sent < 6 * taylor.cost.bytes_sent
 
 
 def test_bad_arguments_are_named_by_path(group):

@@ -46,6 +46,8 @@ def test_config_is_frozen_and_reaches_spu():
         config.ring = "FM64"  # pyright: ignore[reportAttributeAccessIssue]
     runtime = config.runtime_config()
     assert (runtime.protocol.name, runtime.field.name, runtime.fxp_fraction_bits) == ("SEMI2K", "FM128", 26)
+    assert runtime.fxp_exp_mode.name == "EXP_TAYLOR"
+    assert secure.Config(exp_mode="pade").runtime_config().fxp_exp_mode.name == "EXP_PADE"
     assert runtime.enable_pphlo_profile
     assert not runtime.experimental_enable_inter_op_par
     assert not runtime.experimental_enable_intra_op_par
