@@ -111,13 +111,15 @@ def serve(fd: int) -> None:
     desc.recv_timeout_ms = desc.http_timeout_ms = 300_000
     for i, address in enumerate(addresses):
         desc.add_party(f"party{i}", address)
-    party = Party(spu.link.create_brpc(desc, rank), config)
+    link = spu.link.create_brpc(desc, rank)
+    party = Party(link, config)
 
     def run(inputs: list[str], outputs: list[str], code: bytes) -> tuple[float, tuple[int, int]]:
         executable = spu.Executable(name="run", input_names=inputs, output_names=outputs, code=code)
         with recorded_log() as log:
             start = time.perf_counter()
             party.run(executable)
+            link.barrier()  # sends are asynchronous: after it, what was sent has arrived
             return time.perf_counter() - start, Profile.parse(log.text(), 1).totals[0]
 
     actions: dict[str, Callable[..., Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import ctypes
 import functools
@@ -14,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 
 class SecureError(RuntimeError):
@@ -42,21 +44,39 @@ def thread_limit(parties: int) -> dict[str, str]:
     return {THREAD_LIMIT: os.environ.get(THREAD_LIMIT) or str(max(1, (os.cpu_count() or 1) // parties))}
 
 
+_loaded: concurrent.futures.Future[ModuleType] = concurrent.futures.Future()
 _load_lock = threading.Lock()
 
 
-@functools.cache
 def load_spu() -> ModuleType:
     """The module spu, imported without its warnings, with its log off the terminal, and with as many threads as fit.
 
     In one process all parties run, so three.
     """
-    with _load_lock, warnings.catch_warnings(), _environment(thread_limit(3)):
-        warnings.simplefilter("ignore")
-        import spu
+    if not _loaded.done():
+        threading.Thread(target=_load, name="flaxmpc-spu", daemon=True).start()
+    return _loaded.result()
 
-        _log()
-    return spu
+
+def _load() -> None:
+    """Loads spu, and stays: what SPU's links say of their caller lies on the stack of the thread that imported it.
+
+    When that thread ends its stack goes, and the next use of a link reads what is no memory any more.
+    """
+    with _load_lock:
+        if _loaded.done():
+            return
+        try:
+            with warnings.catch_warnings(), _environment(thread_limit(3)):
+                warnings.simplefilter("ignore")
+                import spu
+
+                _log()
+            _loaded.set_result(spu)
+        except BaseException as error:
+            _loaded.set_exception(error)
+            return
+    threading.Event().wait()
 
 
 @contextlib.contextmanager
@@ -90,6 +110,10 @@ def _log() -> int:
     libspu.logging.setup_logging(options)
     os.unlink(path)
     return fd
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_log.cache_clear)  # parent and child would write to one log
 
 
 @functools.cache
@@ -143,19 +167,28 @@ def recorded_log() -> Iterator[LogReader]:
 _stderr_lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def captured_stderr() -> Iterator[LogReader]:
-    """Catches what SPU's compiler prints about a program that it refuses: it writes to file descriptor 2 itself.
+def compile_source(source: Any, options: Any) -> bytes:
+    """The code of an spu.CompilationSource, with spu.CompilerOptions.
 
-    If all goes well it prints nothing; what came meanwhile is then another thread's, and is passed on.
+    SPU prints why it refuses a program to file descriptor 2 itself; that is caught, and is the error's message. If all
+    goes well it prints nothing; what came meanwhile is then another thread's, and is passed on.
+
+    Raises:
+        SecureError: SPU refuses the program; one line, which names the operation.
     """
+    from spu import libspu
+
+    # No generator makes a context of this: an interrupt at its `yield` would leave the descriptor where it is.
     with _stderr_lock, tempfile.TemporaryFile() as file:
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
         reader = LogReader(file.fileno())
+        kept = os.dup(2)
         try:
-            yield reader
+            os.dup2(file.fileno(), 2)
+            code = libspu.compile(source, options)
+        except RuntimeError as error:
+            raise SecureError.wrap("compiling", error, reader.text()) from error
         finally:
             os.dup2(kept, 2)
             os.close(kept)
         os.write(2, reader.text().encode())
+        return code

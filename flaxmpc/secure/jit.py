@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxmpc.secure._spu import SecureError, captured_stderr, load_spu
+from flaxmpc.secure._spu import SecureError, compile_source, load_spu
 from flaxmpc.secure.cost import Cost
 from flaxmpc.secure.lowering import lower
 from flaxmpc.secure.party import InProcess, Parties, Resident, check_visibility, to_arrays
@@ -269,26 +269,27 @@ def _compile(
             lowered.compiler_ir("hlo").as_serialized_hlo_module_proto(),
             [spu.parse_visibility(f"VIS_{visibility.upper()}") for visibility in visibilities],
         )
-        with captured_stderr() as diagnostics:
-            try:
-                code = libspu.compile(source, options)
-            except RuntimeError as error:
-                raise SecureError.wrap("compiling", error, diagnostics.text()) from error
+        code = compile_source(source, options)
         _write(path, code)
     return Program(code, output)
 
 
 def _lower(fn: Callable[..., Any], structs: tuple[Any, ...], config: Config) -> tuple[Any, Any]:
     """`lowering.lower`, with SPU's patch, which keeps `sort` from looking at the bits of a float."""
+    from jax._src.lax import lax
     from spu.utils import frontend
 
     with frontend._jax_lock:
-        patches = frontend._patch_jax()
+        # Not what `_patch_jax` returns: an interrupt in it would leave the patch where it is.
+        before = {name: vars(lax)[name] for name in frontend.lax_patches["sort"].possible_names if name in vars(lax)}
         try:
+            frontend._patch_jax()
             lowered, output = lower(fn, structs, config)
             return lowered, jax.tree.map(_struct, output)
+        except NotImplementedError as error:  # of a primitive that JAX has for some devices only
+            raise SecureError.wrap("compiling", error) from error
         finally:
-            frontend._restore_jax_patch(patches)
+            frontend._restore_jax_patch(before)
 
 
 def cache_dir() -> Path:
@@ -316,6 +317,6 @@ def _write(path: Path, code: bytes) -> None:
             with os.fdopen(fd, "wb") as file:
                 file.write(hashlib.sha256(code).digest() + code)
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             os.unlink(temporary)
             raise

@@ -32,7 +32,9 @@ from flaxmpc.secure.rules import RULES, Operands, wrapped
 _GROWING = frozenset(["broadcast_in_dim", "iota"])
 
 # They do something beside computing a value.
-_NEVER_KNOWN = frozenset(["debug_callback", "debug_print", "io_callback", "pure_callback", "rng_uniform"])
+_NEVER_KNOWN = frozenset(
+    ["debug_callback", "debug_print", "infeed", "io_callback", "outfeed", "pure_callback", "rng_uniform"]
+)
 
 
 def lower(fn: Callable[..., Any], structs: Sequence[Any], config: Config) -> tuple[Any, Any]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import abc
 import collections
 import concurrent.futures
-import contextlib
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from flaxmpc.errors import unknown
 from flaxmpc.secure._spu import SecureError, leave_working_directory, load_spu, log_lock, recorded_log
+from flaxmpc.secure.aside import aside, check_no_interrupted, on_each
 from flaxmpc.secure.cost import Profile
 from flaxmpc.secure.protocol import Config
+
+T = TypeVar("T")
 
 VISIBILITIES = ("secret", "public")
 
@@ -41,7 +43,6 @@ class Party:
 
     def __init__(self, link: Any, config: Config):
         """Joins the parties on `link` (an spu.link.Context); blocks until all have."""
-        self._link = link
         self._runtime = load_spu().Runtime(link, config.runtime_config())
         self._opens_once = config.opens_once
         self.names: set[str] = set()
@@ -72,11 +73,10 @@ class Party:
     def run(self, executable: Any) -> None:
         """Runs an spu.Executable on values held under its input names and keeps its outputs under theirs.
 
-        Sends are asynchronous, so it returns at a barrier: what was sent has then arrived.
+        Between processes what it sent may not have arrived yet when it returns.
         """
         self._runtime.run(executable)
         self.names.update(executable.output_names)
-        self._link.barrier()
 
 
 class Parties(abc.ABC):
@@ -203,31 +203,41 @@ class InProcess(Parties):
         super().__init__(Config(protocol, ring, fraction_bits, num_parties, exp_mode))
         self._lock = threading.Lock()
         self._doomed: collections.deque[str] = collections.deque()
-        self._start()
+        self._use(self._start)
 
     def _start(self) -> None:
         link = load_spu().link
         desc = link.Desc()
-        desc.id = self._session = secrets.token_hex(16)  # SPU joins in-memory links by it
+        desc.id = session = secrets.token_hex(16)  # SPU joins in-memory links by it
         desc.recv_timeout_ms = _RECV_TIMEOUT_MS
         for rank in range(self.config.world_size):
             desc.add_party(f"party{rank}", f"party{rank}")
         ranks = range(self.config.world_size)
         joined = self._on_each(lambda rank: Party(link.create_mem(desc, rank), self.config), ranks)
         self.members = [future.result() for future in joined]
+        self._session = session
 
     def _on_each(self, action, items) -> list[concurrent.futures.Future]:
         """`action` on every item at the same time, each in a thread; returns when all are done."""
-        start = leave_working_directory if self.config.opens_once else None
-        with concurrent.futures.ThreadPoolExecutor(len(items), "flaxmpc-party", start) as pool:
-            return [pool.submit(action, item) for item in items]
 
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        with self._lock:
+        def act(item):
+            if self.config.opens_once:
+                leave_working_directory()
+            return action(item)
+
+        return on_each(act, items, "flaxmpc-party")
+
+    def _use(self, action: Callable[[], T]) -> T:
+        """What `action` returns, when it is its turn; what was deleted is freed before it and after."""
+
+        def swept() -> T:
             self._sweep()
-            yield
+            result = action()
             self._sweep()
+            return result
+
+        check_no_interrupted()
+        return aside(self._lock, swept)
 
     def _sweep(self, *, wait: bool = True) -> None:
         # Freeing may write to SPU's log, which may be that of another group's run, or of this thread's.
@@ -246,27 +256,38 @@ class InProcess(Parties):
     def session(self) -> str:
         return self._session
 
+    def put(self, tree: Any, visibility: str = "secret") -> Resident:
+        check_no_interrupted()  # before shares are made, which takes long
+        return super().put(tree, visibility)
+
     def store(self, name: str, shares: Sequence[Any]) -> None:
-        with self._exclusive():
+        def give() -> None:
             for party, share in zip(self.members, shares, strict=True):
                 party.store(name, share)
 
+        self._use(give)
+
     def fetch(self, name: str) -> list[Any]:
-        with self._exclusive():
-            return [party.fetch(name) for party in self.members]
+        return self._use(lambda: [party.fetch(name) for party in self.members])
 
     def delete(self, names: Sequence[str]) -> None:
         self._doomed.extend(names)
 
     def sweep(self) -> None:
-        if self._lock.acquire(blocking=False):
-            try:
-                self._sweep(wait=False)
-            finally:
-                self._lock.release()
+        def sweep_if_free() -> None:
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._sweep(wait=False)
+                finally:
+                    self._lock.release()
+
+        aside(threading.Lock(), sweep_if_free)
 
     def run(self, executable: Any) -> tuple[float, Profile]:
-        with self._exclusive(), recorded_log() as log:
+        return self._use(lambda: self._run(executable))
+
+    def _run(self, executable: Any) -> tuple[float, Profile]:
+        with recorded_log() as log:
             start = time.perf_counter()
             done = self._on_each(lambda party: party.run(executable), self.members)
             seconds = time.perf_counter() - start

@@ -6,6 +6,7 @@ _BITS = "it looks at the bits of a number, which shares do not have"
 _KEY = "a random key must be known when the function is compiled: a constant in it, not an argument"
 _HOST = "the parties cannot call back into Python: they see no value"
 _NONE = "SPU has no such operation"
+_LOOP = "it loops until it has converged, which no party may see"
 
 REFUSED = MappingProxyType(
     {
@@ -21,15 +22,28 @@ REFUSED = MappingProxyType(
         "rng_uniform": "it draws other numbers at every call",
         "threefry2x32": _KEY,
         "cbrt": _NONE,
+        "eig": _NONE,
+        "eigh": _NONE,
         "fft": _NONE,
+        "hessenberg": _NONE,
+        "schur": _NONE,
+        "svd": _NONE,
+        "tridiagonal": _NONE,
+        "igamma": _LOOP,
+        "igamma_grad_a": _LOOP,
+        "igammac": _LOOP,
+        "random_gamma_grad": _LOOP,
+        "regularized_incomplete_beta": _LOOP,
         "clz": _BITS,
         "nextafter": _BITS,
-        "population_count": _BITS,
         "reduce_precision": _BITS,
         "debug_callback": _HOST,
         "debug_print": _HOST,
+        "infeed": _HOST,
         "io_callback": _HOST,
+        "outfeed": _HOST,
         "pure_callback": _HOST,
+        "xla_pmap": "the parties compute as one device",
     }
 )
 """Names of primitives, and why."""

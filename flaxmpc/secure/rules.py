@@ -201,6 +201,10 @@ def _convolution(eqn: Any, ins: Operands) -> list[Any]:
     return wrapped(eqn, outs or bind(eqn, ins.values), ins.arithmetic)
 
 
+def _tan(eqn: Any, ins: Operands) -> list[Any]:
+    return [lax.sin(ins.values[0]) / lax.cos(ins.values[0])]
+
+
 def _same(eqn: Any, ins: Operands) -> list[Any]:
     return list(ins.values)
 
@@ -214,10 +218,12 @@ RULES: Mapping[str, Callable[[Any, Operands], list[Any]]] = {
     "div": _div,
     "optimization_barrier": _same,  # it only tells XLA's scheduler what to keep apart
     "rem": _rem,
+    "sharding_constraint": _same,  # there is one device
     "shift_left": _shift,
     "shift_right_arithmetic": _shift,
     "shift_right_logical": _shift,
     "sort": _sort,
+    "tan": _tan,
     "top_k": _top_k,
 }
 """(equation, operands) -> results; others are left as they are, or in `refused.REFUSED`."""

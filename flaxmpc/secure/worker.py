@@ -105,6 +105,7 @@ class Worker:
             with recorded_log() as log:
                 start = time.perf_counter()
                 self._party.run(executable)
+                self._link.barrier()  # sends are asynchronous: after it, what was sent has arrived
                 seconds = time.perf_counter() - start
                 profile = Profile.parse(log.text(), 1)
             shares = tuple(m.Share.pack(self._party.fetch(name)) for name in command.outputs if command.answer)

@@ -231,7 +231,6 @@ REFUSED = {
     "bytes of an integer": (lambda x: lax.bitcast_convert_type(x, jnp.uint8), "bitcast_convert_type", i32(1)),
     "secret shift": (lambda x, k: x << k, "shift_left", i32(1), i32(2)),
     "shift beyond": (lambda x: x >> 32, "shift_right_arithmetic", i32(1)),
-    "population_count": (lax.population_count, "population_count", i32(1)),
     "clz": (lax.clz, "clz", i32(1)),
     "reduce_precision": (lambda x: lax.reduce_precision(x, 5, 10), "reduce_precision", f32(1)),
     "debug.print": (lambda x: [jax.debug.print("{}", x), x][1], "debug_(callback|print)", f32(1)),
