@@ -153,6 +153,14 @@ def _others(shape: Sequence[int], axis: int) -> list[int]:
     return [i for i in range(len(shape)) if i != axis]
 
 
+def _picked(eqn: Any, ins: Operands) -> list[Any]:
+    """Bits as integers: ABY3 cannot pick bits at a secret place."""
+    if ins.values[0].dtype != np.dtype(bool):
+        return wrapped(eqn, bind(eqn, ins.values), ins.arithmetic)
+    (found,) = bind(eqn, [lax.convert_element_type(ins.values[0], np.int32), *ins.values[1:]])
+    return [found != 0]
+
+
 def _top_k(eqn: Any, ins: Operands) -> list[Any]:
     """By a stable sort; SPU's own takes a thirtieth of the bytes, but equal numbers in any order."""
     x, k = ins.values[0], eqn.params["k"]
@@ -216,6 +224,8 @@ RULES: Mapping[str, Callable[[Any, Operands], list[Any]]] = {
     "convert_element_type": _convert,
     "cumlogsumexp": _cumlogsumexp,
     "div": _div,
+    "dynamic_slice": _picked,
+    "gather": _picked,
     "optimization_barrier": _same,  # it only tells XLA's scheduler what to keep apart
     "rem": _rem,
     "sharding_constraint": _same,  # there is one device

@@ -124,6 +124,8 @@ CASES = {
     "argmax": (lambda x: [jnp.argmax(x), jnp.argmin(x)], f32(1, 3, 1, 3, 1)),
     "argmax of bools": (lambda x: [jnp.argmax(x), jnp.argmin(x)], flags(False, True, True, False)),
     "cumlogsumexp": (lambda x: [lax.cumlogsumexp(x), lax.cumlogsumexp(x, 0, reverse=True)], f32(-2.5, 0.3, 1, -1)),
+    # what ABY3 cannot do with bits
+    "a bit at a secret place": (lambda x, i: [x[i], lax.dynamic_slice(x, (i,), (1,))], flags(False, True), i32(1)[0]),
     # what ends the process by itself
     "checkpoint": (jax.grad(lambda x: jax.checkpoint(jnp.sin)(x).sum()), f32(1, 2)),  # pyright: ignore[reportPrivateImportUsage]
     "remat": (
