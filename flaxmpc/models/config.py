@@ -62,6 +62,7 @@ class BertConfig:
             "multi_label_classification"; None: a regression for one label, else one label of several.
         model_max_length: tokens of the longest text that the model was trained and measured for, [CLS] and [SEP]
             included; None: all positions. Beyond it an approximation may diverge.
+        num_texts: that the model was trained on at a time: 1, or 2 for pairs; None: not known, either is answered.
         attention: see `flaxmpc.nn.attention.ATTENTION`.
         hidden_act: see `flaxmpc.nn.activation.ACTIVATIONS`.
         layer_norm: see `flaxmpc.nn.normalization.NORMALIZATIONS`.
@@ -92,6 +93,7 @@ class BertConfig:
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     problem_type: str | None = None
     model_max_length: int | None = None
+    num_texts: int | None = None
     attention: Any = "softmax"
     layer_norm: Any = "layer_norm"
     embedding: Any = "public"
@@ -109,6 +111,8 @@ class BertConfig:
             raise ValueError(
                 f"model_max_length {self.model_max_length} is not in 1..{self.max_position_embeddings}, the positions"
             )
+        if self.num_texts not in (None, 1, 2):
+            raise ValueError(f"num_texts is 1, or 2 for pairs, not {self.num_texts!r}")
         self._resolve("attention", _attention)
         if isinstance(self.attention, PerHead):  # on its own it would be written as a list, and read as one per layer
             object.__setattr__(self, "attention", (self.attention,) * self.num_hidden_layers)
