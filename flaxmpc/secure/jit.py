@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -241,8 +240,9 @@ def _compile(fn: Callable[..., Any], structs: tuple[Any, ...], visibilities: Seq
     if fatal:
         raise SecureError(f"compiling failed: SPU does not support {fatal.group()}")
 
-    path = cache_dir() / hashlib.sha256("\n".join([spu.__version__, *visibilities, text]).encode()).hexdigest()
-    code = _read(path)
+    cache = cache_dir()
+    path = cache and cache / hashlib.sha256("\n".join([spu.__version__, *visibilities, text]).encode()).hexdigest()
+    code = path and _read(path)
     if code is None:
         source = libspu.CompilationSource(
             libspu.SourceIRType.XLA,
@@ -254,7 +254,8 @@ def _compile(fn: Callable[..., Any], structs: tuple[Any, ...], visibilities: Seq
                 code = libspu.compile(source, libspu.CompilerOptions())
             except RuntimeError as error:
                 raise SecureError.wrap("compiling", error, diagnostics.text()) from error
-        _write(path, code)
+        if path:
+            _write(path, code)
     return Program(code, output)
 
 
@@ -270,10 +271,14 @@ def _lower(fn: Callable[..., Any], structs: tuple[Any, ...]) -> Any:
             frontend._restore_jax_patch(patches)
 
 
-def cache_dir() -> Path:
+def cache_dir() -> Path | None:
+    """$FLAXMPC_CACHE, or a folder in the user's cache; None for a user without a home: nothing is kept then."""
     if own := os.environ.get("FLAXMPC_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxmpc" / "programs"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxmpc" / "programs"
+    except RuntimeError:
+        return None
 
 
 def _read(path: Path) -> bytes | None:
@@ -290,11 +295,10 @@ def _write(path: Path, code: bytes) -> None:
     """Keeps code on disk; a cache that can't be written to is no reason to fail."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent)
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")  # not by tempfile: others may read a cache
         try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
+            temporary.write_bytes(hashlib.sha256(code).digest() + code)
             os.replace(temporary, path)
         except OSError:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
