@@ -61,10 +61,9 @@ def test_glue_goes_from_an_encoder_to_a_measured_student(sst2, tmp_path, write_c
     # Measured at every length that it was made for.
     assert [record["length"] for record in results["lengths"]] == [16, 32, 64, 128]
     assert all(record["joined"] == 64 for record in results["lengths"][1:])
-    assert all(
-        0 <= record["ref2k_agreement"] <= 1 for record in results["lengths"] if record["finite"] == record["rows"]
-    )
     config = folders.load(student).model.config
+    measured = [record for record in results["lengths"] if record["length"] <= config.longest]
+    assert all(record["finite"] == record["rows"] and record["ref2k_agreement"] >= 0.9 for record in measured)
     assert (config.model_max_length, config.num_texts) == (measured[-1]["length"], 1)
 
     def never(*_, **__):

@@ -208,15 +208,16 @@ def test_fine_tuning_does_not_go_on_with_other_inputs(encoder, teacher, data, tm
 
 
 def test_unlabelled_texts_are_inputs_too(teacher, data, tmp_path):
-    config = conversion(teacher, data, tmp_path / "out", unlabelled=tmp_path / "more.csv", **UNTRAINED)
-    config.unlabelled.write_text("sentence\na film of good scenes\n")
+    more = tmp_path / "more.csv"
+    config = conversion(teacher, data, tmp_path / "out", unlabelled=more, **UNTRAINED)
+    more.write_text("sentence\na film of good scenes\n")
     convert(config)
     assert sorted(json.loads((config.out / "recipe.json").read_text())["inputs"]) == [
         "data",
         "teacher",
         "unlabelled texts",
     ]
-    config.unlabelled.write_text("sentence\na film of bad scenes\n")
+    more.write_text("sentence\na film of bad scenes\n")
     with pytest.raises(ValueError, match="the unlabelled texts changed since"):
         convert(config)
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -90,7 +91,8 @@ def test_what_the_model_cannot_do_is_refused(field, value):
 def test_labels_are_read_as_transformers_reads_them(fields):
     import transformers
 
-    theirs, ours = transformers.BertConfig(**fields), BertConfig.from_dict(fields)
+    theirs: Any = transformers.BertConfig(**fields)
+    ours = BertConfig.from_dict(fields)
     assert ours.num_labels == theirs.num_labels
     assert ours.id2label == tuple(str(theirs.id2label[i]) for i in range(theirs.num_labels))
     assert ours.pad_token_id == (theirs.pad_token_id or 0)
@@ -142,7 +144,8 @@ def test_a_value_that_a_field_cannot_have_is_named(fields, message, tmp_path):
 
 
 def test_a_field_that_does_not_exist_gets_the_closest():
-    for make in (BertConfig, lambda **fields: preset("base", **fields)):
+    makers: list[Any] = [BertConfig, lambda **fields: preset("base", **fields)]
+    for make in makers:
         with pytest.raises(ValueError, match="num_labels is how many id2label has"):
             make(num_labels=3)
         with pytest.raises(ValueError, match=r"unknown field of BertConfig 'hiden_size'\. Did you mean 'hidden_size'"):
