@@ -1,5 +1,6 @@
 """What a trained model does under MPC, on a whole test set: beside what it does in the clear."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from flaxmpc import secure
 from flaxmpc.client import buckets
 from flaxmpc.convert import card, metrics, tasks
 from flaxmpc.convert.data import Split, collate, plan
+from flaxmpc.convert.finetune import predict
+from flaxmpc.convert.lengths import bucketed, repeated
+from flaxmpc.convert.matching import matched
 from flaxmpc.inference import SecureClassifier, check_encoded
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
@@ -33,28 +37,30 @@ def secure_logits(
     return secret, plain, cost
 
 
-def _agreement(secret: np.ndarray, plain: np.ndarray) -> float:
-    """The share of equal labels; of a regression, of scores within 0.05. A row that diverged in the clear has none."""
-    if plain.shape[-1] == 1:
-        return float((np.abs(secret - plain)[:, 0] < 0.05).mean())
-    return metrics.accuracy(plain, secret.argmax(-1))
-
-
 def evaluate(
-    folder: Path, *, ref2k_sentences: int | None = None, aby3_sentences: int = 100, batch_size: int = 16
+    folder: Path,
+    *,
+    teacher: Path | None = None,
+    ref2k_sentences: int | None = None,
+    aby3_sentences: int = 100,
+    batch_size: int = 16,
 ) -> dict[str, Any]:
     """Measures a converted model on the test set of its recipe.json, and writes results.json and the card.
 
-    REF2K is the fixed-point arithmetic that the secure protocols compute in, fast enough for a whole test set; ABY3
-    is three parties.
+    First in the clear, at every length: a bucket in which a logit is not finite, and those above it, are not for this
+    model. Its config.json gets the longest below as `model_max_length`, at which texts are cut from there on. Then in
+    REF2K, the fixed-point arithmetic that the secure protocols compute in, fast enough for a whole test set, and in
+    ABY3, three parties.
 
     Args:
         folder: that `convert` wrote.
+        teacher: whose labels it is compared with at every length; None: with nobody's.
         ref2k_sentences, aby3_sentences: how many of the test set, evenly spread; None: all; 0: none.
         batch_size: sentences in one secure run.
 
     Raises:
         FileNotFoundError: the folder has no recipe.json.
+        FloatingPointError: a logit is not finite for texts of the shortest bucket already.
         secure.OverflowRisk: fewer than 2 bits are left between the model's numbers and the fixed point's largest.
     """
     path = folder / "recipe.json"
@@ -62,14 +68,12 @@ def evaluate(
         raise FileNotFoundError(f"{path} does not exist: it says which data the model is measured on")
     recipe = json.loads(path.read_text("utf-8"))
     loaded = folders.load(folder)
-    task = tasks.load(
-        recipe["data"],
-        loaded.tokenizer,
-        recipe["max_length"],
-        text_columns=recipe["text_columns"],
-        label_column=recipe["label_column"],
-    )
     results = zoo.results(folder)
+    measured, results["lengths"] = _at_every_length(
+        loaded, _task(loaded, recipe, recipe["max_length"]).test, recipe["max_length"], teacher
+    )
+    loaded = _answering(loaded, _longest(folder, results["lengths"]))
+    task = _task(loaded, recipe, loaded.model.config.longest)
     results |= _margin(loaded, task.validation)
     for protocol, count in (("REF2K", ref2k_sentences), ("ABY3", aby3_sentences)):
         rows = spread(len(task.test), count)
@@ -81,12 +85,84 @@ def evaluate(
         key = protocol.lower()
         results[f"{key}_sentences"] = len(rows)
         results |= {f"{key}_{name}": value for name, value in _figures(task.metrics, secret, split).items()}
-        results[f"{key}_agreement"] = _agreement(secret, plain)
-        results[f"{key}_max_logit_difference"] = float(np.abs(secret - plain).max())
+        results[f"{key}_agreement"] = metrics.agreement(secret, plain)
+        results[f"{key}_max_logit_difference"] = _largest_difference(secret, plain)
         results |= {"versions": cost.versions, "machine": cost.machine, "date": cost.date}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+        if protocol == "REF2K":
+            for record in results["lengths"]:
+                if record["length"] <= loaded.model.config.longest:
+                    rows = measured[record["length"]]
+                    rows = rows[spread(len(rows), 2 * batch_size)]
+                    secret, plain, _ = secure_logits(classifier, rows, batch_size, f"{record['length']} tokens")
+                    record |= {"ref2k_rows": len(rows), "ref2k_agreement": metrics.agreement(secret, plain)}
+    (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", "utf-8")
     card.write(folder)
     return results
+
+
+def _task(loaded: folders.LoadedModel, recipe: dict[str, Any], max_length: int) -> tasks.Task:
+    """The data of a recipe, with the model's own ids of the labels, cut at so many tokens."""
+    columns = {name: recipe[name] for name in ("text_columns", "label_column")}
+    task = tasks.load(recipe["data"], loaded.tokenizer, max_length, **columns)
+    return matched(task, loaded.model.config.id2label, str(loaded.folder))
+
+
+def _at_every_length(
+    loaded: folders.LoadedModel, test: Split, max_length: int, teacher: Path | None
+) -> tuple[dict[int, Split], list[dict[str, Any]]]:
+    """The rows of each bucket, and what the model does with them in the clear: a record for each that has rows."""
+    # The table is looked up here, also where the client of a model would send one-hot rows.
+    model = type(loaded.model)(dataclasses.replace(loaded.model.config, embedding="public"))
+    exact = None if teacher is None else folders.load(teacher)
+    rows, records = {}, []
+    for length, (split, joined) in bucketed(test, loaded.tokenizer, buckets(max_length)).items():
+        if not len(split):
+            continue
+        rows[length] = split
+        logits = predict(model, loaded.params, split)
+        probes = predict(model, loaded.params, repeated(test, loaded.tokenizer, length))
+        record: dict[str, Any] = {"length": length, "rows": len(split), "joined": joined, "finite": _finite(logits)}
+        record |= {"repeated": len(probes), "repeated_finite": _finite(probes)}
+        if exact is not None and logits.shape[-1] > 1:
+            record["teacher_agreement"] = metrics.agreement(logits, predict(exact.model, exact.params, split))
+        records.append(record)
+    return rows, records
+
+
+def _finite(logits: np.ndarray) -> int:
+    return int(np.isfinite(logits).all(-1).sum())
+
+
+def _longest(folder: Path, records: Sequence[dict[str, Any]]) -> int:
+    """The longest bucket up to which every row is finite."""
+    longest = 0
+    for record in records:
+        if record["finite"] < record["rows"]:
+            break
+        longest = record["length"]
+    if not longest:
+        first = records[0]
+        raise FloatingPointError(
+            f"{folder} has logits that are not finite for {first['rows'] - first['finite']} of {first['rows']} texts "
+            f"of up to {first['length']} tokens: with --layer-norm layer_norm, or more epochs, it may do"
+        )
+    return longest
+
+
+def _answering(loaded: folders.LoadedModel, longest: int) -> folders.LoadedModel:
+    """The model with another `model_max_length`, in its folder too."""
+    config = dataclasses.replace(loaded.model.config, model_max_length=longest)
+    path = loaded.folder / "config.json"
+    stored = json.loads(path.read_text("utf-8"))
+    if stored.get("model_max_length") != longest:
+        path.write_text(json.dumps({**stored, "model_max_length": longest}, indent=2) + "\n", "utf-8")
+    return loaded._replace(model=type(loaded.model)(config))
+
+
+def _largest_difference(secret: np.ndarray, plain: np.ndarray) -> float:
+    """Of the rows that are finite in both."""
+    finite = np.isfinite(secret).all(-1) & np.isfinite(plain).all(-1)
+    return float(np.abs(secret[finite] - plain[finite]).max(initial=0.0))
 
 
 # Sentences whose largest numbers are looked at before a model runs in fixed point, and the bits that must be left.
@@ -96,7 +172,7 @@ _CHECKED, _MARGIN = 200, 2.0
 def _margin(loaded: folders.LoadedModel, split: Split) -> dict[str, Any]:
     """The margin to overflow on validation rows, each a run of its own, so that padding is as it will be."""
     rows = split[spread(len(split), _CHECKED)]
-    lengths = buckets(loaded.model.config.max_position_embeddings)
+    lengths = buckets(loaded.model.config.longest)
     found = (collate(rows, members, batch_size=1) for members in plan(rows, batch_size=1, lengths=lengths))
     types = (lambda batch: None) if split.token_type_ids is None else (lambda batch: batch.token_type_ids)
     margins = check_encoded(loaded, ((batch.input_ids, batch.attention_mask, types(batch)) for batch in found))

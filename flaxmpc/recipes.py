@@ -1,15 +1,12 @@
 """From a config to a finished folder: what commands and the recipes in train/ do with `FineTuning` and `Conversion`."""
 
 import dataclasses
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from flaxmpc.convert import card, hosts
-from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder, resolve
+from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
 from flaxmpc.evaluation import evaluate
 
 Config = TypeVar("Config", bound=FineTuning | Conversion)
@@ -29,19 +26,14 @@ def make(config: FineTuning | Conversion) -> dict[str, Any]:
             results = finetune_encoder(own)
             card.write(own.out)
             return results if hosts.first() else {}
-        if not hosts.from_first(np.bool_(_done(own))):
-            convert(own)
+        convert(own)
         if not hosts.first():
             return {}
         if own.notes:
             (own.out / "notes.md").write_text(own.notes.strip() + "\n", "utf-8")
-        return evaluate(own.out, ref2k_sentences=own.ref2k_sentences, aby3_sentences=own.aby3_sentences)
-
-
-def _done(config: Conversion) -> bool:
-    """Whether the folder holds the model that this config makes."""
-    recipe = config.out / "recipe.json"
-    return recipe.is_file() and json.loads(recipe.read_text("utf-8")) == resolve(config)
+        return evaluate(
+            own.out, teacher=own.teacher, ref2k_sentences=own.ref2k_sentences, aby3_sentences=own.aby3_sentences
+        )
 
 
 def with_epochs(config: Config, epochs: int) -> Config:

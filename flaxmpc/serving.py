@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from flaxmpc.inference import SecureClassifier, logits_and_size, secure_function
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.models.config import BertConfig
+from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
+from flaxmpc.models.tokenizer import save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
 from flaxmpc.secure import messages as m
 
@@ -25,7 +29,7 @@ from flaxmpc.secure import messages as m
 _SIZE_TOLERANCE = 0.5
 
 _TABLE = "embeddings.safetensors"
-_BUNDLE_FILES = frozenset(("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", _TABLE))
+_BUNDLE_FILES = frozenset(("config.json", *TOKENIZER_FILES, _TABLE))
 
 
 def put(
@@ -70,7 +74,7 @@ def put(
         for batch in sorted(set(batches))
         for length in sorted(set(lengths))
     }
-    parties.publish(name, classifier.weights, programs, _bundle(classifier, loaded.folder))
+    parties.publish(name, classifier.weights, programs, _bundle(classifier))
     return parties.find(name)[1]
 
 
@@ -81,15 +85,15 @@ def _program(classifier: SecureClassifier, parties: secure.Cluster, batch: int, 
     return parties.program(function, classifier.weights, *inputs, length=length)
 
 
-def _bundle(classifier: SecureClassifier, folder: Path) -> bytes:
+def _bundle(classifier: SecureClassifier) -> bytes:
     """What clients need in the clear: config, tokenizer, and the embedding if it is public."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in _BUNDLE_FILES - {_TABLE}}
-    files["config.json"] = json.dumps(classifier.model.config.to_dict()).encode()
-    if classifier.client_params:
-        with tempfile.TemporaryDirectory() as directory:
-            write_params(Path(directory) / _TABLE, classifier.client_params)
-            files[_TABLE] = (Path(directory) / _TABLE).read_bytes()
-    return msgspec.msgpack.encode(files)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        save_tokenizer(classifier.tokenizer, folder)
+        (folder / "config.json").write_text(json.dumps(classifier.model.config.to_dict()), "utf-8")
+        if classifier.client_params:
+            write_params(folder / _TABLE, classifier.client_params)
+        return msgspec.msgpack.encode({name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))})
 
 
 def _unpack(bundle: bytes, folder: Path) -> None:
@@ -100,17 +104,16 @@ def _unpack(bundle: bytes, folder: Path) -> None:
         raise ValueError(f"the model's bundle can't be read: {error}") from error
     if strange := sorted(set(files) - _BUNDLE_FILES):
         raise ValueError(f"the model's bundle holds a file {strange[0]!r}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as directory:
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}")  # not by tempfile: others may read a cache
+    temporary.mkdir(parents=True)
+    try:
         for name, content in files.items():
-            (Path(directory) / name).write_bytes(content)
-        try:
-            os.rename(directory, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-        else:
-            os.mkdir(directory)  # for the context to remove
+            (temporary / name).write_bytes(content)
+        os.rename(temporary, folder)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not folder.is_dir():  # else another process was faster
+            raise
 
 
 class RemoteClassifier(Classifier):
@@ -129,19 +132,26 @@ class RemoteClassifier(Classifier):
         """
         self.parties = parties
         self.name, self.model = parties.find(model)
-        folder = secure.cache_dir() / "bundles" / self.model.bundle
-        if not folder.is_dir():
-            _unpack(parties.bundle(self.name, self.model), folder)
-        config = BertConfig.from_folder(folder)
-        model_ = BertForSequenceClassification(config)
-        params: dict[str, Any] = {}
-        if config.embedding.client_embeds:
-            shapes = {"bert": {"embeddings": param_shapes(model_)["bert"]["embeddings"]}}
-            params = read_params(folder / _TABLE, shapes)
+        with tempfile.TemporaryDirectory() as own:
+            folder = (secure.cache_dir() or Path(own)) / "bundles" / self.model.bundle
+            if not folder.is_dir():
+                bundle = parties.bundle(self.name, self.model)
+                try:
+                    _unpack(bundle, folder)
+                except OSError:  # a cache that can't be written to is no reason to fail
+                    folder = Path(own) / "bundle"
+                    _unpack(bundle, folder)
+            config = BertConfig.from_folder(folder)
+            model_ = BertForSequenceClassification(config)
+            params: dict[str, Any] = {}
+            if config.embedding.client_embeds:
+                shapes = {"bert": {"embeddings": param_shapes(model_)["bert"]["embeddings"]}}
+                params = read_params(folder / _TABLE, shapes)
+            tokenizer = folders.load_tokenizer(folder)
         self._sizes: dict[int, list[int]] = {}
         for program in self.model.programs.values():
             self._sizes[program.length] = sorted({*self._sizes.get(program.length, ()), program.batch})
-        super().__init__(model_, folders.load_tokenizer(folder), params, list(self._sizes))
+        super().__init__(model_, tokenizer, params, list(self._sizes))
 
     def sizes(self, length: int) -> Sequence[int]:
         """Those that the model was put for."""

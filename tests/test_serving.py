@@ -1,6 +1,7 @@
 """A small BERT on real parties: answers as in process, and nobody but the client sees any of it."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -198,3 +199,30 @@ def test_no_party_receives_ids_logits_or_anything_but_uniform_shares(parties, mo
         counts = np.bincount(np.frombuffer(b"".join(own), np.uint8), minlength=256)
         assert counts.sum() > 256 * 20
         assert scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_a_bundle_holds_the_tokenizer_that_the_model_has(loaded, group, tmp_path):
+    """Tokens that were added later too, and in files that others may read as the umask says."""
+    tokenizer = folders.load_tokenizer(loaded.folder)
+    tokenizer.add_tokens(["<film>"])
+    bundle = serving._bundle(SecureClassifier(loaded._replace(tokenizer=tokenizer), group("REF2K")))
+    before = os.umask(0o027)
+    try:
+        serving._unpack(bundle, tmp_path / "bundles" / "one")
+    finally:
+        os.umask(before)
+    text = "a <film> acted beautifully"
+    unpacked = folders.load_tokenizer(tmp_path / "bundles" / "one")
+    assert unpacked(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (tmp_path / "bundles" / "one").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "bundles" / "one").iterdir()} == {0o640}
+    serving._unpack(bundle, tmp_path / "bundles" / "one")  # another process was faster
+    assert [path.name for path in (tmp_path / "bundles").iterdir()] == ["one"]
+
+
+def test_a_client_does_without_a_cache(parties, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    for cache in (None, tmp_path / "file" / "cache"):
+        monkeypatch.setattr(serving.secure, "cache_dir", lambda cache=cache: cache)
+        with parties.connect("client") as client:
+            assert len(serving.RemoteClassifier(client, "tiny").encode(TEXTS).input_ids) == 3

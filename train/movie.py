@@ -29,6 +29,7 @@ from flaxmpc.convert import card
 from flaxmpc.convert.conversion import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.fit import Schedule
+from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.recipes import make, minilm_l6, with_epochs
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +99,7 @@ def _publish(name: str, out: Path) -> None:
         (folder / "runs" / f"{variant}.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    weights = ("model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json") if entry in SHIPPED else ()
+    weights = ("model.safetensors", *TOKENIZER_FILES) if entry in SHIPPED else ()
     for file in ("config.json", "recipe.json", "results.json", *weights):
         if (out / file).is_file():
             shutil.copy(out / file, folder / file)

@@ -39,6 +39,7 @@ def text(folder: Path) -> str:
         *_interval(results),
         *_pieces(results),
         *_margin(results),
+        *_lengths(results, config),
         "## Data",
         _DATA.get(recipe["data"], f"`{recipe['data']}`."),
         "## How it was made",
@@ -66,6 +67,7 @@ def _facts(folder: Path, config: BertConfig) -> Iterable[tuple[str, str]]:
         f"BERT, {config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads",
     )
     yield "labels", ", ".join(config.id2label)
+    yield "longest text", f"{config.longest} tokens"
     yield "attention", _unique(f"`{config.attention_of(i).name}`" for i in layers)
     yield "activation", _unique(f"`{config.hidden_act_of(i).name}`" for i in layers)
     norms = [norm for i in layers for norm in config.layer_norms_of(i)]
@@ -134,6 +136,34 @@ def _margin(results: Mapping[str, Any]) -> Iterable[str]:
         yield (
             f"Fixed point: {results['margin_bits']:.1f} bits between the largest numbers of "
             f"{results['margin_sentences']} validation rows and overflow (`secure.check`)."
+        )
+
+
+def _lengths(results: Mapping[str, Any], config: BertConfig) -> Iterable[str]:
+    records = results.get("lengths")
+    if not records:
+        return
+    yield "## Length"
+    yield (
+        "In the clear, at every length: test rows, and where there are few, some joined. `finite`: of how many all "
+        "logits are finite numbers; the others have no answer."
+    )
+    head = ["tokens", "rows", "joined", "finite"]
+    columns = {"teacher_agreement": "as the teacher", "ref2k_agreement": "REF2K as in the clear"}
+    shown = {key: name for key, name in columns.items() if any(key in record for record in records)}
+    rows = []
+    for record in records:
+        counts = [f"{record[key]:,}" for key in ("rows", "joined", "finite")]
+        agreements = [f"{100 * record[key]:.1f} %" if key in record else "" for key in shown]
+        word = f"{record['repeated_finite']} of {record['repeated']}"
+        rows.append([f"up to {record['length']}", *counts, *agreements, word])
+    yield _table([*head, *shown.values(), "one word repeated, finite"], rows)
+    if any(record["finite"] < record["rows"] for record in records):
+        yield f"Beyond {config.longest} tokens it diverges, so it was not measured further and is not for longer texts."
+    if any(record["repeated_finite"] < record["repeated"] for record in records):
+        yield (
+            "On a word repeated to the end of a bucket it diverges too: `infer` in one process says so; on a cluster, "
+            "where nobody computes in the clear, such an answer is arbitrary."
         )
 
 

@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from flaxmpc.convert import calibrate, tasks
-from flaxmpc.convert.data import Split, batches
+from flaxmpc.convert import calibrate, contents, hosts, tasks
+from flaxmpc.convert.data import SPLITS, Split, batches
 from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
-from flaxmpc.convert.finetune import LENGTHS, Evaluate, finetune, in_order, predict
+from flaxmpc.convert.finetune import Evaluate, finetune, in_order, lengths, predict
 from flaxmpc.convert.fit import Schedule
-from flaxmpc.convert.metrics import accuracy, correct, evaluate, paired_difference
+from flaxmpc.convert.matching import matched, named, refuse_other_order
+from flaxmpc.convert.metrics import agreement, correct, evaluate, paired_difference
 from flaxmpc.convert.pieces import pieces
+from flaxmpc.convert.runs import done, recipe, run_folder
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
 
 # What fine-tuning and distillation leave as it is, so that the client may know the table: see `flaxmpc.nn.embedding`.
@@ -110,34 +113,6 @@ class Conversion:
     notes: str = ""
 
 
-def _run_folder(config: FineTuning | Conversion) -> Path:
-    """Where checkpoints go. The resolved config is written there, and a run of another config is not gone on with.
-
-    Raises:
-        ValueError: the folder holds a run of another config; names the fields.
-    """
-    folder = config.runs or config.out.with_name(config.out.name + ".run")
-    resolved = resolve(config)
-    path = folder / "config.json"
-    if path.is_file():
-        before = json.loads(path.read_text("utf-8"))
-        other = [field for field in resolved if before.get(field) != resolved[field]]
-        if other:
-            raise ValueError(
-                f"{folder} holds a run with another {', '.join(other)}: remove the folder, or name another with --runs"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(resolved, indent=2) + "\n", "utf-8")
-    return folder
-
-
-def resolve(config: FineTuning | Conversion) -> dict[str, Any]:
-    """The config as JSON holds it, without what changes no figure: where things are written, and notes."""
-    # Of a path, what says which folder it is on any machine.
-    fields = json.loads(json.dumps(dataclasses.asdict(config), default=lambda path: "/".join(path.parts[-2:])))
-    return {name: value for name, value in fields.items() if name not in ("out", "runs", "notes")}
-
-
 def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str, float]:
     figures = evaluate(task.metrics, logits, task.test.labels)
     return {prefix + name: value for name, value in figures.items()}
@@ -148,7 +123,7 @@ def _bits(hits: np.ndarray) -> str:
 
 
 def _write(out: Path, name: str, record: dict[str, Any]) -> None:
-    (out / name).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    (out / name).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", "utf-8")
 
 
 def finetune_encoder(config: FineTuning) -> dict[str, Any]:
@@ -160,10 +135,18 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         ValueError, FileNotFoundError, ConnectionError: bad data, see `tasks.load`; a run of another config.
         FloatingPointError: see `fit`.
     """
-    tokenizer = folders.load_tokenizer(config.encoder)
-    task = _load_task(config, tokenizer)
-    run = _run_folder(config)
-    base = folders.load_pretrained(config.encoder, seed=config.seed, id2label=task.id2label)
+    encoder = BertConfig.from_folder(config.encoder)
+    task = _load_task(config, folders.load_tokenizer(config.encoder), encoder)
+    base = folders.load_pretrained(
+        config.encoder,
+        seed=config.seed,
+        id2label=task.id2label,
+        problem_type="regression" if task.regression else "single_label_classification",
+        model_max_length=config.max_length,
+        num_texts=len(task.text_columns),
+    )
+    inputs = {"data": contents.of_task(task), "encoder": contents.of_encoder(base, encoder)}
+    run = run_folder(config, hosts.agreed(inputs))
     params = finetune(
         base.model,
         base.params,
@@ -180,16 +163,33 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
     if not task.regression:
         results["correct"] = _bits(correct(logits, task.test.labels))
     _write(config.out, "results.json", results)
-    _write(config.out, "recipe.json", resolve(config))
+    _write(config.out, "recipe.json", recipe(config, inputs))
     return results
 
 
-def _load_task(config: FineTuning | Conversion, tokenizer: Any) -> tasks.Task:
+def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: BertConfig) -> tasks.Task:
+    """The data, for a model of this config.
+
+    Raises:
+        ValueError: see `tasks.load`; more tokens than the model has positions, or other tokens than it has.
+    """
+    if config.max_length > model.max_position_embeddings:
+        raise ValueError(
+            f"max_length is {config.max_length}, but the model has {model.max_position_embeddings} positions"
+        )
     task = tasks.load(
         config.data, tokenizer, config.max_length, text_columns=config.text_columns, label_column=config.label_column
     )
     for warning in task.warnings:
         print(f"{config.data}: {warning}")
+    for split in (getattr(task, name) for name in SPLITS):
+        for what, rows, known in (
+            ("token", split.input_ids, model.vocab_size),
+            ("token type", split.token_type_ids or (), model.type_vocab_size),
+        ):
+            largest = max((int(np.max(row)) for row in rows), default=0)
+            if largest >= known:
+                raise ValueError(f"the tokenizer gives {what} {largest}, but the model has {known}: they do not fit")
     return task
 
 
@@ -198,7 +198,8 @@ def _calibrated(
 ) -> BertForSequenceClassification:
     """With LayerNorms for the variances of what is trained on, see `calibrate.with_newton`."""
     finite = BertForSequenceClassification(calibrate.for_training(student.config))
-    seen, held_out = (calibrate.variances(finite, params, in_order(split)) for split in (train, validation))
+    most = student.config.max_position_embeddings
+    seen, held_out = (calibrate.variances(finite, params, in_order(split, most=most)) for split in (train, validation))
     return BertForSequenceClassification(calibrate.with_newton(student.config, seen, held_out, part))
 
 
@@ -214,55 +215,76 @@ def _beside_teacher(
     if task.regression:
         return _figures(task, logits)
     short = pieces(task.test, 1.0, seed=0)
-    labels = predict(teacher.model, teacher.params, short).argmax(-1)
+    theirs = predict(teacher.model, teacher.params, short)
     hits, teacher_hits = correct(logits, task.test.labels), correct(teacher_logits, task.test.labels)
     return {
         **_figures(task, logits),
         "pieces": len(short),
-        "pieces_agreement": accuracy(predict(student, params, short), labels),
+        "pieces_agreement": agreement(predict(student, params, short), theirs),
         **paired_difference(hits, teacher_hits, seed=0)._asdict(),
         "correct": _bits(hits),
         "teacher_correct": _bits(teacher_hits),
     }
 
 
-def convert(config: Conversion) -> dict[str, Any]:
-    """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
-
-    A run that was killed goes on from its last checkpoint. `flaxmpc.evaluation.evaluate` then adds what the student
-    does under MPC, and the card.
-
-    Raises:
-        ValueError, FileNotFoundError, ConnectionError: an unknown part, or bad data, see `tasks.load`; a teacher with
-            other labels than the data; a run of another config.
-        FloatingPointError: see `fit`.
-    """
+def _teacher(config: Conversion) -> folders.LoadedModel:
     teacher = folders.load(config.teacher)
     if not isinstance(teacher.model, BertForSequenceClassification):
         raise ValueError(f"{config.teacher} holds a {type(teacher.model).__name__}, not a sequence classifier")
-    newton = NORMALIZATIONS.resolve(config.layer_norm)
-    exact = dataclasses.replace(teacher.model.config, attention=config.attention, hidden_act=config.activation)
-    student = BertForSequenceClassification(exact)
-    task = _load_task(config, teacher.tokenizer)
-    if task.num_labels != teacher.model.config.num_labels:
+    if teacher.model.config.problem_type == "multi_label_classification":
         raise ValueError(
-            f"{config.teacher} has {teacher.model.config.num_labels} labels and {config.data} has {task.num_labels}"
+            f"{config.teacher} gives a text several labels; a student of one label, or of a number, is made"
         )
+    return teacher
+
+
+def convert(config: Conversion) -> dict[str, Any]:
+    """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
+
+    A run that was killed goes on from its last checkpoint; what is done already is returned. `flaxmpc.evaluation`
+    then adds what the student does with longer texts and under MPC, and the card.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: an unknown part, or bad data, see `tasks.load`; a teacher with
+            other labels than the data; a run of another config, or from other data or weights.
+        FloatingPointError: see `fit`.
+    """
+    teacher = _teacher(config)
+    newton = NORMALIZATIONS.resolve(config.layer_norm)
+    own = teacher.model.config
+    exact = dataclasses.replace(own, attention=config.attention, hidden_act=config.activation)
+    loaded = _load_task(config, teacher.tokenizer, own)
+    task = matched(loaded, own.id2label, str(config.teacher))
+    num_texts = len(task.text_columns)
+    if own.num_texts not in (None, num_texts):
+        raise ValueError(f"{config.teacher} answers {own.num_texts} text(s) at a time, {config.data} has {num_texts}")
+    exact = dataclasses.replace(exact, id2label=task.id2label, model_max_length=config.max_length, num_texts=num_texts)
+    student = BertForSequenceClassification(exact)
     train, validation = (
         split + pieces(split, config.pieces, seed=config.seed) for split in (task.train, task.validation)
     )
     everything = train
+    inputs = {"data": contents.of_task(task), "teacher": contents.of_model(teacher)}
     if config.unlabelled is not None:
-        everything += tasks.unlabelled(config.unlabelled, task, teacher.tokenizer, config.max_length)
-    run = _run_folder(config)
+        more = tasks.unlabelled(config.unlabelled, task, teacher.tokenizer, config.max_length)
+        everything += more
+        inputs["unlabelled texts"] = contents.of_split(more)
+    if hosts.from_first(np.bool_(done(config, hosts.agreed(inputs)))):
+        return json.loads((config.out / "results.json").read_text("utf-8")) if hosts.first() else {}
+    run = run_folder(config, inputs)
     teacher_logits = predict(teacher.model, teacher.params, task.test)
+    if not (task.regression or (named(own.id2label) and named(loaded.id2label))):
+        some = task.train[np.linspace(0, len(task.train) - 1, min(len(task.train), 256)).astype(int)]
+        logits = predict(teacher.model, teacher.params, some)
+        refuse_other_order(logits, some.labels, f"{config.teacher} on {config.data}")
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
 
     bits = {"word_embedding_bits": config.word_embedding_bits, "matrix_bits": config.matrix_bits}
     # Through a folder and back: the student starts, and keeps, the embeddings as they will be stored.
     folders.save(run / "start", student, start_student(student, teacher.params), config.teacher, **bits)
     params = folders.load(run / "start").params
-    calibration = list(batches(task.train, batch_size=64, lengths=LENGTHS, seed=config.seed))[:8]
+    padded = lengths(own.max_position_embeddings)
+    calibration = list(batches(task.train, batch_size=64, lengths=padded, seed=config.seed))[:8]
     params = calibrate.calibrate_attention(student, params, calibration[0])
     results |= _figures(task, predict(student, params, task.test), "untrained_")
 
@@ -305,5 +327,5 @@ def convert(config: Conversion) -> dict[str, Any]:
     stored = folders.load(config.out).params
     results |= _beside_teacher(student, stored, teacher, teacher_logits, task)
     _write(config.out, "results.json", results)
-    _write(config.out, "recipe.json", resolve(config))
+    _write(config.out, "recipe.json", recipe(config, inputs))
     return results

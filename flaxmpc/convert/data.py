@@ -145,7 +145,7 @@ def encode(tokenizer: Any, texts: Sequence[Text], max_length: int) -> Encoded:
     err = Console(stderr=True)  # standard output may be a command's JSON
     for start in track(starts, "tokenizing", console=err, transient=True, disable=len(starts) < 4):
         columns = zip(*texts[start : start + chunk], strict=True) if pairs else [texts[start : start + chunk]]
-        output = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
+        output = tokenizer(*map(list, columns), truncation=True, max_length=max_length, return_token_type_ids=pairs)
         encoded.input_ids.extend(np.asarray(row, np.int32) for row in output["input_ids"])
         if encoded.token_type_ids is not None:
             encoded.token_type_ids.extend(np.asarray(row, np.int8) for row in output["token_type_ids"])

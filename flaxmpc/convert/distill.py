@@ -106,7 +106,7 @@ class Teacher:
         self._states: list[Any] = [None] * len(lengths)
         if not self.kept:
             return
-        for batch in track(list(in_order(split)), description="teacher"):
+        for batch in track(list(in_order(split, most=config.max_position_embeddings)), description="teacher"):
             logits, states = jax.device_get(apply(self._params, batch))
             for row in np.flatnonzero(batch.row_mask):
                 index, n = batch.place[row], int(batch.attention_mask[row].sum())
@@ -203,7 +203,7 @@ def distill(
     return fit(
         loss,
         params,
-        epoch_batches(train, stage, seed),
+        epoch_batches(train, stage, seed, student.config.max_position_embeddings),
         stage,
         folder,
         name=folder.name,

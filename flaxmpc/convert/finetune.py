@@ -20,14 +20,24 @@ from flaxmpc.models.params import flatten
 LENGTHS = (16, 24, 32, 48, 64, 128, 256, 512)
 
 
-def epoch_batches(split: Split, schedule: Schedule, seed: int) -> Callable[[int], Iterator[Batch]]:
-    """What `fit` asks for its batches: shuffled anew in every epoch, the same for the same seed."""
-    return lambda epoch: batches(split, batch_size=schedule.batch_size, lengths=LENGTHS, seed=(seed, epoch))
+def lengths(most: int) -> tuple[int, ...]:
+    """`LENGTHS` for a model of so many positions: no padding beyond them."""
+    return (*(length for length in LENGTHS if length < most), most)
 
 
-def in_order(split: Split, batch_size: int = 64) -> Iterator[Batch]:
+def epoch_batches(
+    split: Split, schedule: Schedule, seed: int, most: int = LENGTHS[-1]
+) -> Callable[[int], Iterator[Batch]]:
+    """What `fit` asks for its batches: shuffled anew in every epoch, the same for the same seed.
+
+    `most` is the model's number of positions, here and in what follows.
+    """
+    return lambda epoch: batches(split, batch_size=schedule.batch_size, lengths=lengths(most), seed=(seed, epoch))
+
+
+def in_order(split: Split, batch_size: int = 64, most: int = LENGTHS[-1]) -> Iterator[Batch]:
     """Batches of every sentence once, unshuffled."""
-    return batches(split, batch_size=batch_size, lengths=LENGTHS)
+    return batches(split, batch_size=batch_size, lengths=lengths(most))
 
 
 # Compiled once for a model, however often it is evaluated.
@@ -39,7 +49,7 @@ def predict(
 ) -> np.ndarray:
     """Logits (sentence, label), in the order of the split."""
     logits = np.zeros((len(split), model.config.num_labels), np.float32)
-    for batch in in_order(split, batch_size):
+    for batch in in_order(split, batch_size, model.config.max_position_embeddings):
         output = _apply(model)({"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids)
         rows = batch.row_mask > 0
         logits[batch.place[rows]] = np.asarray(output)[rows]
@@ -143,7 +153,7 @@ def finetune(
     return fit(
         classification_loss(model),
         params,
-        epoch_batches(train, schedule, seed),
+        epoch_batches(train, schedule, seed, model.config.max_position_embeddings),
         schedule,
         folder,
         name="fine-tuning",

@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
@@ -63,6 +64,19 @@ def first() -> bool:
 def from_first(tree: T) -> T:
     """The first host's tree, of arrays whose shapes are the same on every host; a call that all hosts make."""
     return multihost_utils.broadcast_one_to_all(tree)
+
+
+def agreed(digests: Mapping[str, str]) -> Mapping[str, str]:
+    """The digests, which are the same on every host; a call that all hosts make.
+
+    Raises:
+        ValueError: on a host whose inputs are not the first's; names them.
+    """
+    theirs = from_first({name: np.frombuffer(bytes.fromhex(digest), np.uint8) for name, digest in digests.items()})
+    other = [name for name, digest in digests.items() if bytes(np.asarray(theirs[name])).hex() != digest]
+    if other:
+        raise ValueError(f"the {' and the '.join(other)} of this host and of the first host are not the same")
+    return digests
 
 
 @contextlib.contextmanager

@@ -18,15 +18,21 @@ def f1(logits: np.ndarray, labels: np.ndarray) -> float:
     from sklearn.metrics import f1_score
 
     average = "binary" if logits.shape[-1] == 2 else "macro"
-    return float(f1_score(labels, logits.argmax(-1), average=average, zero_division=0))  # pyright: ignore[reportArgumentType]
+    return float(f1_score(labels, _predicted(logits, labels), average=average, zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
 def matthews_correlation(logits: np.ndarray, labels: np.ndarray) -> float:
     """In [-1, 1]; 0 where all rows get, or have, the same label."""
     from sklearn.metrics import matthews_corrcoef
 
-    predicted = logits.argmax(-1)
+    predicted = _predicted(logits, labels)
     return 0.0 if _constant(predicted, labels) else float(matthews_corrcoef(labels, predicted))
+
+
+def _predicted(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(row,) the label of the largest logit; where one is not finite, a wrong label."""
+    wrong = (np.asarray(labels) + 1) % logits.shape[-1]
+    return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), wrong)
 
 
 def _constant(predicted: np.ndarray, labels: np.ndarray) -> bool:
@@ -34,13 +40,14 @@ def _constant(predicted: np.ndarray, labels: np.ndarray) -> bool:
 
 
 def _scores(logits: np.ndarray) -> np.ndarray:
+    """The one logit (row,); all 0 where one is not finite: then there is no correlation."""
     if logits.shape[-1] != 1:
         raise ValueError(f"a correlation is of models with one logit, not {logits.shape[-1]}")
-    return logits[:, 0]
+    return logits[:, 0] if np.isfinite(logits).all() else np.zeros(len(logits))
 
 
 def pearson(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation of the one logit (row, 1) with the label; 0 where either is constant."""
+    """Pearson's correlation of the one logit (row, 1) with the label; 0 where either is constant or not finite."""
     from scipy import stats
 
     scores = _scores(logits)
@@ -48,17 +55,32 @@ def pearson(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Spearman's rank correlation of the one logit (row, 1) with the label; 0 where either is constant."""
+    """Spearman's rank correlation of the one logit (row, 1) with the label; 0 where either is constant or not
+    finite."""
     from scipy import stats
 
     scores = _scores(logits)
     return 0.0 if _constant(scores, labels) else float(stats.spearmanr(scores, labels)[0])  # pyright: ignore[reportArgumentType]
 
 
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The share of rows, of logits (row, label), with the same label; of a regression, with scores within 0.05.
+
+    A row of which either has a logit that is not finite has no label.
+    """
+    finite = np.isfinite(ours).all(-1) & np.isfinite(theirs).all(-1)
+    if ours.shape[-1] == 1:
+        with np.errstate(invalid="ignore"):
+            return float((finite & (np.abs(ours - theirs)[:, 0] < 0.05)).mean())
+    return float((finite & (ours.argmax(-1) == theirs.argmax(-1))).mean())
+
+
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     function.__name__: function for function in (accuracy, f1, matthews_correlation, pearson, spearman)
 }
-"""(logits (row, label), labels (row,)) -> the metric. Larger is better for all."""
+"""(logits (row, label), labels (row,)) -> the metric. Larger is better for all.
+
+A row with a logit that is not finite is wrong."""
 
 
 def evaluate(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

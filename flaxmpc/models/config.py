@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,33 @@ _HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # Fields of HF's config.json that say something this model cannot do when they have another value.
 _HF_REQUIRED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
+_LARGEST = 2**31 - 1
+_MOST_LAYERS, _MOST_LABELS = 1_000, 1_000_000
+
+# What the fields that are no part may be: whole numbers in a range, numbers from 0 to below one, true or false.
+_WHOLE = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"), (1, _LARGEST)),
+    **dict.fromkeys(("max_position_embeddings", "type_vocab_size", "model_max_length"), (1, _LARGEST)),
+    "num_hidden_layers": (1, _MOST_LAYERS),
+    "pad_token_id": (0, _LARGEST),
+}
+_BELOW = {
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 1.0),
+    **dict.fromkeys(("initializer_range", "layer_norm_eps"), math.inf),
+}
+_FLAGS = ("folded", "grouped_heads")
+_MAY_BE_NONE = ("classifier_dropout", "model_max_length")
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def no_model_folder(path: Path) -> FileNotFoundError:
+    """The error for what should be a model's folder and is none. What looks like a hub's name is told how to get it."""
+    message = f"{path} is {'a file, not the folder of a model' if path.is_file() else 'no folder'}"
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)) and not path.exists():
+        get = f"from huggingface_hub import snapshot_download as get; get({str(path)!r}, local_dir='FOLDER')"
+        message += f'. If it is a name on the hub, download it first: python -c "{get}"'
+    return FileNotFoundError(message)
 
 
 def _attention(spec: Any) -> AttentionPart:
@@ -45,6 +73,54 @@ def _layer_norms(spec: Any) -> Any:
 
 def _layer_norms_spec(part: Any) -> Any:
     return [NORMALIZATIONS.spec(p) for p in part] if isinstance(part, tuple) else NORMALIZATIONS.spec(part)
+
+
+def _check(field: str, value: Any) -> None:
+    """ValueError with the field, its value and what it may be."""
+    if value is None and field in _MAY_BE_NONE:
+        return
+    number: Any = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    right, allowed = True, ""
+    if field in _WHOLE:
+        low, high = _WHOLE[field]
+        right, allowed = isinstance(number, int) and low <= number <= high, f"a whole number in {low}..{high}"
+    elif field in _BELOW:
+        right, allowed = 0 <= number < _BELOW[field], f"a number from 0 to below {_BELOW[field]:g}"
+    elif field in _FLAGS:
+        right, allowed = isinstance(value, bool), "true or false"
+    elif field == "id2label":
+        names = isinstance(value, (tuple, list)) and value and all(isinstance(name, str) for name in value)
+        right, allowed = bool(names), "a tuple of names, one for each label"
+    if not right:
+        raise ValueError(f"{field} {value!r} is not {allowed}")
+
+
+def _labels(id2label: Any, count: Any) -> tuple[str, ...]:
+    """The names of the labels, as HF reads id2label and num_labels: without both there are two; label2id says nothing.
+
+    Raises:
+        ValueError: ids with a gap, which HF meets when it answers; what contradicts itself, or has another type.
+    """
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_LABELS):
+        raise ValueError(f"num_labels {count!r} is not a whole number in 1..{_MOST_LABELS}")
+    if id2label is None:
+        return tuple(f"LABEL_{i}" for i in range(2 if count is None else count))
+    if isinstance(id2label, (list, tuple)):
+        id2label = dict(enumerate(id2label))
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"id2label {id2label!r} is not an object of names by id")
+    try:
+        by_id = {int(key): name for key, name in id2label.items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"id2label {id2label!r} has a key that is no id") from error
+    if sorted(by_id) != list(range(len(id2label))) or not by_id:
+        raise ValueError(f"id2label has the ids {list(id2label)}: they are 0, 1, 2, ... without gaps, at least one")
+    for name in by_id.values():
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            raise ValueError(f"id2label names a label {name!r}, which is neither text nor a whole number")
+    if count is not None and count != len(by_id):
+        raise ValueError(f"num_labels is {count}, but id2label names {len(by_id)}: {list(by_id.values())}")
+    return tuple(str(by_id[i]) for i in range(len(by_id)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +148,8 @@ class BertConfig:
             fewer rounds on shares, and in some protocols more bytes.
 
     Raises:
-        ValueError: an unknown part (the message lists the known ones), a list of the wrong length, or a
-            hidden_size that the heads do not divide.
+        ValueError: an unknown field or part (the message lists the known ones), a value that the field cannot have, a
+            list of the wrong length, or a hidden_size that the heads do not divide.
     """
 
     vocab_size: int = 30522
@@ -100,14 +176,27 @@ class BertConfig:
     folded: bool = False
     grouped_heads: bool = True
 
+    def __new__(cls, *values: Any, **fields: Any) -> "BertConfig":
+        known = cls.__dataclass_fields__
+        if "num_labels" in fields:
+            raise ValueError("num_labels is how many id2label has: name the labels, id2label=('no', 'yes') say")
+        for field, value in (dict(zip(known, values, strict=False)) | fields).items():
+            if field not in known:
+                raise unknown("field of BertConfig", field, known)
+            _check(field, value)
+        return super().__new__(cls)
+
     def __post_init__(self):
+        object.__setattr__(self, "id2label", tuple(self.id2label))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise unknown("problem_type", self.problem_type, PROBLEM_TYPES)
-        if self.model_max_length is not None and not 1 <= self.model_max_length <= self.max_position_embeddings:
+        if self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is not in 0..{self.vocab_size - 1}, the vocabulary")
+        if self.longest > self.max_position_embeddings:
             raise ValueError(
                 f"model_max_length {self.model_max_length} is not in 1..{self.max_position_embeddings}, the positions"
             )
@@ -196,10 +285,9 @@ class BertConfig:
         values = {name: value for name, value in fields.items() if name in own}
         if isinstance(values.get("hidden_act"), str):
             values["hidden_act"] = _HF_ACTIVATIONS.get(values["hidden_act"], values["hidden_act"])
-        labels = values.get("id2label")
-        if labels is not None:
-            by_id = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else labels
-            values["id2label"] = tuple(by_id)
+        if values.get("pad_token_id", 0) is None:  # it names no id; what stands on padding is masked
+            values["pad_token_id"] = 0
+        values["id2label"] = _labels(fields.get("id2label"), fields.get("num_labels"))
         return cls(**values)
 
     @classmethod
@@ -207,10 +295,12 @@ class BertConfig:
         """Reads `folder`/config.json.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none, or no such folder.
             ValueError: it is not JSON, or see `from_dict`; the message names the file.
         """
         path = Path(folder) / "config.json"
+        if not path.parent.is_dir():
+            raise no_model_folder(path.parent)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json and model.safetensors")
         try:

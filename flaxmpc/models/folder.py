@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 from flaxmpc.errors import unknown
 from flaxmpc.models.bert import ARCHITECTURES, BertForSequenceClassification, init_params, param_shapes
 from flaxmpc.models.config import BertConfig
+from flaxmpc.models.tokenizer import load_tokenizer, save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
 
 
@@ -30,32 +29,6 @@ class LoadedModel(NamedTuple):
     folder: Path
 
 
-def _vocabulary(folder: Path) -> str:
-    """The name of the file that a folder's tokenizer can be made from."""
-    for name in ("tokenizer.json", "vocab.txt"):
-        if (folder / name).is_file():
-            return name
-    raise FileNotFoundError(f"{folder} has no tokenizer: tokenizer.json or vocab.txt is needed")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a folder.
-
-    Raises:
-        FileNotFoundError: the folder has neither tokenizer.json nor vocab.txt.
-        ValueError: the file is damaged.
-    """
-    vocabulary = folder / _vocabulary(folder)
-    # Without torch, transformers says that it has only tokenizers; that is all it is here for.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import BertTokenizerFast
-
-    try:
-        return BertTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"{vocabulary} cannot be read as a tokenizer: {error}") from error
-
-
 def load(folder: str | Path, architecture: str | None = None) -> LoadedModel:
     """Reads a model as it was saved; its weights must fit exactly.
 
@@ -72,6 +45,8 @@ def load(folder: str | Path, architecture: str | None = None) -> LoadedModel:
     config = BertConfig.from_folder(folder)
     if architecture is None:
         declared = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
+        if not isinstance(declared, (list, type(None))):
+            raise ValueError(f"{folder / 'config.json'}: architectures is a list of names, not {declared!r}")
         architecture = declared[0] if declared else BertForSequenceClassification.__name__
     if architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES)
@@ -87,7 +62,7 @@ def load_pretrained(
     seed: int = 0,
     **changes: Any,
 ) -> LoadedModel:
-    """Reads a pre-trained encoder and puts a fresh head on it, to be fine-tuned.
+    """Reads a pre-trained encoder and puts a fresh head on it, to be fine-tuned; a head in the file is passed over.
 
     Args:
         folder: HF's or ours.
@@ -120,18 +95,14 @@ def save(
         tokenizer_from: the folder whose tokenizer it is.
 
     Raises:
-        FileNotFoundError: `tokenizer_from` has no tokenizer.
+        FileNotFoundError, ValueError: `tokenizer_from` has no tokenizer that can be read, see `load_tokenizer`.
         ValueError: the config holds a part that is not registered, or is of a folded model.
     """
     if model.config.folded:
         raise ValueError("a folded model is not stored: store the model itself, it is folded when it is loaded to run")
-    folder, tokenizer_from = Path(folder), Path(tokenizer_from)
-    tokenizer_files = (_vocabulary(tokenizer_from), "tokenizer_config.json")
+    folder, tokenizer = Path(folder), load_tokenizer(tokenizer_from)
     config = {"architectures": [type(model).__name__], **model.config.to_dict()}
     write_params(folder / "model.safetensors", params, word_embedding_bits=word_embedding_bits, matrix_bits=matrix_bits)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    for name in tokenizer_files:
-        source = tokenizer_from / name
-        if source.is_file() and source.resolve() != (folder / name).resolve():
-            shutil.copy(source, folder / name)
+    save_tokenizer(tokenizer, folder)
     return folder

@@ -1,5 +1,6 @@
 """Weights from and to safetensors under HF's names: a declarative table of names, and one readable list of misfits."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from flaxmpc.models.config import no_model_folder
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.models.quantize import dequantize, quantize
 
@@ -30,11 +32,16 @@ _MODULES = [
 ]
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
-# In HF's files, but no parameters, or tied to one.
-_REDUNDANT = re.compile(r"position_ids$|^cls\.predictions\.decoder\.(weight|bias)$")
+# In HF's files, but no parameter; and what is tied to one.
+_BUFFER = re.compile(r"(^|\.)position_ids$")
+_TIED = re.compile(r"^cls\.predictions\.decoder\.(weight|bias)$")
+_WORDS = "bert.embeddings.word_embeddings.weight"
 
-# What a pre-trained encoder may lack: a head, the pooler, and the scalars of an attention part.
-_FRESH = re.compile(r"^(?!bert/)|^bert/pooler/|/attention/(shift|scale)$")
+# What is fresh on a pre-trained encoder: the head; and where they are lacking the pooler and an attention's scalars.
+_HEAD = re.compile(r"^(?!bert/)")
+_MAY_LACK = re.compile(r"^bert/pooler/|/attention/(shift|scale)$")
+
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 _SCALES = ".quantization_scale"
 
@@ -63,34 +70,93 @@ class WeightsError(ValueError):
         super().__init__(f"{path} does not fit the model:{''.join(lines)}")
 
 
+# Weights in formats that are not read: the files, whose they are, and how transformers is told to read them.
+_OTHER_FORMATS = (
+    ("pytorch_model*.bin", "PyTorch's", ""),
+    ("flax_model*.msgpack", "Flax's", ", from_flax=True"),
+    ("tf_model*.h5", "TensorFlow's", ", from_tf=True"),
+    ("*.ckpt.index", "TensorFlow's", ", from_tf=True"),
+)
+
+
+def _absent(path: Path) -> FileNotFoundError:
+    """The error for weights that are not there; says what is, and how to convert it."""
+    folder = path.parent
+    if not folder.is_dir():
+        return no_model_folder(folder)
+    for pattern, whose, argument in _OTHER_FORMATS:
+        for other in sorted(folder.glob(pattern)):
+            try:
+                declared = json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
+            except (OSError, ValueError, LookupError, TypeError):
+                declared = "BertModel"
+            source = other if other.suffix == ".index" else folder
+            call = f"{declared}.from_pretrained({str(source)!r}{argument}).save_pretrained({str(folder)!r})"
+            return FileNotFoundError(
+                f"{folder} has its weights in {other.name}, {whose} format; safetensors are read. Where that framework "
+                f'and torch are, transformers converts them: python -c "from transformers import {declared}; {call}"'
+            )
+    return FileNotFoundError(f"{path} does not exist: a model folder holds config.json and model.safetensors")
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or the shards that HF's index beside it names."""
+    index = path.with_name(f"{path.name}.index.json")
+    if path.is_file() or not index.is_file():
+        if not path.is_file():
+            raise _absent(path)
+        return [path]
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} cannot be read as an index of safetensors: {error!r}") from error
+    for name in names:
+        if Path(str(name)).name != name:
+            raise ValueError(f"{index} names {name!r}: shards stand beside it")
+        if not path.with_name(name).is_file():
+            raise FileNotFoundError(f"{index} names {name}, which does not exist")
+    return [path.with_name(name) for name in names]
+
+
+def _stored(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, or of all shards, as they are stored."""
+    stored: dict[str, np.ndarray] = {}
+    for part in _files(path):
+        try:
+            with safe_open(part, "np") as file:
+                stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        except (SafetensorError, TypeError) as error:  # a TypeError: a type that numpy has not
+            raise ValueError(f"{part} cannot be read as safetensors: {error}") from error
+    return stored
+
+
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file, as float32, under names that start with `bert.` where HF's may leave it out.
 
+    Where there is no such file but HF's index of its shards, those of all shards.
+
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a safetensors file, or one with non-finite weights.
+        FileNotFoundError: no such file; where weights in another format are there, says how to convert them.
+        ValueError: not a safetensors file, or one with weights that are no floats, or not finite.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json and model.safetensors")
-    try:
-        with safe_open(path, "np") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    stored = _stored(path)
     tensors = {}
     for name, value in stored.items():
-        if name.endswith(_SCALES):
+        if name.endswith(_SCALES) or _BUFFER.search(name):
             continue
         if name + _SCALES in stored:
             value = dequantize(value, stored[name + _SCALES])
-        value = value.astype(np.float32)
+        if value.dtype.name not in _FLOATS:
+            raise ValueError(f"{path}: {name} is {value.dtype.name}; weights are {', '.join(_FLOATS)}")
+        with np.errstate(over="ignore"):
+            value = value.astype(np.float32)
         if not np.isfinite(value).all():
             raise ValueError(f"{path}: {name} holds non-finite weights")
         tensors[name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")] = value
     if not any(name.startswith("bert.") for name in tensors):
         own = ("classifier.", "qa_outputs.", "cls.")
         tensors = {name if name.startswith(own) else f"bert.{name}": value for name, value in tensors.items()}
-    return {name: value for name, value in tensors.items() if not _REDUNDANT.search(name)}
+    return tensors
 
 
 def read_params(path: Path, shapes: Mapping[str, Any], *, fresh: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -99,40 +165,54 @@ def read_params(path: Path, shapes: Mapping[str, Any], *, fresh: Mapping[str, An
     Args:
         path: the safetensors file.
         shapes: the model's parameters, as arrays or shapes (`param_shapes`).
-        fresh: initialised parameters to take where the file lacks a head, the pooler or the scalars of an attention
-            part; then what the file has beyond the model is passed over. Without, the fit must be exact.
+        fresh: initialised parameters, of which the head is taken, and the pooler and the scalars of an attention part
+            where the file lacks them; what the file has beyond the encoder is passed over. Without, the fit must be
+            exact.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_tensors`.
+        FileNotFoundError, ValueError: see `read_tensors`; or an output matrix that is not the word embeddings'.
         WeightsError: everything that does not fit, in one list.
     """
     tensors = read_tensors(path)
     wanted = flatten(shapes)
+    if "decoder_bias" in wanted and fresh is None:
+        _refuse_untied(path, tensors)
+    tensors = {name: value for name, value in tensors.items() if not _TIED.search(name)}
     initial = flatten(fresh) if fresh is not None else {}
     params, missing, wrong_shape = {}, [], []
     for ours, shape in wanted.items():
         theirs = hf_name(ours)
         value = tensors.pop(theirs, None)
-        if value is None:
-            if ours in initial and _FRESH.search(ours):
-                params[ours] = np.asarray(initial[ours])
-            else:
-                missing.append(theirs)
+        if ours in initial and (_HEAD.search(ours) or (value is None and _MAY_LACK.search(ours))):
+            params[ours] = np.asarray(initial[ours])
             continue
-        value = value.T if ours.endswith("/kernel") else value
-        if value.shape != shape.shape:
-            wrong_shape.append(f"{theirs}: {value.shape} in the file, {shape.shape} in the model")
-        params[ours] = np.ascontiguousarray(value)
+        if value is None:
+            missing.append(theirs)
+            continue
+        kernel = ours.endswith("/kernel")
+        expected = shape.shape[::-1] if kernel else shape.shape
+        if value.shape != expected:
+            wrong_shape.append(f"{theirs}: {value.shape} in the file, {expected} in the model")
+        params[ours] = np.ascontiguousarray(value.T if kernel else value)
     unexpected = sorted(tensors) if fresh is None else []
     if missing or unexpected or wrong_shape:
         raise WeightsError(path, missing, unexpected, wrong_shape)
     return unflatten(params)
 
 
+def _refuse_untied(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A masked LM's output matrix and bias stand in HF's files twice, unless they are trained apart."""
+    prefix = "cls.predictions."
+    pairs = ((f"{prefix}decoder.weight", _WORDS), (f"{prefix}decoder.bias", f"{prefix}bias"))
+    for own, tied in pairs:
+        if own in tensors and tied in tensors and not np.array_equal(tensors[own], tensors[tied]):
+            raise ValueError(f"{path}: {own} is not {tied}; only models that share them are supported")
+
+
 def _bits(name: str, value: np.ndarray, word_embedding_bits: int, matrix_bits: int) -> int:
     if value.ndim != 2 or value.shape[1] % 64:
         return 32
-    return word_embedding_bits if name == "bert.embeddings.word_embeddings.weight" else matrix_bits
+    return word_embedding_bits if name == _WORDS else matrix_bits
 
 
 def write_params(
@@ -157,4 +237,5 @@ def write_params(
         else:
             tensors[name], tensors[name + _SCALES] = quantize(value, bits)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})
+    # Not by save_file: what it writes only the owner may read, whatever the umask.
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -261,8 +260,9 @@ def _compile(
     options = libspu.CompilerOptions()
     options.enable_optimize_denominator_with_broadcast = shared_reciprocal
     key = [spu.__version__, f"shared_reciprocal={shared_reciprocal}", *visibilities, text]
-    path = cache_dir() / hashlib.sha256("\n".join(key).encode()).hexdigest()
-    code = _read(path)
+    cache = cache_dir()
+    path = cache and cache / hashlib.sha256("\n".join(key).encode()).hexdigest()
+    code = path and _read(path)
     if code is None:
         source = libspu.CompilationSource(
             libspu.SourceIRType.XLA,
@@ -270,7 +270,8 @@ def _compile(
             [spu.parse_visibility(f"VIS_{visibility.upper()}") for visibility in visibilities],
         )
         code = compile_source(source, options)
-        _write(path, code)
+        if path:
+            _write(path, code)
     return Program(code, output)
 
 
@@ -292,10 +293,14 @@ def _lower(fn: Callable[..., Any], structs: tuple[Any, ...], config: Config) -> 
             frontend._restore_jax_patch(before)
 
 
-def cache_dir() -> Path:
+def cache_dir() -> Path | None:
+    """$FLAXMPC_CACHE, or a folder in the user's cache; None for a user without a home: nothing is kept then."""
     if own := os.environ.get("FLAXMPC_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxmpc" / "programs"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxmpc" / "programs"
+    except RuntimeError:
+        return None
 
 
 def _read(path: Path) -> bytes | None:
@@ -312,11 +317,10 @@ def _write(path: Path, code: bytes) -> None:
     """Keeps code on disk; a cache that can't be written to is no reason to fail."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent)
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")  # not by tempfile: others may read a cache
         try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
+            temporary.write_bytes(hashlib.sha256(code).digest() + code)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise

@@ -154,11 +154,11 @@ def _others(shape: Sequence[int], axis: int) -> list[int]:
 
 
 def _picked(eqn: Any, ins: Operands) -> list[Any]:
-    """Bits as integers: ABY3 cannot pick bits at a secret place."""
+    """Bits as sums: ABY3 cannot pick bits at a secret place, and integers made of bits alone are still bits."""
     if ins.values[0].dtype != np.dtype(bool):
         return wrapped(eqn, bind(eqn, ins.values), ins.arithmetic)
-    (found,) = bind(eqn, [lax.convert_element_type(ins.values[0], np.int32), *ins.values[1:]])
-    return [found != 0]
+    (found,) = bind(eqn, [lax.convert_element_type(ins.values[0], np.int32) + 1, *ins.values[1:]])
+    return [found > 1]
 
 
 def _top_k(eqn: Any, ins: Operands) -> list[Any]:

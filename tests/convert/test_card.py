@@ -1,7 +1,8 @@
 import json
 
 from flaxmpc.convert import card
-from flaxmpc.convert.conversion import Conversion, resolve
+from flaxmpc.convert.conversion import Conversion
+from flaxmpc.convert.runs import resolve
 from flaxmpc.models import zoo
 
 RESULTS = {

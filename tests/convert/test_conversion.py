@@ -1,21 +1,26 @@
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file, save
 
+from flaxmpc.convert import conversion as conversion_module
 from flaxmpc.convert import fit
 from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.fit import Schedule
 from flaxmpc.models import folder as folders
 
+TEACHER = Schedule(epochs=8, learning_rate=1e-2, batch_size=8)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 STAGE = Stage(epochs=2, learning_rate=3e-3, batch_size=8, checkpoint_every=5, hidden_weight=1.0, range_weight=0.3)
 CONVERSION = Conversion(
@@ -28,6 +33,8 @@ CONVERSION = Conversion(
     ref2k_sentences=4,
     aby3_sentences=0,
 )
+NONE = dataclasses.replace(STAGE, epochs=0)
+UNTRAINED: dict[str, Any] = {"stage1": NONE, "stage2": NONE, "layer_norm": "layer_norm"}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +61,7 @@ def encoder(tmp_path_factory, write_classifier) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, encoder, data) -> Path:
     out = tmp_path_factory.mktemp("runs") / "teacher"
-    schedule = Schedule(epochs=8, learning_rate=1e-2, batch_size=8)
-    results = finetune_encoder(FineTuning(encoder, str(data), out, schedule, max_length=16))
+    results = finetune_encoder(FineTuning(encoder, str(data), out, TEACHER, max_length=16))
     assert results["accuracy"] > 0.8
     return out
 
@@ -94,6 +100,7 @@ def test_a_student_has_other_parts_and_its_figures(student):
         "quad",
         ("negative", "positive"),
     )
+    assert (config.model_max_length, config.num_texts) == (16, 1)
     assert all(norm.name == "layer_norm_newton" for i in range(2) for norm in config.layer_norms_of(i))
     results = json.loads((student / "results.json").read_text())
     for prefix in ("", "teacher_", "untrained_", "stage1_", "stage2_"):
@@ -109,9 +116,8 @@ def test_embeddings_stay_the_published_ones_unless_they_are_trained(teacher, stu
     name = "bert.embeddings.word_embeddings.weight"
     np.testing.assert_array_equal(weights(student)[name], weights(teacher)[name])
     assert folders.load(student).model.config.embedding.name == "public"
-    none = dataclasses.replace(STAGE, epochs=0)
     labels = dataclasses.replace(STAGE, epochs=1, learning_rate=3e-4, hidden_weight=0.0, label_weight=1.0)
-    convert(conversion(teacher, data, tmp_path / "own", train_embeddings=True, stage1=none, stage2=labels))
+    convert(conversion(teacher, data, tmp_path / "own", train_embeddings=True, stage1=NONE, stage2=labels))
     assert not np.array_equal(weights(tmp_path / "own")[name], weights(teacher)[name])
     assert folders.load(tmp_path / "own").model.config.embedding.name == "secret"
 
@@ -136,10 +142,147 @@ def test_a_run_of_another_config_is_not_gone_on_with(teacher, student, data):
         convert(conversion(teacher, data, student, activation="gelu", seed=3))
 
 
-def test_a_teacher_with_other_labels_is_refused(encoder, data, tmp_path, write_classifier):
-    three = write_classifier(tmp_path / "three", id2label=("a", "b", "c"), attention="softmax")
-    with pytest.raises(ValueError, match=r"has 3 labels and .*data\.csv has 2"):
-        convert(conversion(three, data, tmp_path / "out"))
+def test_what_is_done_is_not_done_again(teacher, student, data, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("it is done already")
+
+    monkeypatch.setattr(conversion_module, "distill", never)
+    assert convert(conversion(teacher, data, student)) == json.loads((student / "results.json").read_text())
+    older = json.loads((student / "recipe.json").read_text())
+    recipe = json.dumps({name: value for name, value in older.items() if name != "inputs"})
+    (student / "recipe.json").write_text(recipe)  # as before it named them
+    try:
+        assert convert(conversion(teacher, data, student))
+    finally:
+        (student / "recipe.json").write_text(json.dumps(older))
+
+
+@contextlib.contextmanager
+def changed(path: Path, change):
+    """The file with other content, for a while."""
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def other_weights(content: bytes) -> bytes:
+    tensors = {name: value.copy() for name, value in load(content).items()}
+    tensors["bert.encoder.layer.1.output.dense.bias"][3] += 1e-3
+    return save(tensors)
+
+
+def test_a_run_does_not_go_on_with_other_inputs(teacher, student, data):
+    """With the same command, and whether the model is finished or not."""
+    swapped = lambda content: content.replace(b"gripping,positive", b"gripping,negative", 1)  # noqa: E731
+    assert swapped(data.read_bytes()) != data.read_bytes()
+    with (
+        changed(data, swapped),
+        pytest.raises(ValueError, match=r"the data changed since the run in .*student\.run began"),
+    ):
+        convert(conversion(teacher, data, student))
+    with (
+        changed(teacher / "model.safetensors", other_weights),
+        pytest.raises(ValueError, match="the teacher changed since"),
+    ):
+        convert(conversion(teacher, data, student))
+    vocabulary = lambda content: content.replace(b'"lifeless"', b'"lively"')  # noqa: E731
+    with changed(teacher / "tokenizer.json", vocabulary), pytest.raises(ValueError, match="the teacher changed since"):
+        convert(conversion(teacher, data, student))
+
+
+def test_fine_tuning_does_not_go_on_with_other_inputs(encoder, teacher, data, tmp_path):
+    config = FineTuning(encoder, str(data), teacher, TEACHER, max_length=16)
+    with (
+        changed(data, lambda content: content + b"a good mess,positive\n"),
+        pytest.raises(ValueError, match=r"the data changed since the run in .*teacher\.run began: remove the folder"),
+    ):
+        finetune_encoder(config)
+    elsewhere = tmp_path / encoder.parent.name / encoder.name  # a path that ends alike
+    shutil.copytree(encoder, elsewhere)
+    (elsewhere / "model.safetensors").write_bytes(other_weights((encoder / "model.safetensors").read_bytes()))
+    with pytest.raises(ValueError, match="the encoder changed since"):
+        finetune_encoder(dataclasses.replace(config, encoder=elsewhere))
+
+
+def test_unlabelled_texts_are_inputs_too(teacher, data, tmp_path):
+    more = tmp_path / "more.csv"
+    config = conversion(teacher, data, tmp_path / "out", unlabelled=more, **UNTRAINED)
+    more.write_text("sentence\na film of good scenes\n")
+    convert(config)
+    assert sorted(json.loads((config.out / "recipe.json").read_text())["inputs"]) == [
+        "data",
+        "teacher",
+        "unlabelled texts",
+    ]
+    more.write_text("sentence\na film of bad scenes\n")
+    with pytest.raises(ValueError, match="the unlabelled texts changed since"):
+        convert(config)
+
+
+def relabelled(teacher: Path, folder: Path, id2label: tuple[str, ...]) -> Path:
+    """The teacher with its two labels in the other order, and these names."""
+    loaded = folders.load(teacher)
+    model = type(loaded.model)(dataclasses.replace(loaded.model.config, id2label=id2label))
+    head = {name: np.flip(leaf, -1) for name, leaf in loaded.params["classifier"].items()}
+    return folders.save(folder, model, {**loaded.params, "classifier": head}, teacher)
+
+
+def test_labels_are_matched_by_name(teacher, student, data, tmp_path):
+    other = relabelled(teacher, tmp_path / "other", ("Positive", "Negative"))
+    results = convert(conversion(other, data, tmp_path / "out", **UNTRAINED))
+    expected = json.loads((student / "results.json").read_text())
+    assert results["teacher_accuracy"] == expected["teacher_accuracy"] > 0.8
+    assert results["teacher_correct"] == expected["teacher_correct"]
+    assert folders.load(tmp_path / "out").model.config.id2label == ("Positive", "Negative")
+
+
+def test_labels_without_names_in_another_order_are_refused(teacher, data, tmp_path):
+    other = relabelled(teacher, tmp_path / "other", ("LABEL_0", "LABEL_1"))
+    with pytest.raises(ValueError, match=r"by the ids of the labels the model is right on \d+ of \d+ rows, in another"):
+        convert(conversion(other, data, tmp_path / "out", **UNTRAINED))
+
+
+def test_a_teacher_with_other_labels_is_refused(data, tmp_path, write_classifier):
+    for labels in (("a", "b", "c"), ("good", "bad")):
+        other = write_classifier(tmp_path / labels[0], id2label=labels, attention="softmax")
+        both = rf"has the labels {', '.join(labels)}; .*data\.csv has negative, positive"
+        with pytest.raises(ValueError, match=both):
+            convert(conversion(other, data, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "gives a text several labels; a student of one label"),
+        ({"num_texts": 2}, r"answers 2 text\(s\) at a time, .*data\.csv has 1"),
+        ({"max_position_embeddings": 15}, "max_length is 16, but the model has 15 positions"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_the_data_is_refused(changes, message, data, tmp_path, write_classifier):
+    other = write_classifier(tmp_path / "other", attention="softmax", **changes)
+    with pytest.raises(ValueError, match=message):
+        convert(conversion(other, data, tmp_path / "out"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(encoder, data, tmp_path, minilm):
+    loaded = folders.load(encoder)
+    other = folders.save(tmp_path / "other", loaded.model, loaded.params, minilm)
+    with pytest.raises(ValueError, match=r"the tokenizer gives token \d+, but the model has 20"):
+        finetune_encoder(FineTuning(other, str(data), tmp_path / "out", TEACHER, max_length=16))
+
+
+def test_a_fine_tuned_model_says_what_it_is_for(data, tmp_path, write_classifier):
+    """Whatever the encoder was before."""
+    before = {"problem_type": "multi_label_classification", "id2label": ("a", "b", "c"), "model_max_length": 8}
+    encoder = write_classifier(tmp_path / "encoder", attention="softmax", num_texts=2, **before)
+    finetune_encoder(FineTuning(encoder, str(data), tmp_path / "out", Schedule(0, 1e-3), max_length=20))
+    config = folders.load(tmp_path / "out").model.config
+    assert config.id2label == ("negative", "positive")
+    assert config.problem_type == "single_label_classification"
+    assert (config.model_max_length, config.num_texts) == (20, 1)
 
 
 def test_an_unknown_part_is_named_with_the_closest(teacher, data, tmp_path):

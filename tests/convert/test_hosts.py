@@ -54,3 +54,12 @@ def test_hosts_that_do_not_come_are_an_error_of_the_connection(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", never)
     with pytest.raises(ConnectionError, match=r"not all of the 2 hosts came to host0:4321: DEADLINE_EXCEEDED"):
         hosts.Hosts("host0:4321", 2, 1).join()
+
+
+def test_hosts_that_learn_from_other_data_are_refused(monkeypatch):
+    ours = {"data": "00ff", "teacher": "1234"}
+    assert hosts.agreed(ours) == ours
+    theirs = {"data": np.array([0, 254], np.uint8), "teacher": np.array([0x12, 0x34], np.uint8)}
+    monkeypatch.setattr(hosts, "from_first", lambda _: theirs)
+    with pytest.raises(ValueError, match="the data of this host and of the first host are not the same"):
+        hosts.agreed(ours)

@@ -141,3 +141,33 @@ def test_a_logit_that_is_not_finite_is_never_right():
     logits = np.array([[np.nan, 1.0], [np.nan, np.nan], [np.inf, 0.0], [2.0, 1.0]])
     assert correct(logits, np.zeros(4)).tolist() == [False, False, False, True]
     assert accuracy(logits, np.zeros(4)) == 0.25
+
+
+def test_a_logit_that_is_not_finite_is_never_a_label():
+    labels = np.array([0, 1, 0, 1])
+    right = np.eye(2)[labels] * 4.0
+    for bad in (np.nan, np.inf, -np.inf):
+        for row in range(4):
+            broken = right.copy()
+            broken[row, 1 - labels[row]] = bad
+            wrong = right.copy()
+            wrong[row] = wrong[row, ::-1]
+            for name in ("accuracy", "f1", "matthews_correlation"):
+                assert metrics.METRICS[name](broken, labels) == metrics.METRICS[name](wrong, labels) < 1
+            assert metrics.agreement(broken, broken) == 0.75
+            assert metrics.agreement(right, broken) == metrics.agreement(broken, right) == 0.75
+
+
+def test_a_score_that_is_not_finite_has_no_correlation():
+    scores, labels = np.arange(5.0)[:, None], np.arange(5.0)
+    assert metrics.pearson(scores, labels) == pytest.approx(1)
+    for bad in (np.nan, np.inf):
+        scores[2] = bad
+        assert metrics.pearson(scores, labels) == metrics.spearman(scores, labels) == 0
+        assert metrics.agreement(scores, np.arange(5.0)[:, None] + 0.01) == 0.8
+
+
+def test_agreement_is_of_labels_and_of_scores():
+    one, other = np.array([[1.0, 0.0], [0.2, 0.3]]), np.array([[5.0, 1.0], [0.3, 0.2]])
+    assert metrics.agreement(one, other) == 0.5
+    assert metrics.agreement(np.array([[1.0], [2.0]]), np.array([[1.04], [2.06]])) == 0.5

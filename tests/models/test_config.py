@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -38,7 +39,7 @@ def test_hf_fields_are_read_and_those_that_do_not_matter_passed_over():
             "hidden_act": "gelu_new",
             "layer_norm_eps": 1e-6,
             "classifier_dropout": 0.3,
-            "id2label": {"10": "k", "2": "c", "0": "a", "1": "b"},
+            "id2label": {str(i): "abcdefghijk"[i] for i in reversed(range(11))},
             "label2id": {"a": 0},
             "position_embedding_type": "absolute",
             "is_decoder": False,
@@ -48,7 +49,7 @@ def test_hf_fields_are_read_and_those_that_do_not_matter_passed_over():
     )
     assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (32, 4, 3)
     assert config.hidden_act is ACTIVATIONS["gelu_tanh"]
-    assert config.id2label == ("a", "b", "c", "k")
+    assert config.id2label == tuple("abcdefghijk")
     assert config.classifier_dropout == 0.3
     assert config.layer_norm_eps == 1e-6
 
@@ -67,6 +68,88 @@ def test_hf_names_of_the_tanh_gelu_are_known_and_written(name):
 def test_what_the_model_cannot_do_is_refused(field, value):
     with pytest.raises(ValueError, match=re.escape(f"config.json has {field}={value!r}; only")):
         BertConfig.from_dict({field: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"id2label": None},
+        {"id2label": {"0": 0, "1": 1}},
+        {"id2label": {"1": "b", "0": "a"}, "label2id": {"a": 1, "b": 0}},
+        {"id2label": {"0": "score"}},
+        {"id2label": {0: "a", 1: "b", 2: "c"}, "num_labels": 3},
+        {"label2id": {"a": 0, "b": 1, "c": 2}},
+        {"num_labels": 3},
+        {"num_labels": 1},
+        {"num_labels": None},
+        {"num_labels": None, "id2label": None},
+        {"pad_token_id": None},
+    ],
+    ids=str,
+)
+def test_labels_are_read_as_transformers_reads_them(fields):
+    import transformers
+
+    theirs: Any = transformers.BertConfig(**fields)
+    ours = BertConfig.from_dict(fields)
+    assert ours.num_labels == theirs.num_labels
+    assert ours.id2label == tuple(str(theirs.id2label[i]) for i in range(theirs.num_labels))
+    assert ours.pad_token_id == (theirs.pad_token_id or 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id2label": {"0": "a", "2": "c"}}, r"id2label has the ids \['0', '2'\]: they are 0, 1, 2"),
+        ({"id2label": {"0": "a", "00": "b"}}, "id2label has the ids"),
+        ({"id2label": {}}, r"id2label has the ids \[\]: .* at least one"),
+        ({"id2label": {"a": "b"}}, "has a key that is no id"),
+        ({"id2label": {"0": None, "1": "b"}}, "id2label names a label None"),
+        ({"id2label": {"0": ["a"]}}, r"id2label names a label \['a'\]"),
+        ({"id2label": "ab"}, "id2label 'ab' is not an object"),
+        ({"id2label": {"0": "a", "1": "b"}, "num_labels": 3}, r"num_labels is 3, but id2label names 2: \['a', 'b'\]"),
+        ({"num_labels": "3"}, "num_labels '3' is not a whole number"),
+        ({"num_labels": 10**9}, "num_labels 1000000000 is not a whole number in 1..1000000"),
+        ({"num_labels": True}, "num_labels True is not"),
+        ({"hidden_size": "384"}, "hidden_size '384' is not a whole number in 1.."),
+        ({"hidden_size": None}, "hidden_size None is not"),
+        ({"hidden_size": 3.5}, "hidden_size 3.5 is not"),
+        ({"hidden_size": -8}, "hidden_size -8 is not"),
+        ({"vocab_size": True}, "vocab_size True is not"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 is not"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not a whole number in 1..1000"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings 10+ is not"),
+        ({"type_vocab_size": 0}, "type_vocab_size 0 is not"),
+        ({"pad_token_id": -1}, "pad_token_id -1 is not a whole number in 0.."),
+        ({"pad_token_id": 30522}, "pad_token_id 30522 is not in 0..30521, the vocabulary"),
+        ({"model_max_length": 513}, "model_max_length 513 is not in 1..512, the positions"),
+        ({"model_max_length": "64"}, "model_max_length '64' is not"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob 1.5 is not a number from 0 to below 1"),
+        ({"classifier_dropout": "none"}, "classifier_dropout 'none' is not"),
+        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps '1e-12' is not"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps nan is not"),
+        ({"initializer_range": None}, "initializer_range None is not"),
+        ({"folded": "yes"}, "folded 'yes' is not true or false"),
+        ({"problem_type": "ranking"}, "unknown problem_type 'ranking'"),
+    ],
+    ids=str,
+)
+def test_a_value_that_a_field_cannot_have_is_named(fields, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message) as error:
+        BertConfig.from_folder(tmp_path)
+    assert "\n" not in str(error.value)
+    assert "config.json" in str(error.value)
+
+
+def test_a_field_that_does_not_exist_gets_the_closest():
+    makers: list[Any] = [BertConfig, lambda **fields: preset("base", **fields)]
+    for make in makers:
+        with pytest.raises(ValueError, match="num_labels is how many id2label has"):
+            make(num_labels=3)
+        with pytest.raises(ValueError, match=r"unknown field of BertConfig 'hiden_size'\. Did you mean 'hidden_size'"):
+            make(hiden_size=3)
 
 
 def test_heads_must_divide_the_width():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 
 import chex
@@ -10,6 +11,7 @@ from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import ARCHITECTURES, BertForMaskedLM, BertForSequenceClassification, init_params
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.params import flatten
+from flaxmpc.models.tokenizer import FILES
 from flaxmpc.models.weights import WeightsError
 from flaxmpc.nn.activation import ACTIVATIONS
 
@@ -50,11 +52,24 @@ def test_what_was_saved_is_loaded(name, tmp_path, minilm, random_params):
     assert loaded.tokenizer("a movie")["input_ids"] == [101, 1037, 3185, 102]
 
 
-def test_a_folder_holds_three_files_and_the_tokenizers_config(saved):
-    assert sorted(path.name for path in saved.iterdir()) == [
-        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    ]
+def test_a_folder_holds_two_files_and_the_tokenizers(saved):
+    found = {path.name for path in saved.iterdir()}
+    assert found - set(FILES) == {"config.json", "model.safetensors"}
+    assert found >= {"tokenizer.json", "tokenizer_config.json"}
     assert json.loads((saved / "config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_have_the_umasks_mode(mask, tmp_path, minilm, random_params):
+    model = BertForSequenceClassification(TINY)
+    before = os.umask(mask)
+    try:
+        folder = folders.save(tmp_path / "model", model, random_params(model), minilm)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        path.name: 0o666 & ~mask for path in folder.iterdir()
+    }
 
 
 def test_a_model_is_saved_where_its_tokenizer_is(saved):
@@ -120,6 +135,12 @@ def test_a_missing_file_is_named(saved, missing, message):
     assert str(saved) in str(error.value)
 
 
+def test_architectures_are_a_list_of_names(saved):
+    change_config(saved, architectures={"a": "b"})
+    with pytest.raises(ValueError, match=r"config\.json: architectures is a list of names, not \{'a': 'b'\}"):
+        folders.load(saved)
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         folders.load(tmp_path / "nowhere")
@@ -158,6 +179,18 @@ def test_a_pretrained_encoder_gets_a_fresh_head(saved):
     assert type(ours.model) is BertForMaskedLM
     for name, value in flatten(ours.params).items():
         np.testing.assert_array_equal(value, stored[name] if name.startswith("bert/") else fresh[name])
+
+
+@pytest.mark.parametrize("labels", [("a", "b"), ("no", "yes", "maybe")])
+def test_a_classifiers_head_is_no_part_of_the_encoder(labels, saved):
+    """Of as many labels, or of fewer."""
+    stored = flatten(folders.load(saved).params)
+    ours = folders.load_pretrained(saved, seed=5, id2label=labels)
+    fresh = flatten(init_params(ours.model, 5))
+    found = flatten(ours.params)
+    assert found["classifier/kernel"].shape == (8, len(labels))
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, (stored if name.startswith("bert/") else fresh)[name])
 
 
 def test_a_pretrained_encoder_takes_changes_of_its_config(minilm):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import chex
 import jax
@@ -149,6 +150,107 @@ def test_bfloat16_is_read_as_float32(path, params):
     chex.assert_trees_all_close(read, params, rtol=1e-2)
 
 
+def sharded(path):
+    """The file as HF shards it; returns the index."""
+    tensors = load_file(path)
+    names = sorted(tensors)
+    shards = {f"model-{i + 1:05}-of-00003.safetensors": names[i::3] for i in range(3)}
+    for shard, own in shards.items():
+        save_file({name: tensors[name] for name in own}, path.with_name(shard))
+    path.unlink()
+    index = path.with_name("model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {name: shard for shard, own in shards.items() for name in own}}))
+    return index
+
+
+def test_shards_are_read_as_one_file(path, params):
+    sharded(path)
+    chex.assert_trees_all_equal(read_params(path, SHAPES), params)
+
+
+def test_one_file_goes_before_shards(path, params):
+    content = path.read_bytes()
+    index = sharded(path)
+    index.write_text("{")
+    path.write_bytes(content)
+    chex.assert_trees_all_equal(read_params(path, SHAPES), params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "{", r"index\.json cannot be read as an index"),
+        (lambda text: "{}", r"index\.json cannot be read as an index"),
+        (lambda text: text.replace("model-00002", "../model-00002"), "names '../model-00002-of-00003.safetensors'"),
+        (lambda text: text.replace("model-00002", "model-00009"), "model-00009-of-00003.safetensors, which does not"),
+    ],
+)
+def test_a_bad_index_of_shards_is_named(change, message, path):
+    index = sharded(path)
+    index.write_text(change(index.read_text()))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_tensors(path)
+
+
+def test_a_damaged_shard_is_named(path):
+    sharded(path)
+    path.with_name("model-00002-of-00003.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors cannot be read"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "whose", "argument"),
+    [
+        ("pytorch_model.bin", "PyTorch's", ""),
+        ("pytorch_model-00001-of-00002.bin", "PyTorch's", ""),
+        ("flax_model.msgpack", "Flax's", ", from_flax=True"),
+        ("tf_model.h5", "TensorFlow's", ", from_tf=True"),
+        ("bert_model.ckpt.index", "TensorFlow's", ", from_tf=True"),
+    ],
+)
+def test_weights_in_another_format_are_told_how_to_convert(name, whose, argument, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForTokenClassification"]}))
+    with pytest.raises(FileNotFoundError) as error:
+        read_tensors(tmp_path / "model.safetensors")
+    message = str(error.value)
+    assert f"{name}, {whose} format" in message
+    assert f"BertForTokenClassification.from_pretrained('{tmp_path}" in message
+    assert f"'{argument}).save_pretrained('{tmp_path}')" in message
+    assert "\n" not in message
+
+
+def test_weights_that_are_no_floats_are_refused_by_name(path):
+    """Such as another library's 8 bits, whose scales would be passed over."""
+
+    def change(tensors):
+        tensors["bert.encoder.layer.0.output.dense.weight"] = np.ones((64, 128), np.int8)
+        return tensors
+
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=r"layer\.0\.output\.dense\.weight is int8; weights are float32, float16"):
+        read_params(path, SHAPES)
+
+
+def test_a_number_that_float32_cannot_hold_is_refused(path):
+    rewrite(path, lambda tensors: {**tensors, "classifier.bias": np.array([0.0, 1e300])})
+    with pytest.raises(ValueError, match=r"classifier\.bias holds non-finite weights"):
+        read_params(path, SHAPES)
+
+
+def test_an_output_matrix_of_its_own_is_refused(tmp_path, random_params):
+    model, path = BertForMaskedLM(dataclasses.replace(TINY, attention="softmax")), tmp_path / "model.safetensors"
+    params = random_params(model)
+    write_params(path, params)
+    tied = load_file(path)["bert.embeddings.word_embeddings.weight"]
+    rewrite(path, lambda tensors: {**tensors, "cls.predictions.decoder.weight": tied})
+    chex.assert_trees_all_equal(read_params(path, param_shapes(model)), params)
+    rewrite(path, lambda tensors: {**tensors, "cls.predictions.decoder.weight": tied + 1})
+    with pytest.raises(ValueError, match=r"decoder\.weight is not bert\.embeddings\.word_embeddings\.weight"):
+        read_params(path, param_shapes(model))
+
+
 def test_every_misfit_is_in_one_list(path):
     def change(tensors):
         del tensors["bert.pooler.dense.bias"], tensors["bert.encoder.layer.1.output.dense.weight"]
@@ -166,13 +268,14 @@ def test_every_misfit_is_in_one_list(path):
         "  missing: bert.encoder.layer.1.output.dense.weight",
         "  missing: bert.pooler.dense.bias",
         "  unexpected: bert.extra",
-        "  wrong shape: classifier.weight: (64, 7) in the file, (64, 2) in the model",
+        "  wrong shape: classifier.weight: (7, 64) in the file, (2, 64) in the model",
     }
 
 
 def test_a_fresh_head_fills_what_only_a_head_may_lack(path, params, random_params):
     own = ("classifier.", "bert.pooler.", "bert.encoder.layer.0.attention.self.s")
     encoder = {name: value for name, value in load_file(path).items() if not name.startswith(own)}
+    encoder["classifier.weight"] = np.zeros((7, 64), np.float32)  # of another head
     save_file({**encoder, "cls.seq_relationship.bias": np.zeros(2, np.float32)}, path)
     fresh = random_params(MODEL, 1)
     read = flatten(read_params(path, SHAPES, fresh=fresh))

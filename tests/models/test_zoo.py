@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from flaxmpc.convert import card
 from flaxmpc.models import zoo
 from flaxmpc.models.config import BertConfig
 
@@ -77,6 +78,8 @@ def test_every_entry_is_whole_small_and_measured(name):
     folder = zoo.find(name)
     config = BertConfig.from_folder(folder)
     assert config.embedding.name in (folder / "README.md").read_text("utf-8")  # the card says which mode it is for
+    assert config.model_max_length == json.loads((folder / "recipe.json").read_text("utf-8"))["max_length"]
+    assert card.text(folder) == (folder / "README.md").read_text("utf-8")
     results = zoo.results(folder)
     assert 0.5 < results["accuracy"] <= 1
     assert (folder / "recipe.json").is_file()

@@ -319,6 +319,28 @@ def test_where_the_cache_is(monkeypatch, tmp_path, group):
     assert len(list((tmp_path / "flaxmpc" / "programs").iterdir())) == 1
 
 
+def test_a_user_without_a_home_has_no_cache(monkeypatch, group):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FLAXMPC_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert secure.cache_dir() is None
+    close(secure.jit(lambda x: x - 45, parties=group("REF2K"))(X), X - 45)
+
+
+def test_a_cache_has_the_umasks_mode(monkeypatch, tmp_path, group):
+    monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path / "cache"))
+    before = os.umask(0o027)
+    try:
+        secure.jit(lambda x: x - 47, parties=group("REF2K"))(X)
+    finally:
+        os.umask(before)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert (file.parent.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o750, 0o640)
+
+
 def test_visibility_and_constants_are_in_the_key(monkeypatch, tmp_path, group):
     monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path))
     weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)

@@ -1,0 +1,55 @@
+"""What a run learns from, known by its content: digests of data and of models, wherever they lie."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from flaxmpc.convert.data import SPLITS, Split
+from flaxmpc.convert.tasks import Task
+from flaxmpc.models.config import BertConfig
+from flaxmpc.models.folder import LoadedModel
+from flaxmpc.models.params import flatten
+from flaxmpc.models.tokenizer import as_text
+
+Digests: TypeAlias = Mapping[str, str]
+"""Of each input of a run, by what it is: "data", "teacher", ..."""
+
+
+def of_task(task: Task) -> str:
+    """Texts, labels, their names and their order, of all splits."""
+    return _digest([task.id2label, task.metrics, *(of_split(getattr(task, name)) for name in SPLITS)])
+
+
+def of_split(split: Split) -> str:
+    """The texts, or the tokens where there are none, and the labels."""
+    rows = split.texts if split.texts is not None else [np.asarray(row).tolist() for row in split.input_ids]
+    return _digest([list(rows), split.labels])
+
+
+def of_model(loaded: LoadedModel) -> str:
+    """Weights, config and tokenizer."""
+    return _model(loaded.params, loaded.model.config, loaded.tokenizer)
+
+
+def of_encoder(base: LoadedModel, stored: BertConfig) -> str:
+    """The same of a pre-trained encoder, without the fresh head, and with the config of its folder."""
+    return _model({"bert": base.params["bert"]}, stored, base.tokenizer)
+
+
+def _model(params: Mapping[str, Any], config: BertConfig, tokenizer: Any) -> str:
+    leaves = [part for path, leaf in sorted(flatten(params).items()) for part in (path, np.asarray(leaf))]
+    return _digest([config.to_dict(), as_text(tokenizer), *leaves])
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    """Of arrays, and of what JSON holds; each starts with its length or shape, so that no two run into one another."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        array = isinstance(part, np.ndarray)
+        content = np.ascontiguousarray(part).tobytes() if array else json.dumps(part).encode()
+        found.update(f"{part.dtype.str}{part.shape}".encode() if array else str(len(content)).encode())
+        found.update(content)
+    return found.hexdigest()

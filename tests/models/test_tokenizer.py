@@ -1,0 +1,200 @@
+"""The same ids before and after saving, and those of transformers' AutoTokenizer or of the file itself."""
+
+import json
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from flaxmpc.convert.data import encode
+from flaxmpc.models import zoo
+from flaxmpc.models.tokenizer import FILES, load_tokenizer, save_tokenizer
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY = [*SPECIAL, "Paris", "paris", "is", "café", "cafe", "Good", "good", "##ness", "<film>", "!"]
+TEXTS = ["Paris is café", "paris IS Goodness!", "a <film> is good"]
+
+
+def word_piece(lowercase: bool, strip_accents: bool | None = None) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer
+
+
+def byte_pairs() -> Tokenizer:
+    """As RoBERTa's."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {
+        token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *alphabet, "oo", "is"])
+    }
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("o", "o"), ("i", "s")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """As SentencePiece's."""
+    pieces = [("<unk>", 0.0), ("[CLS]", 0.0), ("[SEP]", 0.0), ("▁", -2.0), ("▁is", -1.0), ("Paris", -3.0)]
+    letters = [(letter, -5.0) for letter in "aPrisGodnpécf!<>lm"]
+    tokenizer = Tokenizer(models.Unigram([*pieces, *letters], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    return tokenizer
+
+
+def folder_of(path, tokenizer=None, *, vocabulary=False, config=None, said=None, **others):
+    """A folder with the files that are given; `others` by their names without .json."""
+    path.mkdir()
+    if tokenizer is not None:
+        tokenizer.save(str(path / "tokenizer.json"))
+    if vocabulary:
+        (path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    for name, fields in {"config": config, "tokenizer_config": said, **others}.items():
+        if fields is not None:
+            (path / f"{name}.json").write_text(json.dumps(fields))
+    return path
+
+
+BERT = {"model_type": "bert"}
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+ADDED = {"<film>": len(VOCABULARY)}
+CASES = {
+    "uncased": lambda path: folder_of(path, word_piece(True), config=BERT, said={"tokenizer_class": "BertTokenizer"}),
+    "cased": lambda path: folder_of(
+        path, word_piece(False), config=BERT, said={"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+    ),
+    "cased, of a class without switches": lambda path: folder_of(path, word_piece(False), config=BERT, said=FAST),
+    "cased, accents stripped": lambda path: folder_of(path, word_piece(False, True), config=BERT, said=FAST),
+    "vocab.txt only": lambda path: folder_of(path, vocabulary=True),
+    "vocab.txt and config.json": lambda path: folder_of(path, vocabulary=True, config=BERT),
+    "vocab.txt, not lower-cased": lambda path: folder_of(path, vocabulary=True, said={"do_lower_case": False}),
+    "added_tokens.json": lambda path: folder_of(path, vocabulary=True, config=BERT, added_tokens=ADDED),
+    "special_tokens_map.json": lambda path: folder_of(
+        path, vocabulary=True, config=BERT, special_tokens_map={"additional_special_tokens": ["<film>", "<new>"]}
+    ),
+    "byte pairs": lambda path: folder_of(path, byte_pairs(), config=BERT, said={"tokenizer_class": "RobertaTokenizer"}),
+    "unigram": lambda path: folder_of(path, unigram(), config=BERT, said=FAST),
+}
+# Those that say nothing of their class: the file is all there is, and AutoTokenizer would make a BERT's of it.
+OF_THE_FILE = {
+    "cased": word_piece(False),
+    "uncased": word_piece(True),
+    "accents stripped": word_piece(False, True),
+    "byte pairs": byte_pairs(),
+    "unigram": unigram(),
+}
+
+
+def ids(tokenizer) -> list:
+    """Of texts and of a pair, with types."""
+    pairs = encode(tokenizer, [(TEXTS[0], TEXTS[1])], 64)
+    assert pairs.token_type_ids is not None
+    found = [*encode(tokenizer, TEXTS, 64).input_ids, *pairs.input_ids, *pairs.token_type_ids]
+    return [row.tolist() for row in found]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tokenizer_is_autotokenizers_and_stays_it_when_saved(case, tmp_path):
+    folder = CASES[case](tmp_path / "given")
+    config = transformers.BertConfig()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+    ours = load_tokenizer(folder)
+    assert ids(ours) == ids(theirs)
+    save_tokenizer(ours, tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} <= set(FILES)
+    assert ids(load_tokenizer(tmp_path / "saved")) == ids(theirs)
+    assert ids(transformers.AutoTokenizer.from_pretrained(tmp_path / "saved", config=config)) == ids(theirs)
+
+
+@pytest.mark.parametrize("case", OF_THE_FILE)
+@pytest.mark.parametrize("config", [None, BERT], ids=["alone", "with config.json"])
+def test_a_file_of_no_class_is_read_as_it_is(case, config, tmp_path):
+    tokenizer = OF_THE_FILE[case]
+    ours = load_tokenizer(folder_of(tmp_path / "given", tokenizer, config=config))
+    expected = [tokenizer.encode(text).ids for text in TEXTS]
+    assert [row.tolist() for row in encode(ours, TEXTS, 64).input_ids] == expected
+    save_tokenizer(ours, tmp_path / "saved")
+    assert [row.tolist() for row in encode(load_tokenizer(tmp_path / "saved"), TEXTS, 64).input_ids] == expected
+
+
+@pytest.mark.parametrize("strip_accents", [None, True])
+def test_what_is_not_said_of_a_bert_is_as_in_its_file(strip_accents, tmp_path):
+    tokenizer = word_piece(False, strip_accents)
+    folder = folder_of(tmp_path / "given", tokenizer, config=BERT, said={"tokenizer_class": "BertTokenizer"})
+    found = encode(load_tokenizer(folder), TEXTS, 64).input_ids
+    assert [row.tolist() for row in found] == [tokenizer.encode(text).ids for text in TEXTS]
+
+
+def test_the_zoos_tokenizer_gives_the_ids_it_gave(minilm, tmp_path):
+    texts = ["A gripping, beautifully acted film.", "It's naïve, co-written (2004) and UNEVEN..."]
+    expected = [
+        [101, 1037, 13940, 1010, 17950, 6051, 2143, 1012, 102],
+        [101, 2009, 1005, 1055, 15743, 1010, 2522, 1011, 2517, 1006, 2432, 1007, 1998, 17837, 1012, 1012, 1012, 102],
+    ]
+    folder = zoo.find(zoo.DEFAULT)
+    save_tokenizer(load_tokenizer(folder), tmp_path)
+    for tokenizer in (load_tokenizer(folder), load_tokenizer(minilm), load_tokenizer(tmp_path)):
+        assert tokenizer(texts)["input_ids"] == expected
+
+
+def test_what_was_cut_last_is_not_saved(tmp_path):
+    tokenizer = load_tokenizer(folder_of(tmp_path / "given", vocabulary=True))
+    tokenizer(TEXTS, truncation=True, padding=True, max_length=4)
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"said": {"vocab_file": "/etc/passwd"}},
+            "has vocab_file='/etc/passwd': a tokenizer's files stand in its folder",
+        ),
+        ({"said": {"tokenizer_file": "tokenizer.json"}}, "has tokenizer_file="),
+        ({"said": {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}}, "has fast_tokenizer_files="),
+        ({"said": {"tokenizer_class": "NoTokenizer"}}, "cannot be read as a tokenizer: .*NoTokenizer"),
+        ({"said": {"tokenizer_class": "BertJapaneseTokenizer"}}, "."),
+        ({"said": ["BertTokenizer"]}, r"tokenizer_config\.json holds no JSON object"),
+        (
+            {"said": {"auto_map": {"AutoTokenizer": ["x.Y", None]}, "tokenizer_class": "Y"}},
+            "cannot be read as a tokenizer",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_in_one_line(fields, message, tmp_path):
+    folder = folder_of(tmp_path / "given", vocabulary=True, config=BERT, **fields)
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_the_place_of_special_tokens_is_passed_over(tmp_path):
+    """Many published folders name a cache of the machine that they were saved on."""
+    said = {"special_tokens_map_file": "/root/.cache/x", "tokenizer_file": None}
+    assert load_tokenizer(folder_of(tmp_path / "given", vocabulary=True, said=said))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": 3}'])
+def test_a_damaged_file_is_named(content, tmp_path):
+    folder = folder_of(tmp_path / "given", config=BERT)
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"given/tokenizer\.json"):
+        load_tokenizer(folder)
+
+
+def test_what_is_no_folder_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"bert-base-uncased is no folder.*snapshot_download.*'bert-base-uncased'"
+    ):
+        load_tokenizer("bert-base-uncased")
+    with pytest.raises(FileNotFoundError, match=r"^/no/where is no folder$"):
+        load_tokenizer("/no/where")
+    (tmp_path / "model").write_text("")
+    with pytest.raises(FileNotFoundError, match="model is a file, not the folder of a model"):
+        load_tokenizer("model")
