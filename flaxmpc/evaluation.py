@@ -111,16 +111,14 @@ def _at_every_length(
     loaded: folders.LoadedModel, test: Split, max_length: int, teacher: Path | None
 ) -> tuple[dict[int, Split], list[dict[str, Any]]]:
     """The rows of each bucket, and what the model does with them in the clear: a record for each that has rows."""
-    # The table is looked up here, also where the client of a model would send one-hot rows.
-    model = type(loaded.model)(dataclasses.replace(loaded.model.config, embedding="public"))
     exact = None if teacher is None else folders.load(teacher)
     rows, records = {}, []
     for length, (split, joined) in bucketed(test, loaded.tokenizer, buckets(max_length)).items():
         if not len(split):
             continue
         rows[length] = split
-        logits = predict(model, loaded.params, split)
-        probes = predict(model, loaded.params, repeated(test, loaded.tokenizer, length))
+        logits = predict(loaded.model, loaded.params, split)
+        probes = predict(loaded.model, loaded.params, repeated(test, loaded.tokenizer, length))
         record: dict[str, Any] = {"length": length, "rows": len(split), "joined": joined, "finite": _finite(logits)}
         record |= {"repeated": len(probes), "repeated_finite": _finite(probes)}
         if exact is not None and logits.shape[-1] > 1:

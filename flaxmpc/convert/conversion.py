@@ -10,7 +10,7 @@ import numpy as np
 from flaxmpc.convert import calibrate, contents, hosts, tasks
 from flaxmpc.convert.data import SPLITS, Split, batches
 from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
-from flaxmpc.convert.finetune import Evaluate, finetune, in_order, lengths, predict
+from flaxmpc.convert.finetune import Evaluate, finetune, in_order, lengths, looking_up, predict
 from flaxmpc.convert.fit import Schedule
 from flaxmpc.convert.matching import matched, named, refuse_other_order
 from flaxmpc.convert.metrics import agreement, correct, evaluate, paired_difference
@@ -144,6 +144,7 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         problem_type="regression" if task.regression else "single_label_classification",
         model_max_length=config.max_length,
         num_texts=len(task.text_columns),
+        embedding="public",  # which looks ids up
     )
     inputs = {"data": contents.of_task(task), "encoder": contents.of_encoder(base, encoder)}
     run = run_folder(config, hosts.agreed(inputs))
@@ -157,7 +158,8 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         frozen="" if config.train_embeddings else _EMBEDDINGS,
         seed=config.seed,
     )
-    folders.save(config.out, base.model, params, config.encoder)
+    kept = dataclasses.replace(base.model.config, embedding=_embedding(config.train_embeddings, encoder))
+    folders.save(config.out, BertForSequenceClassification(kept), params, config.encoder)
     logits = predict(base.model, params, task.test)
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, logits)}
     if not task.regression:
@@ -165,6 +167,11 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
     _write(config.out, "results.json", results)
     _write(config.out, "recipe.json", recipe(config, inputs))
     return results
+
+
+def _embedding(trained: bool, start: BertConfig) -> str:
+    """The mode of a trained embedding: a table that is no published one is secret, and so is what starts from it."""
+    return "secret" if trained or not start.embedding.client_embeds else "public"
 
 
 def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: BertConfig) -> tasks.Task:
@@ -235,7 +242,7 @@ def _teacher(config: Conversion) -> folders.LoadedModel:
         raise ValueError(
             f"{config.teacher} gives a text several labels; a student of one label, or of a number, is made"
         )
-    return teacher
+    return teacher._replace(model=looking_up(teacher.model))
 
 
 def convert(config: Conversion) -> dict[str, Any]:
@@ -320,8 +327,7 @@ def convert(config: Conversion) -> dict[str, Any]:
     if ranged:  # it may have moved some variances out of their ranges
         student = _calibrated(student, params, train, validation, newton)
 
-    # A table that is no published one is secret: then the client sends one-hot rows, where training looks ids up.
-    mode = "secret" if config.train_embeddings else "public"
+    mode = _embedding(config.train_embeddings, BertConfig.from_folder(config.teacher))
     kept = BertForSequenceClassification(dataclasses.replace(student.config, embedding=mode))
     folders.save(config.out, kept, params, config.teacher, **bits)
     stored = folders.load(config.out).params

@@ -122,6 +122,19 @@ def test_embeddings_stay_the_published_ones_unless_they_are_trained(teacher, stu
     assert folders.load(tmp_path / "own").model.config.embedding.name == "secret"
 
 
+def test_what_starts_from_a_secret_table_has_a_secret_one(encoder, data, tmp_path):
+    """A teacher's trained table is not handed to the clients of its student."""
+    tuning = FineTuning(encoder, str(data), tmp_path / "teacher", Schedule(1, 1e-3), 16, train_embeddings=True)
+    finetune_encoder(tuning)
+    convert(conversion(tmp_path / "teacher", data, tmp_path / "student", **UNTRAINED))
+    assert json.loads((tmp_path / "teacher" / "results.json").read_text())["accuracy"] > 0.4
+    for folder in ("teacher", "student"):
+        assert folders.load(tmp_path / folder).model.config.embedding.name == "secret"
+    again = dataclasses.replace(tuning, encoder=tmp_path / "teacher", out=tmp_path / "again", train_embeddings=False)
+    finetune_encoder(again)
+    assert folders.load(tmp_path / "again").model.config.embedding.name == "secret"
+
+
 def test_texts_without_labels_are_learnt_from_in_stage_1(teacher, student, data, tmp_path):
     more = tmp_path / "more.csv"
     more.write_text("sentence\n" + "".join(f"a film of {i} good scenes\n" for i in range(40)))
