@@ -52,8 +52,8 @@ bench: setup ## all benchmarks of costs, an hour on 2 cores; QUICK=1 for 5 minut
 		echo "$${entry%:*}.py$(if $(QUICK),, (about $${entry#*:} minutes))"; \
 		$(BIN)/python benchmarks/$${entry%:*}.py $(if $(QUICK),--quick) || exit 1; done
 
-lock: setup ## pins anew: needs uv
+lock: ## pins anew, within what pyproject.toml allows: needs uv
 	uv pip compile --universal --python-version 3.10 --extra dev --override requirements/overrides.txt \
-		--no-header --no-annotate --output-file requirements/stable.txt pyproject.toml requirements/stable.in
-	uv pip compile --universal --python-version 3.11 --extra dev --extra spu-next --override requirements/overrides.txt \
-		--no-header --no-annotate --output-file requirements/spu-next.txt pyproject.toml
+		--no-header --no-annotate --output-file requirements/stable.txt pyproject.toml
+	uv pip compile --universal --python-version 3.11 --extra dev --override requirements/overrides.txt \
+		--override requirements/spu-next.in --no-header --no-annotate --output-file requirements/spu-next.txt pyproject.toml

@@ -17,6 +17,8 @@ from flaxmpc.models.bert import (
 from flaxmpc.models.config import PRESETS, BertConfig, preset
 from flaxmpc.models.folder import LoadedModel, load, load_pretrained, save
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ARCHITECTURES",
     "PRESETS",
