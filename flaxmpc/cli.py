@@ -20,7 +20,9 @@ from flaxmpc import convert_cli, serving_cli
 from flaxmpc.errors import unknown
 from flaxmpc.models import zoo
 
-_DESCRIPTION = "Transformers that classify what they cannot see: Flax under secure MPC. --version names the versions."
+_DESCRIPTION = """Transformers that classify what they cannot see: Flax under secure MPC.
+
+flaxmpc --version names the versions."""
 
 Protocol = Annotated[str, tyro.conf.arg(metavar="ABY3|SEMI2K|CHEETAH|REF2K")]
 Ring = Annotated[str, tyro.conf.arg(metavar="FM32|FM64|FM128")]

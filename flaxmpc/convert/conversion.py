@@ -28,7 +28,9 @@ _EMBEDDINGS = "bert/embeddings/"
 
 def _of(registry: Registry[Any], metavar: str) -> Any:
     """The help of an option that names parts: those that are registered when the help is asked for."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=lambda default: f"(of {', '.join(registry)}; default: {default})")
+    return tyro.conf.arg(
+        metavar=metavar, help_behavior_hint=lambda default: f"(of {', '.join(registry)}; default: {default})"
+    )
 
 
 def _require_length(max_length: int) -> None:

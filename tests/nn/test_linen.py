@@ -1,5 +1,7 @@
 """What Flax offers for deep models works in the installed pair of Flax and JAX."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("wrap", [False, True], ids=["plain", "remat"])
 @pytest.mark.parametrize("shared", [False, True], ids=["a layer's own", "shared"])
 def test_scan_over_layers_is_the_loop(wrap, shared):
-    axes = {"variable_broadcast": "params"} if shared else {"variable_axes": {"params": 0}}
+    axes: dict[str, Any] = {"variable_broadcast": "params"} if shared else {"variable_axes": {"params": 0}}
     stack = nn.scan(Block, **axes, split_rngs={"params": not shared}, length=2)(wrap)
     x = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
     params = stack.init(jax.random.key(0), x, None)
