@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -13,10 +14,11 @@ _FAILED, _UNREAD, _INTERRUPTED = 2, 1, 128 + signal.SIGINT
 
 def main() -> None:
     """Runs the command of this process, and ends the process. Nothing is imported before: that takes seconds."""
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in a background job of a script
-        signal.signal(signal.SIGINT, _interrupt)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in a background job of a script
+        # A stream of its own: while SPU computes, what is written to standard error is held back.
+        signal.signal(signal.SIGINT, functools.partial(_interrupt, os.dup(sys.stderr.fileno())))
     if sys.stdout is None:  # the next file that is opened would get what libraries print
         print("flaxmpc: standard output is closed", file=sys.stderr)
         raise SystemExit(_FAILED)
@@ -45,7 +47,7 @@ def _run() -> Any:
     return 0
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt(stderr: int, *_: object) -> None:
     """Ctrl-C: one line, and the process ends where it is; a second one, or 2 seconds, end it whatever it waits for.
 
     A KeyboardInterrupt would be lost in callbacks, and kill the process where C++ calls Python; and the interpreter's
@@ -54,9 +56,9 @@ def _interrupt(*_: object) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, lambda *_: os._exit(_INTERRUPTED))
     signal.alarm(2)
-    show_cursor = b"\x1b[?25h\n" if os.isatty(2) else b""  # progress hides it
+    show_cursor = b"\x1b[?25h\n" if os.isatty(stderr) else b""  # progress hides it
     with contextlib.suppress(OSError):
-        os.write(2, show_cursor + b"flaxmpc: interrupted\n")  # print may be at work already
+        os.write(stderr, show_cursor + b"flaxmpc: interrupted\n")  # print may be at work already
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     atexit._run_exitfuncs()  # temporary files
