@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3.10 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup demo test test-slow test-next lint lock bench bench-layer
+.PHONY: help setup demo test test-slow test-next wheel-test lint lock bench bench-layer
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,6 +42,15 @@ test-next: ## the same tests on the SPU pre-release
 	$(MAKE) setup VENV=.venv-next LOCK=requirements/spu-next.txt
 	.venv-next/bin/python -m pytest -m "not slow"
 
+# Outside of the repository, and with what pip itself chooses: the limit is what a user may be kept waiting for.
+wheel-test: setup ## builds the wheel, installs it afresh with pip, and asks its model: needs the package index
+	rm -rf dist && $(BIN)/hatchling build
+	$(PYTHON) -m venv dist/venv
+	time timeout 120 dist/venv/bin/pip install --quiet --disable-pip-version-check --dry-run dist/*.whl
+	time dist/venv/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	dist/venv/bin/pip check
+	cd / && time $(CURDIR)/dist/venv/bin/flaxmpc infer "A gripping film."
+
 bench-layer: setup ## one BERT-Base layer, unmodified against folded
 	$(BIN)/python benchmarks/layer_cost.py
 
@@ -52,8 +61,8 @@ bench: setup ## all benchmarks of costs, an hour on 2 cores; QUICK=1 for 5 minut
 		echo "$${entry%:*}.py$(if $(QUICK),, (about $${entry#*:} minutes))"; \
 		$(BIN)/python benchmarks/$${entry%:*}.py $(if $(QUICK),--quick) || exit 1; done
 
-lock: setup ## pins anew: needs uv
+lock: ## pins anew, within what pyproject.toml allows: needs uv
 	uv pip compile --universal --python-version 3.10 --extra dev --override requirements/overrides.txt \
-		--no-header --no-annotate --output-file requirements/stable.txt pyproject.toml requirements/stable.in
-	uv pip compile --universal --python-version 3.11 --extra dev --extra spu-next --override requirements/overrides.txt \
-		--no-header --no-annotate --output-file requirements/spu-next.txt pyproject.toml
+		--no-header --no-annotate --output-file requirements/stable.txt pyproject.toml
+	uv pip compile --universal --python-version 3.11 --extra dev --override requirements/overrides.txt \
+		--override requirements/spu-next.in --no-header --no-annotate --output-file requirements/spu-next.txt pyproject.toml

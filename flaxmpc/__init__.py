@@ -1,21 +1,28 @@
 """flaxmpc: Transformers in Flax that run under secure multi-party computation.
 
-Importing it imports neither spu, torch nor transformers: they load where they are used.
+Importing it imports nothing else: a public name is loaded when it is first used, and spu, torch and transformers where
+they are used.
 """
 
-from flaxmpc import nn, secure
-from flaxmpc.convert.fold import fold
-from flaxmpc.models.bert import (
-    ARCHITECTURES,
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    init_params,
-)
-from flaxmpc.models.config import PRESETS, BertConfig, preset
-from flaxmpc.models.folder import LoadedModel, load, load_pretrained, save
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flaxmpc import nn, secure
+    from flaxmpc.convert.fold import fold
+    from flaxmpc.models.bert import (
+        ARCHITECTURES,
+        BertForMaskedLM,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertModel,
+        init_params,
+    )
+    from flaxmpc.models.config import PRESETS, BertConfig, preset
+    from flaxmpc.models.folder import LoadedModel, load, load_pretrained, save
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ARCHITECTURES",
@@ -36,3 +43,22 @@ __all__ = [
     "save",
     "secure",
 ]
+
+# The modules whose names are public here, and those that are public themselves.
+_HOMES = ("models.config", "models.bert", "models.folder", "convert.fold")
+_MODULES = ("nn", "secure")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

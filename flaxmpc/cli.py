@@ -1,83 +1,141 @@
 """The command line. It is thin: what it does stands elsewhere."""
 
+import json
+import platform
 import sys
-from typing import Annotated, Literal
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Column, Table
 
+import flaxmpc
 from flaxmpc import convert_cli, infer_cli, serving_cli
+from flaxmpc.errors import unknown
+from flaxmpc.infer_cli import Json
 from flaxmpc.models import zoo
 from flaxmpc.results import console as _console
 
-_DESCRIPTION = "Transformers that classify what they cannot see: Flax under secure MPC."
+_DESCRIPTION = """Transformers that classify what they cannot see: Flax under secure MPC.
 
-PositionalModel = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|FOLDER]")]
+flaxmpc --version names the versions."""
 
 
 def _megabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-def _zoo_table() -> Table:
-    """80 columns wide with the longest name; accuracy is that in the clear, REF2K that of the fixed point."""
+def _zoo_entry(name: str, folder: Path) -> dict[str, Any]:
+    """What `zoo list --json` says of a model. Accuracy is that in the clear, REF2K's that of the fixed point."""
     from flaxmpc.models.config import BertConfig
 
-    table = Table(Column("name", no_wrap=True), "parts", "size", "accuracy", "REF2K")
-    for name, folder in zoo.entries().items():
-        config = BertConfig.from_folder(folder)
-        layers = range(config.num_hidden_layers)
-        parts = [config.attention_of(i).name for i in layers] + [config.hidden_act_of(i).name for i in layers]
-        weights = folder / "model.safetensors"
-        measured = zoo.results(folder)
+    config = BertConfig.from_folder(folder)
+    layers = range(config.num_hidden_layers)
+    weights = folder / "model.safetensors"
+    measured = zoo.results(folder)
+    return {
+        "name": name,
+        "folder": str(folder),
+        "attention": list(dict.fromkeys(config.attention_of(layer).name for layer in layers)),
+        "hidden_act": list(dict.fromkeys(config.hidden_act_of(layer).name for layer in layers)),
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "weights_bytes": weights.stat().st_size if weights.is_file() else None,
+        **{key: measured.get(key) for key in ("accuracy", "ref2k_accuracy", "made_by")},
+    }
+
+
+def _zoo_table(entries: list[dict[str, Any]]) -> Table:
+    """Folds what does not fit, and cuts nothing."""
+    columns = [Column(head, overflow="fold") for head in ("name", "parts", "size", "accuracy", "REF2K")]
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for entry in entries:
+        size = entry["weights_bytes"]
         table.add_row(
-            name,
-            "\n".join(dict.fromkeys(parts)),
-            f"{config.num_hidden_layers} x {config.hidden_size}\n"
-            + (_megabytes(weights.stat().st_size) if weights.is_file() else "by recipe"),
-            *(f"{measured[key]:.1%}" if key in measured else "" for key in ("accuracy", "ref2k_accuracy")),
+            f"{entry['name']}\n  {(entry['made_by'] or 'no weights') if size is None else _megabytes(size)}",
+            "\n".join(entry["attention"] + entry["hidden_act"]),
+            f"{entry['num_hidden_layers']} x {entry['hidden_size']}",
+            *("" if entry[key] is None else f"{entry[key]:.1%}" for key in ("accuracy", "ref2k_accuracy")),
         )
     return table
 
 
 def zoo_(
     action: Annotated[Literal["list", "show"], tyro.conf.Positional],
-    model: PositionalModel = zoo.DEFAULT,
+    model: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|FOLDER]", help_behavior_hint="")
+    ] = None,
     /,
+    json_: Json = False,
 ) -> None:
     """The trained models: `zoo list` is a table, `zoo show NAME` a card.
 
     Args:
         action: list or show.
-        model: whose card to show.
+        model: whose card to show; by default that of the model that `infer` uses.
+        json_: list: print an array with an object for every model.
     """
-    if action == "list":
-        _console().print(_zoo_table())
+    if action == "show":
+        if json_:
+            raise ValueError("--json is for zoo list: a card is Markdown, README.md in the model's folder")
+        card = zoo.find(model or zoo.DEFAULT) / "README.md"
+        if not card.is_file():
+            raise ValueError(f"{card.parent} has no card (README.md)")
+        Console().print(Markdown(card.read_text("utf-8")))
         return
-    card = zoo.find(model) / "README.md"
-    if not card.is_file():
-        raise ValueError(f"{card.parent} has no card (README.md)")
-    Console().print(Markdown(card.read_text("utf-8")))
+    if model is not None:
+        raise ValueError(f"zoo list takes no model: zoo show {model} shows its card")
+    entries = [_zoo_entry(name, folder) for name, folder in zoo.entries().items()]
+    if not entries:
+        raise FileNotFoundError(f"there is no model in the zoo {zoo.zoo_folder()} (FLAXMPC_ZOO)")
+    if json_:
+        print(json.dumps(entries))
+        return
+    console = _console()
+    console.print(_zoo_table(entries))
+    if any(entry["weights_bytes"] is None for entry in entries):
+        console.print("A script in place of a size: the weights are not here; it makes them, in the repository.")
+
+
+def _versions() -> str:
+    found = {"flaxmpc": flaxmpc.__version__, **{name: metadata.version(name) for name in ("spu", "jax")}}
+    return ", ".join(f"{name} {version}" for name, version in {**found, "Python": platform.python_version()}.items())
+
+
+_COMMANDS = {
+    "infer": infer_cli.infer,
+    "cost": infer_cli.cost,
+    "check": infer_cli.check,
+    "zoo": zoo_,
+    "finetune": convert_cli.finetune,
+    "convert": convert_cli.convert,
+    "cluster": serving_cli.cluster,
+    "party": serving_cli.party,
+    "put": serving_cli.put,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. What the user can mend is one line on standard error, and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     app = tyro.extras.SubcommandApp()
-    app.command(infer_cli.infer)
-    app.command(infer_cli.cost)
-    app.command(infer_cli.check)
-    app.command(name="zoo")(zoo_)
-    app.command(convert_cli.finetune)
-    app.command(convert_cli.convert)
-    app.command(serving_cli.cluster)
-    app.command(serving_cli.party)
-    app.command(serving_cli.put)
+    for name, command in _COMMANDS.items():
+        app.command(command, name=name)
     from flaxmpc.secure import SecureError
 
     try:
+        if arguments == ["--version"]:
+            print(_versions())
+            return
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
+            raise unknown("command", arguments[0], _COMMANDS)
         app.cli(prog="flaxmpc", description=_DESCRIPTION, args=arguments)
+    except BrokenPipeError:  # the reader of the output has seen enough
+        raise
     except (ValueError, OSError, FloatingPointError, SecureError) as error:
         message = " ".join(str(error).split())
         print(f"flaxmpc: {message}", file=sys.stderr)

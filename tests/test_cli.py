@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flaxmpc import cli, secure
-from flaxmpc.models import zoo
 from flaxmpc.nn.activation import ACTIVATIONS, Activation
 
 ROOT = Path(__file__).parent.parent
@@ -323,19 +322,64 @@ def test_modelled_seconds_of_a_protocol_without_exact_rounds_are_indicative(run,
     assert json.loads(run("cost", "movie-tiny", "--tokens", 16, *REF2K, "--json")[1])["indicative"] is True
 
 
-def test_zoo_list_is_readable_at_80_columns(run, shipped, monkeypatch):
-    longest = shipped.parent / zoo.DEFAULT
-    shutil.copytree(shipped, longest)
-    try:
-        code, out, err = run("zoo", "list")
-    finally:
-        shutil.rmtree(longest)
+@pytest.fixture
+def longest(shipped):
+    """A model of the zoo with a long name, and without weights."""
+    folder = shipped.parent / "movie-minilm-l6-softmax-freediv"
+    shutil.copytree(shipped, folder)
+    (folder / "model.safetensors").unlink()
+    change_config(folder, attention="softmax_freediv")
+    (folder / "results.json").write_text(json.dumps({"accuracy": 0.86, "made_by": "train/movie.py softmax-freediv"}))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_zoo_list_cuts_nothing(run, longest, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = run("zoo", "list")
     assert (code, err) == (0, "")
-    assert max(map(len, out.splitlines())) <= 80
+    assert max(map(len, out.splitlines())) <= columns
     assert "…" not in out
-    assert re.search(r"movie-tiny +│ 2quad_freediv │ 2 x 32 +│ 87\.6% +│ 87\.5% │", out)
-    assert re.search(r"│ quad +│ 0\.\d MB", out)
-    assert f"│ {zoo.DEFAULT} │" in out
+    if columns == 80:
+        lines = [" ".join(line.split()) for line in out.splitlines()]
+        assert lines[2:4] == [f"{longest.name} softmax_freediv 2 x 32 86.0%", "train/movie.py softmax-freediv quad"]
+        assert lines[4] == "movie-tiny 2quad_freediv 2 x 32 87.6% 87.5%"
+        assert re.fullmatch(r"0\.\d MB quad", lines[5])
+    assert "the weights are not here; it makes them, in the repository." in " ".join(out.split())
+
+
+def test_zoo_list_json_is_an_array(run, shipped, longest):
+    code, out, err = run("zoo", "list", "--json")
+    assert (code, err) == (0, "")
+    unshipped, tiny = json.loads(out)
+    assert (unshipped["weights_bytes"], unshipped["ref2k_accuracy"]) == (None, None)
+    assert unshipped["made_by"] == "train/movie.py softmax-freediv"
+    assert tiny == {
+        "name": "movie-tiny",
+        "folder": str(shipped),
+        "attention": ["2quad_freediv"],
+        "hidden_act": ["quad"],
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "weights_bytes": (shipped / "model.safetensors").stat().st_size,
+        "accuracy": 0.8765,
+        "ref2k_accuracy": 0.875,
+        "made_by": None,
+    }
+
+
+def test_zoo_refuses_what_it_would_pass_over(refused, monkeypatch, tmp_path):
+    assert refused("zoo", "list", "movie-tiny") == "zoo list takes no model: zoo show movie-tiny shows its card"
+    assert refused("zoo", "show", "--json").startswith("--json is for zoo list: ")
+    monkeypatch.setenv("FLAXMPC_ZOO", str(tmp_path))
+    assert refused("zoo", "list") == f"there is no model in the zoo {tmp_path} (FLAXMPC_ZOO)"
+
+
+def test_version_names_what_decides_what_is_computed(run):
+    code, out, err = run("--version")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"flaxmpc \d+\.\d+\.\d+, spu \S+, jax \S+, Python 3\.\d+\.\d+\n", out)
 
 
 def test_zoo_show_prints_the_card(run, model):
@@ -381,6 +425,12 @@ def test_a_cluster_is_written_and_gets_a_client_more(run, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(("given", "meant"), [("infre", "infer"), ("Zoo", "zoo"), ("fine-tune", "finetune")])
+def test_an_unknown_command(refused, given, meant):
+    message = refused(given, "--json")
+    assert message.startswith(f"unknown command {given!r}. Did you mean {meant!r}? Known: check, cluster, convert, ")
 
 
 def test_no_text(refused):

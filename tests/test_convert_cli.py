@@ -1,6 +1,7 @@
 """The commands that train, on a small model and a file of sentences, as a user would give them."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -9,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from flaxmpc import cli
+from flaxmpc.convert.conversion import FineTuning
 from flaxmpc.evaluation import evaluate, spread
+from flaxmpc.models.config import BertConfig
+from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.nn.attention import ATTENTION
+from flaxmpc.nn.normalization import NORMALIZATIONS
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +36,16 @@ def test_a_model_is_fine_tuned_converted_and_measured_by_command(data, tmp_path,
     assert "accuracy" in capsys.readouterr().out
     stages = [f"--stage{i}.{option}" for i in (1, 2) for option in ("epochs=1", "batch-size=8")]
     sizes = ["--max-length", "16", "--ref2k-sentences", "4", "--aby3-sentences", "2", "--notes", "## Tried\n\nThis."]
-    command = ["convert", "--teacher", teacher, "--data", str(data), "--out", str(student)]
+    parts = ["--attention", "2quad_freediv", "2quad"]  # one for each layer
+    command = ["convert", "--teacher", teacher, "--data", str(data), "--out", str(student), *parts]
     cli.main([*command, *(part for stage in stages for part in stage.split("=")), *sizes])
     results = json.loads((student / "results.json").read_text())
     assert (results["ref2k_sentences"], results["aby3_sentences"]) == (4, 2)
     assert results["margin_bits"] > 2
+    recipe = json.loads((student / "recipe.json").read_text())
+    assert recipe["attention"] == ["2quad_freediv", "2quad"]
+    config = BertConfig.from_folder(student)
+    assert [config.attention_of(layer).name for layer in range(2)] == recipe["attention"]
     for protocol in ("ref2k", "aby3"):
         assert 0 <= results[f"{protocol}_accuracy"] <= 1
         assert results[f"{protocol}_max_logit_difference"] < 0.05
@@ -80,19 +91,46 @@ def test_two_hosts_convert_and_the_first_writes(data, tmp_path, write_classifier
         (("--num-processes", "2"), "2 hosts need a --coordinator HOST:PORT"),
         (("--process-id", "1"), "1 hosts"),
         (("--attention", "2quad_fredev"), "2quad_freediv"),
+        (("--attention", "2quad", "2quad_fredev"), "2quad_freediv"),
+        (("--attention", "2quad", "2quad", "2quad"), "attention lists 3 parts, num_hidden_layers is 2"),
+        (("--activation", "quad", "quadd"), "'quad'"),
+        (("--layer-norm", "newton"), "layer_norm_newton"),
+        (("--max-length", "0"), "max_length must be at least 3, [CLS], a token and [SEP], not 0"),
+        (("--max-length", "-1"), "at least 3"),
+        (("--max-length", "2"), "at least 3"),
         (("--data", "movies"), "movie"),
         (("--teacher", "nowhere"), "nowhere/config.json does not exist"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(change, message, data, tmp_path, write_classifier, capsys):
     teacher = write_classifier(tmp_path / "teacher", attention="softmax", hidden_act="gelu")
-    options = {"--teacher": str(teacher), "--data": str(data), "--out": str(tmp_path / "out"), change[0]: change[1]}
+    options = {"--teacher": [str(teacher)], "--data": [str(data)], "--out": [str(tmp_path / "out")]}
+    options[change[0]] = change[1:]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["convert", *(word for option in options.items() for word in option)])
+        cli.main(["convert", *(word for name, values in options.items() for word in (name, *values))])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_help_names_the_parts_that_are_registered(capsys, monkeypatch):
+    monkeypatch.setitem(ATTENTION._parts, "my_attention", ATTENTION["2quad"])
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["convert", "--help"])
+    assert ended.value.code == 0
+    words = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    for option, registry in (("attention", ATTENTION), ("activation", ACTIVATIONS), ("layer-norm", NORMALIZATIONS)):
+        text = words[words.index(f"--{option} NAME") :]
+        assert f"(of {', '.join(registry)}; default: " in text[:900]
+    assert "my_attention" in words
+
+
+def test_too_short_texts_are_refused_for_a_teacher_too():
+    for length in (-1, 0, 2):
+        with pytest.raises(ValueError, match=f"max_length must be at least 3, .* not {length}"):
+            FineTuning(Path("encoder"), "movie", Path("out"), max_length=length)
 
 
 def test_evaluation_asks_for_a_recipe(tmp_path):

@@ -29,6 +29,7 @@ from flaxmpc.convert import card
 from flaxmpc.convert.conversion import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.fit import Schedule
+from flaxmpc.models import zoo
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.recipes import make, minilm_l6, with_epochs
 
@@ -103,6 +104,8 @@ def _publish(name: str, out: Path) -> None:
     for file in ("config.json", "recipe.json", "results.json", *weights):
         if (out / file).is_file():
             shutil.copy(out / file, folder / file)
+    results = zoo.results(folder) | {"made_by": f"train/movie.py {entry}"}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     card.write(folder)
 
 

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from flaxmpc.convert import calibrate, contents, hosts, tasks
 from flaxmpc.convert.data import SPLITS, Split, batches
@@ -19,10 +20,25 @@ from flaxmpc.convert.runs import done, recipe, run_folder
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
+from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
+from flaxmpc.nn.parts import Registry
 
 # What fine-tuning and distillation leave as it is, so that the client may know the table: see `flaxmpc.nn.embedding`.
 _EMBEDDINGS = "bert/embeddings/"
+
+
+def _of(registry: Registry[Any], metavar: str) -> Any:
+    """The help of an option that names parts: those that are registered when the help is asked for."""
+    return tyro.conf.arg(
+        metavar=metavar, help_behavior_hint=lambda default: f"(of {', '.join(registry)}; default: {default})"
+    )
+
+
+def _require_length(max_length: int) -> None:
+    if max_length < 3:
+        raise ValueError(f"max_length must be at least 3, [CLS], a token and [SEP], not {max_length}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +70,9 @@ class FineTuning:
     seed: int = 0
     runs: Path | None = None
 
+    def __post_init__(self):
+        _require_length(self.max_length)
+
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
@@ -64,8 +83,8 @@ class Conversion:
         data: that the teacher was fine-tuned on: `movie`, a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte,
             wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
         out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
-        attention: the student's, a name in `flaxmpc.nn.ATTENTION`.
-        activation: the student's, a name in `flaxmpc.nn.ACTIVATIONS`.
+        attention: the student's: a name for all layers, or one for each.
+        activation: the student's: a name for all layers, or one for each.
         layer_norm: its LayerNorm; `layer_norm_newton` is calibrated when stage 2 begins, and trained to stay in its
             range. So the student must be near its teacher by then: without a stage 1 `layer_norm` does better.
         stage1: by default hidden states alone.
@@ -92,9 +111,9 @@ class Conversion:
     teacher: Path
     data: str
     out: Path
-    attention: str = "2quad_freediv"
-    activation: str = "quad"
-    layer_norm: str = "layer_norm_newton"
+    attention: Annotated[str | tuple[str, ...], _of(ATTENTION, "NAME [NAME ...]")] = "2quad_freediv"
+    activation: Annotated[str | tuple[str, ...], _of(ACTIVATIONS, "NAME [NAME ...]")] = "quad"
+    layer_norm: Annotated[str, _of(NORMALIZATIONS, "NAME")] = "layer_norm_newton"
     stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
     pieces: float = 0.25
@@ -111,6 +130,9 @@ class Conversion:
     seed: int = 0
     runs: Path | None = None
     notes: str = ""
+
+    def __post_init__(self):
+        _require_length(self.max_length)
 
 
 def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str, float]:

@@ -22,7 +22,8 @@ class TrainingLog:
         """
         from tensorboardX import SummaryWriter
 
-        self._name, self._batch_size, self._steps_per_epoch = name, batch_size, steps_per_epoch
+        self._name, self._batch_size = name, batch_size
+        self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
         path = folder / "metrics.jsonl"
         # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
@@ -76,5 +77,7 @@ class TrainingLog:
             self._board.add_scalar(figure, value, epoch * self._steps_per_epoch)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        self._progress.console.print(record)
+        shown = ", ".join(f"{figure} {value:.4f}" for figure, value in {**self._means(), **figures}.items())
+        line = f"{self._name}, epoch {epoch} of {self._epochs}: {shown}, {self._seconds:.1f} s"
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._start_epoch()

@@ -11,11 +11,9 @@ DEFAULT = "movie-minilm-l6-2quad-freediv"
 
 
 def zoo_folder() -> Path:
-    """The zoo: $FLAXMPC_ZOO, or models/ of the checkout that flaxmpc is imported from, or ./models."""
-    if own := os.environ.get("FLAXMPC_ZOO"):
-        return Path(own)
-    checkout = Path(__file__).parents[2] / "models"
-    return checkout if checkout.is_dir() else Path("models")
+    """The zoo: $FLAXMPC_ZOO, or the one that flaxmpc is installed with (in a checkout, models/)."""
+    own = os.environ.get("FLAXMPC_ZOO")
+    return Path(own) if own else Path(__file__).parents[1] / "zoo"
 
 
 def entries() -> dict[str, Path]:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -27,6 +28,11 @@ def test_an_epoch_is_a_line_with_the_means_of_its_steps_and_its_figures(tmp_path
     ]
     shown = capsys.readouterr().out
     assert "4/6" in shown
+    epochs = [line.strip() for line in shown.splitlines() if "epoch" in line]
+    assert [re.sub(r"\d+\.\d s$", "0.1 s", line) for line in epochs] == [
+        "toy, epoch 1 of 3: loss 1.5000, accuracy 0.1000, 0.1 s",
+        "toy, epoch 2 of 3: loss 2.5000, accuracy 0.2000, 0.1 s",
+    ]
     assert "sentences/s" in shown
 
 

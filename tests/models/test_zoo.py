@@ -1,7 +1,9 @@
 import json
+from pathlib import Path
 
 import pytest
 
+import flaxmpc
 from flaxmpc.convert import card
 from flaxmpc.models import zoo
 from flaxmpc.models.config import BertConfig
@@ -54,6 +56,13 @@ def test_an_empty_zoo_says_where_it_looked(tmp_path, monkeypatch):
         zoo.find("movie")
 
 
+def test_the_zoo_is_installed_with_the_package(monkeypatch):
+    monkeypatch.delenv("FLAXMPC_ZOO", raising=False)
+    folder = zoo.zoo_folder()
+    assert folder == Path(flaxmpc.__file__).parent / "zoo"
+    assert folder.resolve() == Path(__file__).parents[2] / "models"  # in a checkout
+
+
 def test_an_empty_name_is_no_folder(own_zoo):
     with pytest.raises(ValueError, match="unknown model ''"):
         zoo.find("")
@@ -83,6 +92,9 @@ def test_every_entry_is_whole_small_and_measured(name):
     results = zoo.results(folder)
     assert 0.5 < results["accuracy"] <= 1
     assert (folder / "recipe.json").is_file()
+    script, entry = results["made_by"].split()
+    assert (Path(__file__).parents[2] / script).is_file()
+    assert name in (f"movie-minilm-l6-{entry}", "movie-minilm-l6" if entry == "teacher" else "")
     weights = folder / "model.safetensors"
     if weights.is_file():
         assert weights.stat().st_size <= 20e6
