@@ -21,6 +21,9 @@ import pytest
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 jaxtyping.install_import_hook(["flaxmpc.nn", "flaxmpc.models"], "beartype.beartype")
 
+# What is started in the background ignores Ctrl-C, and so would the processes that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parents[1]
 
 # A busy machine is no failure.

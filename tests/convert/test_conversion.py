@@ -357,7 +357,7 @@ def test_a_loss_that_is_not_finite_names_the_layer(encoder, data, tmp_path):
     broken = folders.load(encoder)
     broken.params["bert"]["layer_1"]["intermediate"]["kernel"][:] = 3e38
     folders.save(tmp_path / "broken", broken.model, broken.params, encoder)
-    config = FineTuning(tmp_path / "broken", str(data), tmp_path / "out", Schedule(1, 1e-3, batch_size=8))
+    config = FineTuning(tmp_path / "broken", str(data), tmp_path / "out", Schedule(1, 1e-3, batch_size=8), 16)
     with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step 0, first in the output of bert/layer_1"):
         finetune_encoder(config)
 
