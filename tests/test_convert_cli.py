@@ -99,12 +99,17 @@ def test_two_hosts_convert_and_the_first_writes(data, tmp_path, write_classifier
         (("--max-length", "-1"), "at least 3"),
         (("--max-length", "2"), "at least 3"),
         (("--data", "movies"), "movie"),
-        (("--teacher", "nowhere"), "nowhere/config.json does not exist"),
+        (("--teacher", "nowhere"), "nowhere is no folder"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(change, message, data, tmp_path, write_classifier, capsys):
     teacher = write_classifier(tmp_path / "teacher", attention="softmax", hidden_act="gelu")
-    options = {"--teacher": [str(teacher)], "--data": [str(data)], "--out": [str(tmp_path / "out")]}
+    options = {
+        "--teacher": [str(teacher)],
+        "--data": [str(data)],
+        "--out": [str(tmp_path / "out")],
+        "--max-length": ["16"],
+    }
     options[change[0]] = change[1:]
     with pytest.raises(SystemExit) as ended:
         cli.main(["convert", *(word for name, values in options.items() for word in (name, *values))])

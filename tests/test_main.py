@@ -61,7 +61,7 @@ def test_an_interrupt_while_it_imports_is_one_line():
 
 def test_an_interrupt_while_it_compiles_or_computes_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path))
-    command = ("cost", "--tokens", 512, "--sentences", 8)
+    command = ("cost", "--tokens", 64, "--sentences", 64)
     processes = [interrupted(start(*command, code=READY), seconds) for seconds in (4, 8)]
     assert ended(processes) == [(130, "flaxmpc: interrupted\n")] * 2
 

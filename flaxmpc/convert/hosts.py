@@ -73,7 +73,9 @@ def agreed(digests: Mapping[str, str]) -> Mapping[str, str]:
         ValueError: on a host whose inputs are not the first's; names them.
     """
     theirs = from_first({name: np.frombuffer(bytes.fromhex(digest), np.uint8) for name, digest in digests.items()})
-    other = [name for name, digest in digests.items() if bytes(np.asarray(theirs[name])).hex() != digest]
+    other = [
+        name for name, digest in digests.items() if np.asarray(theirs[name]).astype(np.uint8).tobytes().hex() != digest
+    ]
     if other:
         raise ValueError(f"the {' and the '.join(other)} of this host and of the first host are not the same")
     return digests

@@ -29,7 +29,7 @@ _MOST_LAYERS, _MOST_LABELS = 1_000, 1_000_000
 _WHOLE = {
     **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"), (1, _LARGEST)),
     **dict.fromkeys(("max_position_embeddings", "type_vocab_size", "model_max_length"), (1, _LARGEST)),
-    "num_hidden_layers": (1, _MOST_LAYERS),
+    "num_hidden_layers": (0, _MOST_LAYERS),
     "pad_token_id": (0, _LARGEST),
 }
 _BELOW = {

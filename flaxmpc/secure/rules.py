@@ -157,7 +157,10 @@ def _picked(eqn: Any, ins: Operands) -> list[Any]:
     """Bits as sums: ABY3 cannot pick bits at a secret place, and integers made of bits alone are still bits."""
     if ins.values[0].dtype != np.dtype(bool):
         return wrapped(eqn, bind(eqn, ins.values), ins.arithmetic)
-    (found,) = bind(eqn, [lax.convert_element_type(ins.values[0], np.int32) + 1, *ins.values[1:]])
+    params = dict(eqn.params)
+    if params.get("fill_value") is not None:
+        params["fill_value"] = int(params["fill_value"]) + 1
+    (found,) = bind(eqn, [lax.convert_element_type(ins.values[0], np.int32) + 1, *ins.values[1:]], params)
     return [found > 1]
 
 

@@ -118,7 +118,7 @@ def test_labels_are_read_as_transformers_reads_them(fields):
         ({"hidden_size": -8}, "hidden_size -8 is not"),
         ({"vocab_size": True}, "vocab_size True is not"),
         ({"num_attention_heads": 0}, "num_attention_heads 0 is not"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not a whole number in 1..1000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not a whole number in 0..1000"),
         ({"max_position_embeddings": 10**30}, "max_position_embeddings 10+ is not"),
         ({"type_vocab_size": 0}, "type_vocab_size 0 is not"),
         ({"pad_token_id": -1}, "pad_token_id -1 is not a whole number in 0.."),
