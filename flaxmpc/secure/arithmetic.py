@@ -92,7 +92,7 @@ class Arithmetic:
             )
             return found[0].astype(dtype), found[1].astype(dtype)
 
-    def _encoded(self, x: Any) -> Any:
+    def encoded(self, x: Any) -> Any:
         """The integer that encodes a float: x 2^fraction_bits. Within `_integers`."""
         if not isinstance(x, Tracer):
             return np.rint(np.asarray(x, np.float64) * 2.0**self._fraction_bits).astype(self.integer)
@@ -104,8 +104,8 @@ class Arithmetic:
         sign = x < 0
         x, y = (jnp.abs(v) if isinstance(v, Tracer) else np.abs(v) for v in (x, y))
         with self._integers():
-            divisor = self._encoded(y)
-            left = self._encoded(x)
+            divisor = self.encoded(y)
+            left = self.encoded(x)
             for _ in range(2):  # each leaves a part of 2^-13 of the quotient
                 quotient = jnp.floor(_float(left) / y)
                 left = left - lax.convert_element_type(quotient, self.integer) * divisor

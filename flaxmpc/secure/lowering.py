@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.secure._spu import SecureError
@@ -112,7 +113,8 @@ class _Rewriting:
         values = [_staged(x) for x in ins]
         if name in RULES:
             known = [x.value if isinstance(x, _Known) else None for x in ins]
-            return RULES[name](eqn, Operands(values, known, self.arithmetic))
+            outs = RULES[name](eqn, Operands(values, known, self.arithmetic))
+            return [out if isinstance(out, Tracer) else _Known(out) for out in outs]
         return wrapped(eqn, bind(eqn, values, self._params(eqn)), self.arithmetic)
 
     def _fits(self, eqn: Any, aval: Any) -> None:

@@ -92,7 +92,11 @@ def _div(eqn: Any, ins: Operands) -> list[Any]:
 
 
 def _rem(eqn: Any, ins: Operands) -> list[Any]:
-    return [_divided(eqn, ins)[1] if _integers(eqn) else ins.arithmetic.remainder(*ins.known_or_traced())]
+    if _integers(eqn):
+        return [_divided(eqn, ins)[1]]
+    if ins.known[1] is not None and not ins.arithmetic.encoded(ins.known[1]).all():
+        raise refusal(eqn, f"the divisor {float(np.abs(ins.known[1]).min()):g} is 0 in fixed point")
+    return [ins.arithmetic.remainder(*ins.known_or_traced())]
 
 
 def _divided(eqn: Any, ins: Operands) -> tuple[Any, Any]:
@@ -100,6 +104,14 @@ def _divided(eqn: Any, ins: Operands) -> tuple[Any, Any]:
     if not ins.arithmetic.divides(dtype):
         raise refusal(eqn, f"the exact division of {dtype} needs a larger ring")
     return ins.arithmetic.divide(*ins.known_or_traced())
+
+
+def _select(eqn: Any, ins: Operands) -> list[Any]:
+    """What is always chosen stands for itself: XLA would choose too, and take the bits of a constant, see `_rem`."""
+    which = ins.known[0]
+    if which is not None and np.size(which) and np.ptp(np.asarray(which).astype(np.int32)) == 0:
+        return [ins.known_or_traced()[1 + int(np.asarray(which).flat[0])]]
+    return bind(eqn, ins.values)
 
 
 def _shift(eqn: Any, ins: Operands) -> list[Any]:
@@ -232,6 +244,7 @@ RULES: Mapping[str, Callable[[Any, Operands], list[Any]]] = {
     "optimization_barrier": _same,  # it only tells XLA's scheduler what to keep apart
     "rem": _rem,
     "sharding_constraint": _same,  # there is one device
+    "select_n": _select,
     "shift_left": _shift,
     "shift_right_arithmetic": _shift,
     "shift_right_logical": _shift,

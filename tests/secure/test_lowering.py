@@ -98,6 +98,7 @@ CASES = {
     "a counter": (lambda x: lax.fori_loop(0, 9, lambda i, y: y + (i // 2) * (i % 3) + (i >> 1), x), i32(1, 2)),
     "floats": (lambda a, b: [a // b, a % b, jnp.divmod(a, b), jnp.fmod(a, b), lax.rem(a, b)], *QUOTIENTS),
     "floats by a constant": (lambda a: [(a // d, a % d) for d in (3.0, 1.0, 0.25, -2.5)], QUOTIENTS[0]),
+    "floats that are always a constant": (lambda a: jnp.where(True, 7.5, a) % jnp.abs(a), f32(7, -3)),
     "jumps at exact places": (
         lambda x: [jnp.floor(x), jnp.ceil(x), jnp.round(x), lax.round(x), jnp.trunc(x), x.astype(int), jnp.sign(x)],
         f32(0.5, 1.5, 2.5, -0.5, -1.5, 2, -2, 0, 0.25, -3.75),
@@ -241,6 +242,8 @@ REFUSED = {
     "rng_uniform": (lambda x: x + lax.rng_uniform(0.0, 1.0, (1,)), "rng_uniform", f32(1)),
     "float16": (lambda x: x.astype(jnp.float16) * 2, "convert_element_type", f32(1)),
     "bfloat16": (lambda x: x.astype(jnp.bfloat16) * 2, "convert_element_type", f32(1)),
+    "a divisor too small": (lambda x: x % np.float32(1e-7), "rem", f32(1)),
+    "a remainder by 0": (lambda x: x // 0.0, "rem", f32(1)),
     "in a branch": (lambda x: lax.cond(x[0] > 0, lambda: lax.clz(x), lambda: x), "clz", i32(1)),
 }
 
