@@ -42,7 +42,7 @@ from flaxmpc.models.bert import BertForSequenceClassification, init_params
 from flaxmpc.models.config import preset
 from flaxmpc.models.folded import FoldedLayer
 from flaxmpc.secure._spu import thread_limit
-from flaxmpc.secure.cluster import ClusterFile, write_local
+from flaxmpc.secure.deploy.cluster import ClusterFile, write_local
 
 SENTENCES = ("A gripping, beautifully acted film.", "A tedious, lifeless mess.", "Good, but not very good.")
 NETWORKS = {"3gbit": secure.Network("3 Gbit/s", 3e9, 0.0), "100mbit": secure.Network("100 Mbit/s", 100e6, 0.0)}
@@ -194,7 +194,7 @@ class Running:
             self._log = directory / "party0.log"
             self._processes = []
             for rank in range(len(cluster.party)):
-                command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(cluster.path), "--rank"]
+                command = [sys.executable, "-m", "flaxmpc", "party", "--cluster", str(cluster.path), "--rank"]
                 log = stack.enter_context((directory / f"party{rank}.log").open("wb"))
                 # Hosts in namespaces share the cores of this machine.
                 env = os.environ | thread_limit(len(cluster.party))

@@ -29,7 +29,7 @@ from variants import Workload, workload
 from flaxmpc import secure
 from flaxmpc.secure._spu import load_spu, recorded_log
 from flaxmpc.secure.cost import Profile
-from flaxmpc.secure.messages import Share
+from flaxmpc.secure.deploy.messages import Share
 from flaxmpc.secure.party import Party
 from flaxmpc.secure.protocol import Config
 

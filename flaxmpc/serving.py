@@ -23,7 +23,7 @@ from flaxmpc.models.config import BertConfig
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.models.tokenizer import save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
-from flaxmpc.secure import messages as m
+from flaxmpc.secure.deploy import messages as m
 
 # Of `logits_and_size`; a calibrated LayerNorm leaves 1 within some hundredths.
 _SIZE_TOLERANCE = 0.5

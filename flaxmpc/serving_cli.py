@@ -40,7 +40,7 @@ def cluster(
         allow_insecure_dealer: init: allow SEMI2K, which hides nothing from party 0.
         name: certificate: the client's; letters, digits, "_" and "-".
     """
-    from flaxmpc.secure.cluster import ClusterFile, issue_client, write_local
+    from flaxmpc.secure.deploy.cluster import ClusterFile, issue_client, write_local
 
     if action == "init":
         written = write_local(folder, protocol, timeout_seconds=timeout, allow_insecure_dealer=allow_insecure_dealer)
@@ -55,7 +55,7 @@ def cluster(
         print(f"wrote {issued} and its .key: give the client both, ca.pem and cluster.toml, with both under [client]")
         return
     read = ClusterFile.read(folder)
-    command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(read.path), "--rank"]
+    command = [sys.executable, "-m", "flaxmpc", "party", "--cluster", str(read.path), "--rank"]
     processes = [subprocess.Popen([*command, str(entry.rank)]) for entry in read.party]
 
     def stop(number: int, _: Any) -> None:
@@ -81,9 +81,9 @@ def party(
         rank: which of its parties this is.
         allow_insecure_dealer: run SEMI2K, which hides nothing from party 0.
     """
-    from flaxmpc.secure.cluster import ClusterFile
-    from flaxmpc.secure.host import Host
-    from flaxmpc.secure.service import serve
+    from flaxmpc.secure.deploy.cluster import ClusterFile
+    from flaxmpc.secure.deploy.host import Host
+    from flaxmpc.secure.deploy.service import serve
 
     serve(Host(ClusterFile.read(cluster), rank, allow_insecure_dealer=allow_insecure_dealer))
 

@@ -576,7 +576,7 @@ def python(*arguments, cwd):
 
 
 def test_nothing_but_the_answer_reaches_the_terminal(tmp_path):
-    done = python("-m", "flaxmpc.cli", "infer", "good", "--model", "movie-tiny", "--json", cwd=tmp_path)
+    done = python("-m", "flaxmpc", "infer", "good", "--model", "movie-tiny", "--json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     assert json.loads(done.stdout)["cost"]["parties"] == 3
@@ -584,13 +584,13 @@ def test_nothing_but_the_answer_reaches_the_terminal(tmp_path):
 
 
 def test_a_real_process_ends_with_2_and_one_line(tmp_path):
-    done = python("-m", "flaxmpc.cli", "infer", "good", "--model", "zzz", cwd=tmp_path)
+    done = python("-m", "flaxmpc", "infer", "good", "--model", "zzz", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "flaxmpc: unknown model 'zzz'. Known: movie-tiny\n"
 
 
 def test_a_byte_that_is_not_utf8_is_named(tmp_path):
-    done = python("-m", "flaxmpc.cli", "infer", "good", os.fsdecode(b"caf\xe9"), cwd=tmp_path)
+    done = python("-m", "flaxmpc", "infer", "good", os.fsdecode(b"caf\xe9"), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "flaxmpc: text 2 is not UTF-8: it has the byte 0xe9\n"
 

@@ -64,7 +64,7 @@ def test_two_hosts_convert_and_the_first_writes(data, tmp_path, write_classifier
         address = f"127.0.0.1:{free.getsockname()[1]}"
     stages = [f"--stage{i}.{option}" for i in (1, 2) for option in ("epochs=1", "batch-size=8")]
     sizes = ["--max-length=16", "--ref2k-sentences=4", "--aby3-sentences=0", f"--data={data}", f"--teacher={teacher}"]
-    command = [sys.executable, "-m", "flaxmpc.cli", "convert", *stages, *sizes, "--num-processes=2"]
+    command = [sys.executable, "-m", "flaxmpc", "convert", *stages, *sizes, "--num-processes=2"]
     hosts = [
         subprocess.Popen(
             [*command, f"--coordinator={address}", f"--process-id={i}", f"--out={tmp_path / f'host{i}'}"],

@@ -17,7 +17,7 @@ TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "g
 # Runs in the parties: keeps all that comes in, after TLS.
 CAPTURE = """
 import sys
-import flaxmpc.secure.rpc as rpc, flaxmpc.secure.tunnel as tunnel
+import flaxmpc.secure.deploy.rpc as rpc, flaxmpc.secure.deploy.tunnel as tunnel
 seen = open({path!r}, 'ab', buffering=0)
 decode = rpc.decode
 def decode_and_keep(content, kind):

@@ -16,7 +16,7 @@ def start(tmp_path):
     started = []
 
     def start_(*arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "flaxmpc.cli", *arguments]
+        command = [sys.executable, "-m", "flaxmpc", *arguments]
         environment = os.environ | {"COLUMNS": "80"}
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -5,8 +5,8 @@ Importing this does not import spu: it loads with the first function that is com
 
 from flaxmpc.secure._spu import SecureError
 from flaxmpc.secure.check import Margins, OverflowRisk, check
-from flaxmpc.secure.client import Cluster
 from flaxmpc.secure.cost import Cost, OpCost
+from flaxmpc.secure.deploy.client import Cluster
 from flaxmpc.secure.jit import Program, Run, SecureFunction, cache_dir, jit
 from flaxmpc.secure.magnitudes import OpMargin
 from flaxmpc.secure.network import LAN, WAN, Network

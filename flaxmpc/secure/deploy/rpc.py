@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import grpc
 import msgspec
 
-from flaxmpc.secure import messages as m
-from flaxmpc.secure.cluster import ClusterFile, Identity, PartyEntry, split
-from flaxmpc.secure.tunnel import fingerprints
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, PartyEntry, split
+from flaxmpc.secure.deploy.tunnel import fingerprints
 
 if TYPE_CHECKING:
-    from flaxmpc.secure.host import Host
+    from flaxmpc.secure.deploy.host import Host
 
 _SERVICE = "flaxmpc.Party"
 _PIECE = 1 << 20

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import grpc
 
-from flaxmpc.secure import messages as m
-from flaxmpc.secure.rpc import Refused
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.rpc import Refused
 
 
 @dataclasses.dataclass(eq=False)

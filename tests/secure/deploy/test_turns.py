@@ -1,9 +1,9 @@
 import grpc
 import pytest
 
-from flaxmpc.secure import messages as m
-from flaxmpc.secure.rpc import Refused
-from flaxmpc.secure.turns import Request, Turns, command
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.rpc import Refused
+from flaxmpc.secure.deploy.turns import Request, Turns, command
 
 PEERS = (1, 2)
 

@@ -1,4 +1,4 @@
-"""The child process of a party that holds SPU, as its supervisor sees it; `flaxmpc.secure.worker` runs in it."""
+"""The child process of a party that holds SPU, as its supervisor sees it; `flaxmpc.secure.deploy.worker` runs in it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from flaxmpc.secure import messages as m
 from flaxmpc.secure._spu import thread_limit
+from flaxmpc.secure.deploy import messages as m
 
 
 class WorkerLost(Exception):
@@ -26,11 +26,11 @@ class WorkerProcess:
     def __init__(self, directory: str, parties: int):
         """`directory`: of its files. `parties`: how many are on this machine, and share its cores."""
         ours, theirs = socket.socketpair()
-        package_root = Path(__file__).parents[2]
+        package_root = Path(__file__).parents[3]
         paths = [str(package_root), *filter(None, [os.environ.get("PYTHONPATH")])]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "flaxmpc.secure.worker", str(theirs.fileno()), directory],
+                [sys.executable, "-W", "ignore", "-m", "flaxmpc.secure.deploy.worker", str(theirs.fileno()), directory],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

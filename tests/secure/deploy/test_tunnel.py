@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from flaxmpc.secure.cluster import ClusterFile, split, write_local
-from flaxmpc.secure.tunnel import Tunnel
+from flaxmpc.secure.deploy.cluster import ClusterFile, split, write_local
+from flaxmpc.secure.deploy.tunnel import Tunnel
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_going_out_only_the_certificate_of_that_rank_will_do(cluster):
 
 def test_coming_in_a_partys_name_is_not_enough(cluster, tmp_path):
     """A further certificate of the same authority and name is refused: the file's very one is meant."""
-    from flaxmpc.secure.certificates import Authority
+    from flaxmpc.secure.deploy.certificates import Authority
 
     Authority.read(cluster.path.parent).issue(tmp_path, "party0", server=True)
     folder = tmp_path / "renewed"

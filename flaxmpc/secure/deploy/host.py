@@ -10,17 +10,18 @@ from typing import Any
 
 import grpc
 
-from flaxmpc.secure import cost, monitor, rpc
-from flaxmpc.secure import messages as m
-from flaxmpc.secure.child import WorkerLost
-from flaxmpc.secure.cluster import ClusterFile, PartyEntry
-from flaxmpc.secure.kept import KeptShares
-from flaxmpc.secure.leader import Leader
+from flaxmpc.secure import cost
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy import monitor, rpc
+from flaxmpc.secure.deploy.child import WorkerLost
+from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
+from flaxmpc.secure.deploy.kept import KeptShares
+from flaxmpc.secure.deploy.leader import Leader
+from flaxmpc.secure.deploy.rpc import Refused
+from flaxmpc.secure.deploy.session import Model, Session, Sessions
+from flaxmpc.secure.deploy.tunnel import Tunnel
+from flaxmpc.secure.deploy.turns import Request, command
 from flaxmpc.secure.protocol import get_protocol
-from flaxmpc.secure.rpc import Refused
-from flaxmpc.secure.session import Model, Session, Sessions
-from flaxmpc.secure.tunnel import Tunnel
-from flaxmpc.secure.turns import Request, command
 
 
 def versions() -> m.Facts:
@@ -41,7 +42,7 @@ _COUNTED = (
 
 
 class Host:
-    """One party of a cluster. `flaxmpc.secure.service.serve` runs it."""
+    """One party of a cluster. `flaxmpc.secure.deploy.service.serve` runs it."""
 
     def __init__(self, cluster: ClusterFile, rank: int, *, allow_insecure_dealer: bool = False):
         """Reads what cluster.toml names.

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
-from flaxmpc.secure.joint import jointly
+from flaxmpc.secure.deploy.joint import jointly
 
 
 def scores(weights, x, keys):

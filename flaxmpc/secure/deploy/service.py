@@ -8,9 +8,9 @@ import signal
 
 import grpc
 
-from flaxmpc.secure import rpc
-from flaxmpc.secure.host import Host
-from flaxmpc.secure.monitor import serve_monitor
+from flaxmpc.secure.deploy import rpc
+from flaxmpc.secure.deploy.host import Host
+from flaxmpc.secure.deploy.monitor import serve_monitor
 
 
 def serve(host: Host) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import grpc
 
-from flaxmpc.secure import messages as m
-from flaxmpc.secure import rpc
-from flaxmpc.secure.cluster import ClusterFile
-from flaxmpc.secure.session import Session, Sessions
-from flaxmpc.secure.turns import Request
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy import rpc
+from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.session import Session, Sessions
+from flaxmpc.secure.deploy.turns import Request
 
 _POLL = 1.0  # seconds between looks at the peers while nothing is asked
 

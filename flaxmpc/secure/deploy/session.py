@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 import grpc
 
-from flaxmpc.secure import messages as m
-from flaxmpc.secure.child import WorkerLost, WorkerProcess
-from flaxmpc.secure.cluster import ClusterFile
-from flaxmpc.secure.rpc import STARTED_ANEW, Refused
-from flaxmpc.secure.tunnel import Tunnel
-from flaxmpc.secure.turns import Turns
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.child import WorkerLost, WorkerProcess
+from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.rpc import STARTED_ANEW, Refused
+from flaxmpc.secure.deploy.tunnel import Tunnel
+from flaxmpc.secure.deploy.turns import Turns
 
 
 @dataclasses.dataclass

@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 
-from flaxmpc.secure import messages as m
 from flaxmpc.secure._spu import SecureError, load_spu, recorded_log
 from flaxmpc.secure.cost import Profile
+from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.party import Party
 from flaxmpc.secure.protocol import Config
 

@@ -12,7 +12,7 @@ import contextlib
 import ssl
 from collections.abc import Callable, Mapping
 
-from flaxmpc.secure.cluster import ClusterFile, PartyEntry, split
+from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry, split
 
 _CHUNK = 1 << 18
 

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from flaxmpc.secure import messages as m
-from flaxmpc.secure.cluster import ClusterFile, PartyEntry
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 
 KEY_VARIABLE = "FLAXMPC_SHARES_KEY"
 

@@ -22,24 +22,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from clusters import ROOT, SHORT, TIMEOUT, W, X, affine, ask, check_served, publish
 
 from flaxmpc import secure
-from flaxmpc.secure import messages as m
-from flaxmpc.secure import rpc
 from flaxmpc.secure._spu import load_spu
-from flaxmpc.secure.certificates import Authority
-from flaxmpc.secure.cluster import ClusterFile, Identity, issue_client, split, write_local
-
-ROOT = Path(__file__).parents[2]
-# Of the clusters; every fault must end within a small multiple of it.
-TIMEOUT = 6.0
-SHORT = 4.0
-X = np.arange(8, dtype=np.float32).reshape(2, 4)
-W = np.eye(4, dtype=np.float32) * 3
-
-
-def affine(w, x):
-    return x @ w + 1
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy import rpc
+from flaxmpc.secure.deploy.certificates import Authority
+from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, issue_client, split, write_local
 
 
 def long(x):
@@ -48,63 +38,9 @@ def long(x):
     return x
 
 
-def publish(owner: secure.Cluster, name: str = "affine", w: np.ndarray = W) -> None:
-    """Puts `affine` as a model of one program."""
-    weights = owner.put(w)
-    owner.publish(name, weights, {"2x4": owner.program(affine, weights, X, length=4)}, b"public " * 3)
-
-
-def ask(client: secure.Cluster, x: np.ndarray = X) -> np.ndarray:
-    name, model = client.find("affine")
-    return client.infer(name, model, "2x4", x).outputs[0]
-
-
-def check_served(parties) -> None:
-    """Puts and asks anew, as after a repair."""
-    with parties.connect() as owner:
-        publish(owner)
-    with parties.connect("client") as client:
-        np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
-
-
-@pytest.fixture(scope="module")
-def parties(running, tmp_path_factory):
-    """A cluster that tests leave as they found it, or heal."""
-    some = [('# clients = ["client", "client.NAME"]', 'clients = ["client", "client.alice"]')]
-    with running(tmp_path_factory.mktemp("cluster") / "c", timeout=TIMEOUT, changes=some) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def shaken(running, tmp_path_factory):
-    """A cluster for `mortal`."""
-    with running(tmp_path_factory.mktemp("shaken") / "c", timeout=SHORT) as started:
-        yield started
-
-
-@pytest.fixture
-def mortal(shaken):
-    """A cluster whose parties tests may end or start otherwise; all run, but they hold nothing."""
-    shaken.restore()
-    return shaken
-
-
-@pytest.fixture(scope="module")
-def owner(parties):
-    with parties.connect() as connected:
-        publish(connected)
-        yield connected
-
-
-@pytest.fixture(scope="module")
-def client(parties, owner):
-    with parties.connect("client") as connected:
-        yield connected
-
-
 def party_process(cluster: ClusterFile, rank: int) -> subprocess.CompletedProcess:
     """A party that is expected to end at once."""
-    command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(cluster.path), "--rank", str(rank)]
+    command = [sys.executable, "-m", "flaxmpc", "party", "--cluster", str(cluster.path), "--rank", str(rank)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -371,7 +307,8 @@ def test_another_config_or_version_at_one_party_is_refused(mortal, how, differen
         other = mortal.changed("other.toml", ("fraction_bits = 18", 'fraction_bits = 17\nexp_mode = "pade"'))
         mortal.restart(2, path=other.path)
     else:
-        code = f"import flaxmpc.secure.host as h; real = h.versions; h.versions = lambda: real() | {{'{how}': '0.0.1'}}"
+        changed = f"h.versions = lambda: real() | {{'{how}': '0.0.1'}}"
+        code = f"import flaxmpc.secure.deploy.host as h; real = h.versions; {changed}"
         mortal.restart(2, code=code)
     mortal.wait_for(2, "serving")
     refused_within(mortal, f"party 2 differs from party 0: {difference}")
@@ -843,7 +780,7 @@ def test_semi2k_demands_to_be_allowed(tmp_path):
 
 def test_a_party_that_allows_it_says_what_that_means(tmp_path):
     cluster = write_local(tmp_path / "c", "SEMI2K")
-    command = [sys.executable, "-m", "flaxmpc.cli", "party", "--cluster", str(cluster.path), "--rank", "0"]
+    command = [sys.executable, "-m", "flaxmpc", "party", "--cluster", str(cluster.path), "--rank", "0"]
     with subprocess.Popen([*command, "--allow-insecure-dealer"], cwd=ROOT, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         said = json.loads(process.stderr.readline())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flaxmpc.secure.cluster import PartyEntry, split
+from flaxmpc.secure.deploy.cluster import PartyEntry, split
 
 
 def log(event: str, **fields: Any) -> None:

@@ -245,7 +245,7 @@ def write_local(
         FileExistsError: there is a cluster already.
         ValueError: an unknown protocol, or one that makes no cluster.
     """
-    from flaxmpc.secure.certificates import Authority
+    from flaxmpc.secure.deploy.certificates import Authority
 
     directory = Path(directory)
     path = directory / FILE_NAME
@@ -302,7 +302,7 @@ def issue_client(directory: str | Path, name: str) -> Path:
         FileExistsError: there is one of that name.
         ValueError: another kind of name, or no authority in the directory.
     """
-    from flaxmpc.secure.certificates import Authority
+    from flaxmpc.secure.deploy.certificates import Authority
 
     directory = Path(directory)
     if not re.fullmatch(r"[\w\-]+", name, re.ASCII):

@@ -15,13 +15,13 @@ import numpy as np
 
 from flaxmpc.secure._spu import SecureError, load_spu
 from flaxmpc.secure.cost import Cost, Profile
+from flaxmpc.secure.deploy.joint import jointly
 from flaxmpc.secure.jit import jit
-from flaxmpc.secure.joint import jointly
 from flaxmpc.secure.party import Parties, Resident, to_arrays
 
 if TYPE_CHECKING:
-    from flaxmpc.secure import messages as m
-    from flaxmpc.secure.cluster import ClusterFile
+    from flaxmpc.secure.deploy import messages as m
+    from flaxmpc.secure.deploy.cluster import ClusterFile
 
 
 class Answer(NamedTuple):
@@ -49,8 +49,8 @@ class Cluster(Parties):
             ValueError: the file says something that is not allowed, or names no certificate for the role.
             SecureError: a party can't be reached, or the group did not form, within the file's timeout_seconds.
         """
-        from flaxmpc.secure import rpc
-        from flaxmpc.secure.cluster import ClusterFile
+        from flaxmpc.secure.deploy import rpc
+        from flaxmpc.secure.deploy.cluster import ClusterFile
 
         self.cluster = cluster if isinstance(cluster, ClusterFile) else ClusterFile.read(cluster)
         identity = self.cluster.identity(role)
@@ -85,7 +85,7 @@ class Cluster(Parties):
         return sum(peer.bytes_sent for peer in self._peers)
 
     def _wait_until_ready(self) -> None:
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         end = time.monotonic() + self.cluster.timeout_seconds
         while True:
@@ -120,8 +120,8 @@ class Cluster(Parties):
         """
         import grpc
 
-        from flaxmpc.secure import messages as m
-        from flaxmpc.secure import rpc
+        from flaxmpc.secure.deploy import messages as m
+        from flaxmpc.secure.deploy import rpc
 
         ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         for rank, future in enumerate(futures):
@@ -151,7 +151,7 @@ class Cluster(Parties):
 
     def _refresh(self) -> None:
         """After an error: the session that the parties are in, if they are."""
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         try:
             every = self._all("status", [m.Empty()] * len(self._peers), m.Status)
@@ -165,7 +165,7 @@ class Cluster(Parties):
 
     def _sweep(self) -> None:
         """Frees what was dropped since."""
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         names = []
         while self._doomed:
@@ -174,8 +174,8 @@ class Cluster(Parties):
             self._all("delete", self._same(m.Names(self._session, names)), m.Empty)
 
     def store(self, name: str, shares: Sequence[Any]) -> None:
-        from flaxmpc.secure import messages as m
-        from flaxmpc.secure import rpc
+        from flaxmpc.secure.deploy import messages as m
+        from flaxmpc.secure.deploy import rpc
 
         def stream(share: Any):
             for chunk in share.share_chunks:
@@ -189,7 +189,7 @@ class Cluster(Parties):
         self._gather(futures, m.Empty)
 
     def fetch(self, name: str) -> list[Any]:
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         answers = self._all("fetch", self._same(m.Names(self._session, [name])), m.Answer)
         return [answer.shares[0].unpack() for answer in answers]
@@ -198,7 +198,7 @@ class Cluster(Parties):
         self._doomed.extend(names)
 
     def run(self, executable: Any) -> tuple[float, Profile]:
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         self._sweep()
         code = executable.code
@@ -213,7 +213,7 @@ class Cluster(Parties):
         return max(answer.seconds for answer in answers), _profile(answers)
 
     def _run(self, method: str, messages: Sequence[m.Message]) -> list[m.Answer]:
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         try:
             return self._all(method, messages, m.Answer, bounded=False)
@@ -237,7 +237,7 @@ class Cluster(Parties):
         Raises:
             SecureError: SPU cannot compile the function.
         """
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         arrays = jax.tree.leaves(inputs)
         batch = arrays[0].shape[0]
@@ -270,8 +270,8 @@ class Cluster(Parties):
             SecureError: a party refuses: the name, or a program's size. Or it can't be reached.
             ValueError: `weights` are not held by these parties.
         """
-        from flaxmpc.secure import messages as m
-        from flaxmpc.secure import rpc
+        from flaxmpc.secure.deploy import messages as m
+        from flaxmpc.secure.deploy import rpc
 
         weights.check(self)
         salt = secrets.token_bytes(32)  # a plain hash of secret weights would tell whether they are some known ones
@@ -290,7 +290,7 @@ class Cluster(Parties):
         return _alike(self._models_of_each())
 
     def _models_of_each(self) -> list[dict[str, m.Model]]:
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         every: list[m.Status] = self._all("status", self._same(m.Empty()), m.Status)
         self._session = every[0].session
@@ -298,7 +298,7 @@ class Cluster(Parties):
 
     def find(self, name: str | None) -> tuple[str, m.Model]:
         """A model by name, or the only one. SecureError: there is no such, with those there are."""
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         each = self._models_of_each()
         models = _alike(each)
@@ -323,8 +323,8 @@ class Cluster(Parties):
         """What clients need of a model in the clear. SecureError: it is not what all parties have."""
         import grpc
 
-        from flaxmpc.secure import messages as m
-        from flaxmpc.secure import rpc
+        from flaxmpc.secure.deploy import messages as m
+        from flaxmpc.secure.deploy import rpc
 
         try:
             stream = self._peers[0].receive("bundle", m.Names(self._session, [name]))
@@ -347,7 +347,7 @@ class Cluster(Parties):
             ValueError, TypeError: inputs of other shapes, or without a fixed-point encoding.
             SecureError: the parties refuse or fail; says why.
         """
-        from flaxmpc.secure import messages as m
+        from flaxmpc.secure.deploy import messages as m
 
         spu = load_spu()
         signature = model.programs[program]

@@ -2,9 +2,9 @@ import stat
 
 import pytest
 
-from flaxmpc.secure import messages as m
-from flaxmpc.secure.cluster import ClusterFile, write_local
-from flaxmpc.secure.kept import KEY_VARIABLE, KeptShares
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.cluster import ClusterFile, write_local
+from flaxmpc.secure.deploy.kept import KEY_VARIABLE, KeptShares
 
 KEY = bytes(range(32))
 SHARES = [m.Put(f"w{i}", m.Share(b"meta", [bytes([65 + i]) * 5000, b"z"])) for i in range(3)]

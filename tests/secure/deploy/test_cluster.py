@@ -9,8 +9,8 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from flaxmpc.secure.certificates import Authority
-from flaxmpc.secure.cluster import ClusterFile, Limits, issue_client, write_local
+from flaxmpc.secure.deploy.certificates import Authority
+from flaxmpc.secure.deploy.cluster import ClusterFile, Limits, issue_client, write_local
 
 
 @pytest.fixture(scope="module")
@@ -158,5 +158,5 @@ def test_importing_the_package_loads_no_grpc_and_no_spu():
 
 
 def test_the_example_in_the_docs_is_one():
-    example = ClusterFile.read(Path(__file__).parents[2] / "docs" / "cluster.toml")
+    example = ClusterFile.read(Path(__file__).parents[3] / "docs" / "cluster.toml")
     assert [entry.listen for entry in example.party] == ["0.0.0.0"] * 3
