@@ -54,9 +54,9 @@ METHODS = {
     "fetch": Method(_OWNER, m.Names),
     "delete": Method(_OWNER, m.Names),
     "publish": Method(_OWNER, m.Publish, "in"),
-    "run": Method(_OWNER, m.Run, waits=True),
+    "run": Method(_OWNER, m.Run, "in", waits=True),
     "bundle": Method(_CLIENT, m.Names, "out"),
-    "infer": Method(_CLIENT, m.Infer, waits=True),
+    "infer": Method(_CLIENT, m.Infer, "in", waits=True),
     "form": Method(_LEADER, m.Form),
     "has": Method(_LEADER, m.Turn),
     "step": Method(_LEADER, m.Turn),
@@ -198,15 +198,15 @@ def serve(host: Host) -> grpc.Server:
 
         def unary(content: bytes, context: grpc.ServicerContext) -> bytes:
             def call() -> bytes:
-                message = decode(content, method.message)
-                return m.encode(target(message, context) if method.waits else target(message))
+                return m.encode(target(decode(content, method.message)))
 
             return guarded(name, method, context, call)
 
         def stream_in(contents: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
             def call() -> bytes:
                 header = decode(next(contents, b""), method.message)
-                return m.encode(target(header, (decode(content, m.Piece) for content in contents)))
+                pieces = (decode(content, m.Piece) for content in contents)
+                return m.encode(target(header, pieces, context) if method.waits else target(header, pieces))
 
             return guarded(name, method, context, call)
 
