@@ -71,7 +71,7 @@ class Host:
             **versions(),
         }
         self._metrics: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTED, 0))
-        self.tunnel = Tunnel(cluster, rank, self.log)
+        self.tunnel = Tunnel(cluster, rank, monitor.limited(self.log))
         self._kept = KeptShares.of(cluster, self.entry)
         self.sessions = Sessions(
             cluster, rank, self._facts, self.tunnel, self.log, self._metrics, self._load if self._kept else None
@@ -192,7 +192,7 @@ class Host:
             else:
                 self.log("kept_shares", name=header.name, hash=header.hash[:16])
 
-    def run(self, message: m.Run, pieces: Iterator[m.Piece], context: grpc.ServicerContext) -> m.Answer:
+    def run(self, message: m.Run, pieces: Iterator[m.Piece], context: rpc.Call) -> m.Answer:
         session = self.sessions.require(message.session)
         (code,) = streams.contents(pieces, 1, self.cluster.limits.max_request_bytes, "the program")
         inputs, outputs = ([f"o.{name}" for name in names] for names in (message.inputs, message.outputs))
@@ -206,10 +206,10 @@ class Host:
 
     def bundle(self, message: m.Names) -> Iterator[m.Piece]:
         session = self.sessions.require(message.session)
-        for name in message.names:
+        for name in dict.fromkeys(message.names):  # each once
             yield from rpc.pieces(name, self._model(session, name).bundle)
 
-    def infer(self, message: m.Infer, pieces: Iterator[m.Piece], context: grpc.ServicerContext) -> m.Answer:
+    def infer(self, message: m.Infer, pieces: Iterator[m.Piece], context: rpc.Call) -> m.Answer:
         session = self.sessions.require(message.session)
         model = self._model(session, message.model)
         if message.hash != model.public.hash:
@@ -270,7 +270,7 @@ class Host:
             )
         return session.models[name]
 
-    def _await(self, session: Session, request: Request, context: grpc.ServicerContext) -> m.Answer:
+    def _await(self, session: Session, request: Request, context: rpc.Call) -> m.Answer:
         """Queues a request and waits for its end, or for its caller to go away."""
 
         def gone() -> None:

@@ -50,7 +50,8 @@ def shares(stream: Iterable[m.Piece], most: Callable[[str], int]) -> Iterator[m.
         if not chunks:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "a share must begin with its meta")
         if len(meta) > _MOST_META or len(chunks) > _MOST_CHUNKS:
-            reason = f"a share has at most {_MOST_META} bytes of meta and {_MOST_CHUNKS} chunks, not {len(meta)} and {len(chunks)}"
+            had = f"{len(meta)} bytes of meta and {len(chunks)} chunks"
+            reason = f"the share of {name!r} has {had}, more than {_MOST_META} or {_MOST_CHUNKS}"
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, reason)
         chunks[-1] += piece.content
         if sum(map(len, chunks)) > limit:

@@ -1,0 +1,293 @@
+"""A party's public ports: TLS that shows who is at the other end, and that keeps anyone from taking all of a port."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import os
+import re
+import resource
+import socket
+import ssl
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
+from flaxmpc.secure.deploy.connection import Plain, Secure, accept, listen, relay
+
+GRPC, LINK = "h2", "flaxmpc-link"  # what is spoken over a connection, in TLS's words (ALPN)
+
+_HANDSHAKES = 64  # at once; one more ends the oldest, since an honest one is soon done
+_HANDSHAKE_SECONDS = 10.0
+EACH = 32  # connections of one certificate
+_FILES_OF_ONE = 3  # that a connection takes: our end, and both ends of the one behind it
+_OTHER_FILES = 320  # handshakes, the owner's and the parties' connections, and what a process has open anyway
+_LONGEST_PATH = 90  # bytes; systems take some 104
+_FEWEST = 8  # connections, however few files may be open
+_OWNER = "owner"
+
+
+class _Refused(Exception):
+    """A connection that does not go on."""
+
+
+class Caller(NamedTuple):
+    """Whose certificate stands behind a connection.
+
+    Attributes:
+        name: its common name.
+        role: "owner", "client", "leader" (party 0) or "party"; empty for a stranger.
+        expires: end of the certificate, in seconds since the epoch.
+    """
+
+    name: str
+    role: str
+    expires: float
+
+
+def fingerprints(cluster: ClusterFile) -> dict[int, bytes]:
+    """Every party's certificate in DER, by rank; ValueError for a file that holds none."""
+    found = {}
+    for entry in cluster.party:
+        try:
+            found[entry.rank] = ssl.PEM_cert_to_DER_cert(cluster.read_file(entry.certificate).decode("ascii").strip())
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{cluster.file(entry.certificate)} holds no certificate: {error}") from error
+    return found
+
+
+def tls(cluster: ClusterFile, own: PartyEntry, purpose: int, *spoken: str) -> ssl.SSLContext:
+    """TLS 1.3 only, with a party's certificate, for peers that have one of the authority's.
+
+    A session is never resumed: the other end's certificate is looked at with every connection.
+
+    Args:
+        cluster, own: whose certificate.
+        purpose: ssl.PROTOCOL_TLS_SERVER or ssl.PROTOCOL_TLS_CLIENT.
+        spoken: what may be, see GRPC and LINK.
+
+    Raises:
+        ValueError: a file is not there, or is no certificate or key.
+    """
+    context = ssl.SSLContext(purpose)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # a client has none; a party's whole certificate is compared
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(list(spoken))
+    if purpose == ssl.PROTOCOL_TLS_SERVER:
+        context.num_tickets = 0
+    try:
+        context.load_verify_locations(cluster.file(cluster.ca))
+        context.load_cert_chain(cluster.file(own.certificate), cluster.file(own.key))
+    except OSError as error:
+        raise ValueError(f"{cluster.path}: certificate or key of {own.name}, or ca: {error}") from error
+    return context
+
+
+def by_name(_: bytes, names: list[str]) -> str:
+    """The role of an owner or a client, by its certificate's common name."""
+    if names == [_OWNER]:
+        return "owner"
+    return "client" if len(names) == 1 and re.fullmatch(r"client(\.[\w\-]+)?", names[0], re.ASCII) else ""
+
+
+def by_certificate(cluster: ClusterFile, rank: int) -> Callable[[bytes, list[str]], str | None]:
+    """The role of another party than `rank`, by its very certificate; None for all others. ValueError: see
+    `fingerprints`."""
+    pinned = {der: peer for peer, der in fingerprints(cluster).items() if peer != rank}
+
+    def role(certificate: bytes, _: list[str]) -> str | None:
+        peer = pinned.get(certificate)
+        return None if peer is None else "leader" if peer == 0 else "party"
+
+    return role
+
+
+class Inner:
+    """Where a party's gRPC server listens: a Unix socket in a folder of this user's, with a name for every connection.
+
+    gRPC says the name with every call, and so who called. Whoever else gets to the socket is a stranger.
+    """
+
+    def __init__(self, folder: Path):
+        """`folder`: that only this user may enter. ValueError: its path is too long for a socket's."""
+        self._folder = folder
+        self.path = folder / "server"
+        if len(os.fsencode(self.path)) > _LONGEST_PATH:
+            raise ValueError(f"{self.path} is too long for a socket's name: set TMPDIR to a shorter folder")
+        self._callers: dict[str, Caller] = {}
+        self._numbers = itertools.count()
+
+    def caller(self, peer: str) -> Caller | None:
+        """Who calls, by gRPC's name for the connection; None: nobody that came through the gate, or gone since."""
+        return self._callers.get(urllib.parse.unquote(peer))
+
+    @contextlib.asynccontextmanager
+    async def connected(self, caller: Caller) -> AsyncIterator[Plain]:
+        """A connection for `caller`. OSError: the server is not there."""
+        name = self._folder / str(next(self._numbers))
+        connection = socket.socket(socket.AF_UNIX)
+        connection.setblocking(False)
+        try:
+            try:
+                connection.bind(str(name))
+                while not _connects(connection, self.path):
+                    await asyncio.sleep(0.05)
+            finally:
+                name.unlink(missing_ok=True)  # the connection keeps its name
+            self._callers[f"unix:{name}"] = caller
+            yield Plain(connection)
+        finally:
+            self._callers.pop(f"unix:{name}", None)
+            connection.close()
+
+
+def _connects(connection: socket.socket, path: Path) -> bool:
+    """False: too many are about to connect."""
+    try:
+        connection.connect(str(path))
+    except BlockingIOError:
+        return False
+    return True
+
+
+Way = Callable[[Caller], AbstractAsyncContextManager[Plain]]
+
+
+class Gate:
+    """A public port. Behind it are ways to what is spoken there."""
+
+    def __init__(
+        self,
+        port: str,
+        context: ssl.SSLContext,
+        role: Callable[[bytes, list[str]], str | None],
+        ways: Mapping[str, Way],
+        log: Callable[..., None],
+        *,
+        connections: int,
+        silent_seconds: float,
+    ):
+        """Args:
+        port: its name, for the log.
+        context: see `tls`.
+        role: of a certificate in DER and its common names; None refuses it. See Caller.
+        ways: by what is spoken.
+        log: of what is refused; limited in rate.
+        connections: of all callers but the owner, who has room of its own.
+        silent_seconds: a peer that takes nothing is given up after.
+        """
+        self._port = port
+        self._context = context
+        self._role = role
+        self._ways = ways
+        self._log = log
+        self._connections = connections
+        self._silent_seconds = silent_seconds
+        self._open: collections.Counter[str] = collections.Counter()
+        self._shaking: dict[asyncio.Task[None], None] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, host: str, port: int) -> None:
+        """Listens. OSError: it can't."""
+        for listener in await listen(host, port):
+            self._spawn(self._accept(listener))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Ends all connections."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        with listener:
+            async for connection in accept(listener, self._full):
+                if len(self._shaking) >= _HANDSHAKES:
+                    self._give_up_oldest()
+                self._shaking[self._spawn(self._come_in(connection))] = None
+
+    def _full(self, error: OSError) -> bool:
+        self._log("accept_failed", port=self._port, reason=error.strerror)
+        return self._give_up_oldest()
+
+    def _give_up_oldest(self) -> bool:
+        """Ends the handshake that takes longest; whether there was one."""
+        oldest = next(iter(self._shaking), None)
+        if oldest is not None:
+            del self._shaking[oldest]
+            oldest.cancel()
+        return oldest is not None
+
+    async def _come_in(self, connection: socket.socket) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        with contextlib.closing(
+            Secure(connection, self._context, server=True, silent_seconds=self._silent_seconds)
+        ) as end:
+            try:
+                try:
+                    await asyncio.wait_for(end.handshake(), _HANDSHAKE_SECONDS)
+                finally:
+                    self._shaking.pop(task, None)
+                caller = self._caller(end)
+                with self._counted(caller):
+                    await self._go_on(end, caller)
+            except (OSError, asyncio.TimeoutError, _Refused) as error:
+                self._log("connection_refused", port=self._port, reason=str(error) or type(error).__name__)
+
+    def _caller(self, end: Secure) -> Caller:
+        facts = end.facts
+        names = [value for part in facts["subject"] for key, value in part if key == "commonName"]
+        role = self._role(end.certificate, names)
+        if role is None:
+            raise _Refused(f"the certificate of {names} is no other party's")
+        return Caller(" ".join(names), role, ssl.cert_time_to_seconds(facts["notAfter"]))
+
+    @contextlib.contextmanager
+    def _counted(self, caller: Caller) -> Iterator[None]:
+        others = sum(self._open.values()) - self._open[_OWNER]
+        if self._open[caller.name] >= EACH:
+            raise _Refused(f"{caller.name!r} has {EACH} connections")
+        if caller.name != _OWNER and others >= self._connections:
+            raise _Refused(f"there are {others} connections")
+        self._open[caller.name] += 1
+        try:
+            yield
+        finally:
+            self._open[caller.name] -= 1
+            if not self._open[caller.name]:
+                del self._open[caller.name]
+
+    async def _go_on(self, end: Secure, caller: Caller) -> None:
+        if end.application not in self._ways:
+            raise _Refused(f"{end.application!r} is not spoken here")
+        async with self._ways[end.application](caller) as behind:
+            with contextlib.suppress(asyncio.TimeoutError):  # a connection ends with its certificate
+                await asyncio.wait_for(relay(end, behind), caller.expires - time.time())
+
+
+def make_room(connections: int) -> int:
+    """Raises this process's limit of open files for so many connections; returns those that there is room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_OF_ONE * connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return (
+        connections
+        if soft == resource.RLIM_INFINITY
+        else min(connections, max(_FEWEST, (soft - _OTHER_FILES) // _FILES_OF_ONE))
+    )
