@@ -26,6 +26,8 @@ class Plain:
 
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
         self._loop = asyncio.get_running_loop()
 
@@ -47,7 +49,6 @@ class Secure(Plain):
     def __init__(self, connection: socket.socket, context: ssl.SSLContext, *, server: bool, silent_seconds: float):
         """`silent_seconds`: a peer that takes nothing, or is gone, is given up after."""
         super().__init__(connection)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silent_seconds * 1000))
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()

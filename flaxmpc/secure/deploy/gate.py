@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import itertools
-import os
 import re
 import resource
 import socket
 import ssl
 import time
-import urllib.parse
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
-from flaxmpc.secure.deploy.connection import Plain, Secure, accept, listen, relay
+from flaxmpc.secure.deploy.connection import Plain, Secure, accept, connect, listen, relay
 
 GRPC, LINK = "h2", "flaxmpc-link"  # what is spoken over a connection, in TLS's words (ALPN)
 
@@ -28,7 +24,6 @@ _HANDSHAKE_SECONDS = 10.0
 EACH = 32  # connections of one certificate
 _FILES_OF_ONE = 3  # that a connection takes: our end, and both ends of the one behind it
 _OTHER_FILES = 320  # handshakes, the owner's and the parties' connections, and what a process has open anyway
-_LONGEST_PATH = 90  # bytes; systems take some 104
 _FEWEST = 8  # connections, however few files may be open
 _OWNER = "owner"
 
@@ -110,51 +105,34 @@ def by_certificate(cluster: ClusterFile, rank: int) -> Callable[[bytes, list[str
 
 
 class Inner:
-    """Where a party's gRPC server listens: a Unix socket in a folder of this user's, with a name for every connection.
+    """Where a party's gRPC server listens: a loopback port, to which only the gate's connections count.
 
-    gRPC says the name with every call, and so who called. Whoever else gets to the socket is a stranger.
+    gRPC says with every call which port it came from, and so who called. Who else gets there is a stranger.
+
+    Attributes:
+        address: HOST:PORT.
     """
 
-    def __init__(self, folder: Path):
-        """`folder`: that only this user may enter. ValueError: its path is too long for a socket's."""
-        self._folder = folder
-        self.path = folder / "server"
-        if len(os.fsencode(self.path)) > _LONGEST_PATH:
-            raise ValueError(f"{self.path} is too long for a socket's name: set TMPDIR to a shorter folder")
+    def __init__(self):
+        self.address = ""
         self._callers: dict[str, Caller] = {}
-        self._numbers = itertools.count()
 
     def caller(self, peer: str) -> Caller | None:
         """Who calls, by gRPC's name for the connection; None: nobody that came through the gate, or gone since."""
-        return self._callers.get(urllib.parse.unquote(peer))
+        return self._callers.get(peer)
 
     @contextlib.asynccontextmanager
     async def connected(self, caller: Caller) -> AsyncIterator[Plain]:
         """A connection for `caller`. OSError: the server is not there."""
-        name = self._folder / str(next(self._numbers))
-        connection = socket.socket(socket.AF_UNIX)
-        connection.setblocking(False)
-        try:
+        connection = await connect(self.address)
+        host, port = connection.getsockname()
+        peer = f"ipv4:{host}:{port}"
+        with contextlib.closing(Plain(connection)) as end:
+            self._callers[peer] = caller
             try:
-                connection.bind(str(name))
-                while not _connects(connection, self.path):
-                    await asyncio.sleep(0.05)
+                yield end
             finally:
-                name.unlink(missing_ok=True)  # the connection keeps its name
-            self._callers[f"unix:{name}"] = caller
-            yield Plain(connection)
-        finally:
-            self._callers.pop(f"unix:{name}", None)
-            connection.close()
-
-
-def _connects(connection: socket.socket, path: Path) -> bool:
-    """False: too many are about to connect."""
-    try:
-        connection.connect(str(path))
-    except BlockingIOError:
-        return False
-    return True
+                del self._callers[peer]  # before the port may be another's
 
 
 Way = Callable[[Caller], AbstractAsyncContextManager[Plain]]

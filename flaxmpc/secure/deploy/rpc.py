@@ -204,7 +204,7 @@ def serve(
 
     Args:
         host: what is served.
-        inner: where, and who calls.
+        inner: is told where, and knows who calls.
         calls: how many at a time.
         streams: calls of one connection at a time; more of them wait at the caller.
         threads: as many as calls may wait, and some more to refuse others.
@@ -271,6 +271,6 @@ def serve(
     server = grpc.server(ThreadPoolExecutor(threads), options=options, maximum_concurrent_rpcs=most)
     handlers = {name: handler(name, method) for name, method in METHODS.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
-    server.add_insecure_port(f"unix:{inner.path}")  # behind a gate
+    inner.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"  # behind a gate
     server.start()
     return server

@@ -7,9 +7,7 @@ import functools
 import os
 import signal
 import ssl
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import grpc
 
@@ -35,35 +33,30 @@ async def _serve(host: Host) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    with tempfile.TemporaryDirectory(prefix="flaxmpc-party-") as folder:
-        callers, parties = (_inner(Path(folder) / name) for name in ("control", "link"))
-        gates = _gates(host, callers, parties, log)
-        servers = _servers(host, callers, parties, log)
+    callers, parties = Inner(), Inner()
+    gates = _gates(host, callers, parties, log)
+    servers = _servers(host, callers, parties, log)
+    try:
+        await host.tunnel.start()
+        for port, gate in gates.items():
+            await _listen(host, port, gate)
+        monitor = serve_monitor(host.entry, host.state, host.metrics)
+        if host.leader is not None:
+            host.leader.start()
+        inner = [callers.address, parties.address]
+        host.log("serving", control=host.entry.control, link=host.entry.link, inner=inner, pid=os.getpid())
         try:
-            await host.tunnel.start()
-            for port, gate in gates.items():
-                await _listen(host, port, gate)
-            monitor = serve_monitor(host.entry, host.state, host.metrics)
-            if host.leader is not None:
-                host.leader.start()
-            host.log("serving", control=host.entry.control, link=host.entry.link, pid=os.getpid())
-            try:
-                await stopped.wait()
-                host.log("stopping")
-                await loop.run_in_executor(None, _finish, host, servers)
-            finally:
-                if monitor is not None:
-                    monitor.shutdown()
+            await stopped.wait()
+            host.log("stopping")
+            await loop.run_in_executor(None, _finish, host, servers)
         finally:
-            for end in (*gates.values(), host.tunnel):
-                await end.close()
-            host.sessions.close()
+            if monitor is not None:
+                monitor.shutdown()
+    finally:
+        for end in (*gates.values(), host.tunnel):
+            await end.close()
+        host.sessions.close()
     host.log("stopped")
-
-
-def _inner(folder: Path) -> Inner:
-    folder.mkdir(mode=0o700)
-    return Inner(folder)
 
 
 def _gates(host: Host, callers: Inner, parties: Inner, log: Callable[..., None]) -> dict[str, Gate]:

@@ -243,8 +243,9 @@ def test_a_connection_to_a_host_of_several_addresses():
     async def reach() -> None:
         (listener,) = await gates.listen("127.0.0.1", 0)
         with listener:
-            (await connect(f"localhost:{listener.getsockname()[1]}")).close()
+            address = f"localhost:{listener.getsockname()[1]}"
+            (await connect(address)).close()
         with pytest.raises(OSError, match="refused"):
-            await connect(f"localhost:{listener.getsockname()[1]}")
+            await connect(address)
 
     asyncio.run(reach())
