@@ -150,8 +150,12 @@ async def connect(address: str) -> socket.socket:
     """A connection to HOST:PORT. OSError: there is none."""
     loop = asyncio.get_running_loop()
     host, port = split(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:  # a name, which may take time; a number does not wait for others' names
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     failed = OSError(f"{host} has no address")
-    for family, kind, protocol, _, place in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    for family, kind, protocol, _, place in found:
         connection = socket.socket(family, kind, protocol)
         connection.setblocking(False)
         try:

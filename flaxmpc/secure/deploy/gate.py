@@ -194,6 +194,7 @@ class Gate:
         with listener:
             async for connection in accept(listener, self._full):
                 if len(self._shaking) >= _HANDSHAKES:
+                    self._log("connection_refused", port=self._port, reason=f"{_HANDSHAKES} newer handshakes began")
                     self._give_up_oldest()
                 self._shaking[self._spawn(self._come_in(connection))] = None
 
@@ -210,25 +211,30 @@ class Gate:
         return oldest is not None
 
     async def _come_in(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                end = Secure(connection, self._context, server=True, silent_seconds=self._silent_seconds)
+                with contextlib.closing(end):
+                    await self._shake(end)
+                    caller = self._caller(end)
+                    with self._counted(caller):
+                        await self._go_on(end, caller)
+            except (OSError, _Refused) as error:
+                self._log("connection_refused", port=self._port, reason=str(error))
+
+    async def _shake(self, end: Secure) -> None:
         task = asyncio.current_task()
         assert task is not None
-        with contextlib.closing(
-            Secure(connection, self._context, server=True, silent_seconds=self._silent_seconds)
-        ) as end:
-            try:
-                try:
-                    await asyncio.wait_for(end.handshake(), _HANDSHAKE_SECONDS)
-                finally:
-                    self._shaking.pop(task, None)
-                caller = self._caller(end)
-                with self._counted(caller):
-                    await self._go_on(end, caller)
-            except (OSError, asyncio.TimeoutError, _Refused) as error:
-                self._log("connection_refused", port=self._port, reason=str(error) or type(error).__name__)
+        try:
+            await asyncio.wait_for(end.handshake(), _HANDSHAKE_SECONDS)
+        except asyncio.TimeoutError:
+            raise _Refused(f"its handshake took more than {_HANDSHAKE_SECONDS:g} s") from None
+        finally:
+            self._shaking.pop(task, None)
 
     def _caller(self, end: Secure) -> Caller:
         facts = end.facts
-        names = [value for part in facts["subject"] for key, value in part if key == "commonName"]
+        names = [value for part in facts.get("subject", ()) for key, value in part if key == "commonName"]
         role = self._role(end.certificate, names)
         if role is None:
             raise _Refused(f"the certificate of {names} is no other party's")
@@ -264,8 +270,6 @@ def make_room(connections: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return (
-        connections
-        if soft == resource.RLIM_INFINITY
-        else min(connections, max(_FEWEST, (soft - _OTHER_FILES) // _FILES_OF_ONE))
-    )
+    if soft == resource.RLIM_INFINITY:
+        return connections
+    return min(connections, max(_FEWEST, (soft - _OTHER_FILES) // _FILES_OF_ONE))
