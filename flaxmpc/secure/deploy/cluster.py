@@ -38,8 +38,8 @@ class PartyEntry(_Table, frozen=True):
 
     Attributes:
         rank: 0, 1, 2; rank 0 decides the order of the requests.
-        control: HOST:PORT of its gRPC server, for owner, clients and the other parties.
-        link: HOST:PORT of its tunnel, for the other parties only.
+        control: HOST:PORT where owner and clients connect.
+        link: HOST:PORT where the other parties do.
         metrics: loopback HOST:PORT of /health and /metrics; none by default.
         certificate: file; others accept just this one as the party's.
         key: file of the private key, on the party's own host only.
