@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -74,7 +74,7 @@ class Calls:
 
 
 class Cancelled(Protocol):
-    def cancel(self) -> None: ...
+    def cancel(self) -> Any: ...
 
 
 class Watch:

@@ -240,7 +240,8 @@ class Host:
         """The shares of a program's inputs; no more is read than they can have."""
         width, limits = RING_BITS[self.cluster.ring] // 8, self.cluster.limits
         # No protocol keeps more than two parts of a number at one party.
-        most = {str(i): 2 * width * math.prod(array.shape) for i, array in enumerate(program.inputs)}
+        sizes = [2 * width * math.prod(array.shape) for array in program.inputs]
+        most = {str(i): size + streams.frame_bytes(size) for i, size in enumerate(sizes)}
         if sum(most.values()) > limits.max_request_bytes:
             reason = (
                 f"a request has {sum(most.values())} bytes, the limit is max_request_bytes {limits.max_request_bytes}"

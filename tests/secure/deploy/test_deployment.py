@@ -223,7 +223,7 @@ def test_more_than_the_limit_is_refused(owner, client, parties):
         owner.publish("big", weights, too_many_together, b"")
     header = m.Infer(client.session, "b", name, model.hash, "2x4")
     for share, refused in (
-        ({"0": m.Share(b"meta", [bytes(129)])}, "the share of '0' is larger than 128 bytes"),
+        ({"0": m.Share(b"meta", [bytes(193)])}, "the share of '0' is larger than 192 bytes"),
         ({"0": m.Share(b"", [b""] * 65)}, "the share of '0' has 0 bytes of meta and 65 chunks"),
         ({"1": m.Share(b"", [b""])}, "input '1' is not one of 1"),
         ({}, "0 inputs, 1 are needed"),
@@ -295,8 +295,8 @@ def test_a_client_that_sends_one_party_another_share_costs_the_others_nothing(cl
         sent[1] = m.Share(b"garbage", [b"\xff"])
         refused = "party 1 differs from party 0: shares 'unreadable' against '[0-9a-f]+'"
     else:
-        sent[1] = m.Share(sent[1].meta, sent[1].chunks * 2)
-        refused = "the share of '0' is larger than 128 bytes"
+        sent[1] = m.Share(sent[1].meta, sent[1].chunks * 3)
+        refused = "the share of '0' is larger than 192 bytes"
     with pytest.raises(secure.SecureError, match=refused):
         client._run(
             "infer",

@@ -123,17 +123,17 @@ def test_a_large_message_is_not_taken(parties, client, hostile, method):
         call(channel, method, bytes(257 << 20)).result()
     assert error.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.PERMISSION_DENIED)
     if method == "infer":
-        assert "Received message larger than max (269484032 vs. 2097152)" in error.value.details()
+        assert "Received message larger than max (269484032 vs. 2097152)" in str(error.value)
 
 
 def test_a_message_that_inflates_is_not_inflated(parties, client, hostile):
     with attacked(parties, client), connection(hostile) as channel:
         for method in ("status", "infer", "bundle"):
-            for content in (bytes(100), bytes(256 << 20)):
+            for content in (bytes(1 << 16), bytes(256 << 20)):
                 with pytest.raises(grpc.RpcError) as error:
                     call(channel, method, content, compression=grpc.Compression.Gzip).result()
                 assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
-                assert "'gzip' is disabled" in error.value.details()
+                assert "'gzip' is disabled" in str(error.value)
 
 
 def test_calls_that_do_not_go_on_hold_no_more_than_their_callers_share(parties, client, hostile):
@@ -213,6 +213,7 @@ def test_a_user_of_the_host_has_no_way_in_beside_the_gate(parties, owner, client
     others_are_answered(client)
 
 
+@pytest.mark.slow
 def test_a_party_that_may_open_few_files_goes_on_and_its_log_stays_small(mortal):
     few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))"
     mortal.restart(0, code=few)

@@ -7,7 +7,7 @@ from flaxmpc.secure.deploy import streams
 from flaxmpc.secure.deploy.rpc import Refused
 
 LARGE = bytes(range(256)) * 10_000
-SHARES = {"a": m.Share(b"meta", [LARGE, b"x"]), "b": m.Share(b"", [b""]), "c": m.Share(b"m" * 4096, [b"y"])}
+SHARES = {"a": m.Share(b"meta", [LARGE, b"x"]), "b": m.Share(b"", []), "c": m.Share(b"m" * 4096, [b"y"])}
 
 
 def test_shares_come_out_as_they_were():
