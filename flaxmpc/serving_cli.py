@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def party(
         rank: which of its parties this is.
         allow_insecure_dealer: run SEMI2K, which hides nothing from party 0.
     """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it logs what others send, without end, and reads this when loaded
     from flaxmpc.secure.deploy.cluster import ClusterFile
     from flaxmpc.secure.deploy.host import Host
     from flaxmpc.secure.deploy.service import serve

@@ -6,7 +6,7 @@ import collections
 import queue
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,12 +105,17 @@ class Cluster(Parties):
                 raise error
             time.sleep(0.2)
 
-    def _all(self, method: str, messages: Sequence[m.Message], kind: type[Any], *, bounded: bool = True) -> list[Any]:
+    def _all(self, method: str, messages: Sequence[m.Message], kind: type[Any]) -> list[Any]:
         """Asks every party at the same time, each with its own message."""
-        timeout = self.cluster.timeout_seconds if bounded else None
+        timeout = self.cluster.timeout_seconds
         futures = [
             peer.ask_later(method, message, timeout) for peer, message in zip(self._peers, messages, strict=True)
         ]
+        return self._gather(futures, kind)
+
+    def _send(self, method: str, header: m.Message, streams: Sequence[Iterable[m.Piece]], kind: type[Any]) -> list[Any]:
+        """Sends every party the same header, and a stream of its own, at the same time; waits as long as it takes."""
+        futures = [peer.send_later(method, header, stream) for peer, stream in zip(self._peers, streams, strict=True)]
         return self._gather(futures, kind)
 
     def _gather(self, futures: Sequence[Any], kind: type[Any]) -> list[Any]:
@@ -175,18 +180,11 @@ class Cluster(Parties):
 
     def store(self, name: str, shares: Sequence[Any]) -> None:
         from flaxmpc.secure.deploy import messages as m
-        from flaxmpc.secure.deploy import rpc
-
-        def stream(share: Any):
-            for chunk in share.share_chunks:
-                yield from rpc.pieces(name, chunk, share.meta)
+        from flaxmpc.secure.deploy import streams
 
         self._sweep()
-        header = m.Stored(self._session)
-        futures = [
-            peer.send_later("store", header, stream(share)) for peer, share in zip(self._peers, shares, strict=True)
-        ]
-        self._gather(futures, m.Empty)
+        each = [streams.of_shares({name: m.Share.pack(share)}) for share in shares]
+        self._send("store", m.Stored(self._session), each, m.Empty)
 
     def fetch(self, name: str) -> list[Any]:
         from flaxmpc.secure.deploy import messages as m
@@ -199,24 +197,21 @@ class Cluster(Parties):
 
     def run(self, executable: Any) -> tuple[float, Profile]:
         from flaxmpc.secure.deploy import messages as m
+        from flaxmpc.secure.deploy import streams
 
         self._sweep()
-        code = executable.code
-        message = m.Run(
-            self._session,
-            secrets.token_hex(16),
-            code if isinstance(code, bytes) else code.encode(),
-            list(executable.input_names),
-            list(executable.output_names),
+        code = executable.code if isinstance(executable.code, bytes) else executable.code.encode()
+        header = m.Run(
+            self._session, secrets.token_hex(16), list(executable.input_names), list(executable.output_names)
         )
-        answers = self._run("run", self._same(message))
+        answers = self._run("run", header, [streams.of_contents([code]) for _ in self._peers])
         return max(answer.seconds for answer in answers), _profile(answers)
 
-    def _run(self, method: str, messages: Sequence[m.Message]) -> list[m.Answer]:
+    def _run(self, method: str, header: m.Message, streams: Sequence[Iterable[m.Piece]]) -> list[m.Answer]:
         from flaxmpc.secure.deploy import messages as m
 
         try:
-            return self._all(method, messages, m.Answer, bounded=False)
+            return self._send(method, header, streams, m.Answer)
         except SecureError:
             self._refresh()
             raise
@@ -271,14 +266,14 @@ class Cluster(Parties):
             ValueError: `weights` are not held by these parties.
         """
         from flaxmpc.secure.deploy import messages as m
-        from flaxmpc.secure.deploy import rpc
+        from flaxmpc.secure.deploy import streams
 
         weights.check(self)
         salt = secrets.token_bytes(32)  # a plain hash of secret weights would tell whether they are some known ones
         hash_ = m.digest(salt, *(program.code for program in programs.values()), bundle)
-        header = m.Publish(self._session, name, hash_, weights.names, dict(programs))
-        futures = [peer.send_later("publish", header, rpc.pieces("bundle", bundle)) for peer in self._peers]
-        self._gather(futures, m.Empty)
+        model = m.Publish(self._session, name, hash_, weights.names, dict(programs))
+        header, contents = streams.of_model(model, bundle)
+        self._send("publish", header, [streams.of_contents(contents) for _ in self._peers], m.Empty)
         return hash_
 
     def models(self) -> dict[str, m.Model]:
@@ -348,6 +343,7 @@ class Cluster(Parties):
             SecureError: the parties refuse or fail; says why.
         """
         from flaxmpc.secure.deploy import messages as m
+        from flaxmpc.secure.deploy import streams
 
         spu = load_spu()
         signature = model.programs[program]
@@ -360,12 +356,11 @@ class Cluster(Parties):
             self._io.make_shares(array, spu.parse_visibility(f"VIS_{each.visibility.upper()}"))
             for array, each in zip(arrays, signature.inputs, strict=True)
         ]
-        request = secrets.token_hex(16)
-        messages = [
-            m.Infer(self._session, request, name, model.hash, program, [m.Share.pack(each[rank]) for each in shares])
-            for rank in range(len(self._peers))
+        header = m.Infer(self._session, secrets.token_hex(16), name, model.hash, program)
+        given = [
+            {str(i): m.Share.pack(each[rank]) for i, each in enumerate(shares)} for rank in range(len(self._peers))
         ]
-        answers = self._run("infer", messages)
+        answers = self._run("infer", header, [streams.of_shares(each) for each in given])
         outputs = [
             np.asarray(self._io.reconstruct([answer.shares[i].unpack() for answer in answers]), each.dtype).reshape(
                 each.shape

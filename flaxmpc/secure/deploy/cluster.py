@@ -38,8 +38,8 @@ class PartyEntry(_Table, frozen=True):
 
     Attributes:
         rank: 0, 1, 2; rank 0 decides the order of the requests.
-        control: HOST:PORT of its gRPC server, for owner, clients and the other parties.
-        link: HOST:PORT of its tunnel, for the other parties only.
+        control: HOST:PORT where owner and clients connect.
+        link: HOST:PORT where the other parties do.
         metrics: loopback HOST:PORT of /health and /metrics; none by default.
         certificate: file; others accept just this one as the party's.
         key: file of the private key, on the party's own host only.
@@ -80,6 +80,8 @@ class Limits(_Table, frozen=True):
         max_length: tokens of a sentence.
         max_request_bytes: shares of a request, or of one value of a model.
         queue: requests that wait or run.
+        calls_per_client: calls of one certificate that are under way, its waiting requests among them.
+        connections: of all clients together; one certificate has at most 32.
     """
 
     max_batch: Positive = 32
@@ -87,6 +89,8 @@ class Limits(_Table, frozen=True):
     max_length: Positive = 512
     max_request_bytes: Positive = 256 << 20
     queue: Positive = 64
+    calls_per_client: Positive = 16
+    connections: Positive = 256
 
 
 class ClusterFile(_Table, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import grpc
 
 from flaxmpc.secure import cost
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import monitor, rpc
+from flaxmpc.secure.deploy import monitor, rpc, streams
 from flaxmpc.secure.deploy.child import WorkerLost
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 from flaxmpc.secure.deploy.kept import KeptShares
@@ -21,12 +22,12 @@ from flaxmpc.secure.deploy.rpc import Refused
 from flaxmpc.secure.deploy.session import Model, Session, Sessions
 from flaxmpc.secure.deploy.tunnel import Tunnel
 from flaxmpc.secure.deploy.turns import Request, command
-from flaxmpc.secure.protocol import get_protocol
+from flaxmpc.secure.protocol import RING_BITS, get_protocol
 
 
 def versions() -> m.Facts:
     """Of what must be the same everywhere: SPU's programs are locked to its version, its settings are flaxmpc's."""
-    return {package: cost.versions()[package] for package in ("flaxmpc", "spu")} | {"schema": "2"}
+    return {package: cost.versions()[package] for package in ("flaxmpc", "spu")} | {"schema": "3"}
 
 
 _COUNTED = (
@@ -70,7 +71,7 @@ class Host:
             **versions(),
         }
         self._metrics: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTED, 0))
-        self.tunnel = Tunnel(cluster, rank, self.log)
+        self.tunnel = Tunnel(cluster, rank, monitor.limited(self.log))
         self._kept = KeptShares.of(cluster, self.entry)
         self.sessions = Sessions(
             cluster, rank, self._facts, self.tunnel, self.log, self._metrics, self._load if self._kept else None
@@ -112,31 +113,9 @@ class Host:
 
     def store(self, header: m.Stored, pieces: Iterator[m.Piece]) -> m.Empty:
         session = self.sessions.require(header.session)
-        size, name, meta, chunks = 0, None, None, []
-
-        def flush() -> None:
-            if name is not None and meta is not None:
-                share = m.Share(meta, [b"".join(chunk) for chunk in chunks])
-                self.sessions.call(session, m.Put(f"o.{name}", share))
-                session.stored.add(f"o.{name}")
-
-        for piece in pieces:
-            if piece.name != name:
-                flush()
-                size, name, meta, chunks = 0, piece.name, None, []
-            if piece.meta is not None:
-                meta = piece.meta
-                chunks.append([])
-            elif not chunks:
-                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "a share must begin with its meta")
-            size += len(piece.content)
-            if size > self.cluster.limits.max_request_bytes:
-                raise Refused(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"a value is larger than max_request_bytes {self.cluster.limits.max_request_bytes}",
-                )
-            chunks[-1].append(piece.content)
-        flush()
+        for value in streams.shares(pieces, lambda _: self.cluster.limits.max_request_bytes):
+            self.sessions.call(session, m.Put(f"o.{value.name}", value.share))
+            session.stored.add(f"o.{value.name}")
         return m.Empty()
 
     def fetch(self, message: m.Names) -> m.Answer:
@@ -159,7 +138,7 @@ class Host:
     def publish(self, header: m.Publish, pieces: Iterator[m.Piece]) -> m.Empty:
         session = self.sessions.require(header.session)
         self._check_allowed(header)
-        bundle = b"".join(piece.content for piece in pieces)
+        header, bundle = streams.model(header, pieces, self.cluster.limits.max_request_bytes)
         gone = session.hold(header, bundle)
         if self._kept is not None:
             weights = (
@@ -213,10 +192,11 @@ class Host:
             else:
                 self.log("kept_shares", name=header.name, hash=header.hash[:16])
 
-    def run(self, message: m.Run, context: grpc.ServicerContext) -> m.Answer:
+    def run(self, message: m.Run, pieces: Iterator[m.Piece], context: rpc.Call) -> m.Answer:
         session = self.sessions.require(message.session)
+        (code,) = streams.contents(pieces, 1, self.cluster.limits.max_request_bytes, "the program")
         inputs, outputs = ([f"o.{name}" for name in names] for names in (message.inputs, message.outputs))
-        request = Request(message.id, "run", "", {1: message.code}, inputs, outputs)
+        request = Request(message.id, "run", "", {1: code}, inputs, outputs)
         answer = self._await(session, request, context)
         if answer.error is None:
             session.stored.update(outputs)
@@ -226,10 +206,10 @@ class Host:
 
     def bundle(self, message: m.Names) -> Iterator[m.Piece]:
         session = self.sessions.require(message.session)
-        for name in message.names:
+        for name in dict.fromkeys(message.names):  # each once
             yield from rpc.pieces(name, self._model(session, name).bundle)
 
-    def infer(self, message: m.Infer, context: grpc.ServicerContext) -> m.Answer:
+    def infer(self, message: m.Infer, pieces: Iterator[m.Piece], context: rpc.Call) -> m.Answer:
         session = self.sessions.require(message.session)
         model = self._model(session, message.model)
         if message.hash != model.public.hash:
@@ -244,10 +224,7 @@ class Host:
                 f"model {message.model!r} has no program {message.program!r}: "
                 f"more sentences or tokens than it was put for? It has {', '.join(model.programs)}",
             )
-        if len(message.inputs) != len(program.inputs):
-            raise Refused(
-                grpc.StatusCode.INVALID_ARGUMENT, f"{len(message.inputs)} inputs, {len(program.inputs)} are needed"
-            )
+        given = self._given(program, pieces)
         request = Request(
             message.id,
             f"{message.model}/{message.program}",
@@ -255,9 +232,34 @@ class Host:
             {1: program.code, **program.joint},
             model.weights,
             [f"r.{message.id}.o{i}" for i in range(len(program.outputs))],
-            message.inputs,
+            given,
         )
         return self._await(session, request, context)
+
+    def _given(self, program: m.Program, pieces: Iterator[m.Piece]) -> list[m.Share]:
+        """The shares of a program's inputs; no more is read than they can have."""
+        width, limits = RING_BITS[self.cluster.ring] // 8, self.cluster.limits
+        # No protocol keeps more than two parts of a number at one party.
+        sizes = [2 * width * math.prod(array.shape) for array in program.inputs]
+        most = {str(i): size + streams.frame_bytes(size) for i, size in enumerate(sizes)}
+        if sum(most.values()) > limits.max_request_bytes:
+            reason = (
+                f"a request has {sum(most.values())} bytes, the limit is max_request_bytes {limits.max_request_bytes}"
+            )
+            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        given: dict[str, m.Share] = {}
+
+        def limit(name: str) -> int:
+            if name not in most or name in given:
+                reason = f"input {name!r} is not one of {len(most)}, or came already"
+                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, reason)
+            return most[name]
+
+        for put in streams.shares(pieces, limit):
+            given[put.name] = put.share
+        if len(given) != len(most):
+            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"{len(given)} inputs, {len(most)} are needed")
+        return [given[name] for name in most]
 
     def _model(self, session: Session, name: str) -> Model:
         if name not in session.models:
@@ -269,7 +271,7 @@ class Host:
             )
         return session.models[name]
 
-    def _await(self, session: Session, request: Request, context: grpc.ServicerContext) -> m.Answer:
+    def _await(self, session: Session, request: Request, context: rpc.Call) -> m.Answer:
         """Queues a request and waits for its end, or for its caller to go away."""
 
         def gone() -> None:

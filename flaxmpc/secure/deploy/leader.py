@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import functools
 import secrets
@@ -19,6 +20,7 @@ from flaxmpc.secure.deploy.session import Session, Sessions
 from flaxmpc.secure.deploy.turns import Request
 
 _POLL = 1.0  # seconds between looks at the peers while nothing is asked
+_MOST_MISSED = 3  # looks in a row that a peer may miss
 
 
 class Leader:
@@ -42,6 +44,7 @@ class Leader:
         self._peers: Mapping[int, rpc.Peer] = {
             entry.rank: rpc.Peer(cluster, cluster.party[0], entry) for entry in cluster.party if entry.rank != 0
         }
+        self._missed: collections.Counter[int] = collections.Counter()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leader", daemon=True)
 
@@ -180,12 +183,18 @@ class Leader:
             self._sessions.wait_for(failures[0])
 
     def _look_at_peers(self, session: Session) -> None:
+        """Drops a session whose peers say that they left it, or don't answer several times in a row."""
         for rank, peer in self._peers.items():
             try:
-                theirs = peer.ask("status", m.Empty(), m.Status, timeout=self._timeout)
+                theirs = peer.ask("status", m.Empty(), m.Status, timeout=self._timeout / 2)
             except grpc.RpcError as error:
-                self._sessions.drop(session, rpc.describe(self._cluster.party[rank], error))
-                return
-            if theirs.session != session.id:
-                self._sessions.drop(session, f"party {rank} lost its shares: {theirs.state}")
-                return
+                self._missed[rank] += 1
+                if self._missed[rank] >= _MOST_MISSED:
+                    self._missed.clear()
+                    self._sessions.drop(session, rpc.describe(self._cluster.party[rank], error))
+                    return
+            else:
+                self._missed[rank] = 0
+                if theirs.session != session.id:
+                    self._sessions.drop(session, f"party {rank} lost its shares: {theirs.state}")
+                    return

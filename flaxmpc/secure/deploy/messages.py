@@ -132,7 +132,10 @@ class Status(Message, frozen=True):
 
 
 class Piece(Message, frozen=True):
-    """Part of a stream: of a value's share, or of a bundle. `meta` comes with the first piece of a chunk."""
+    """Part of a stream: of a value's share, of a program's code, or of a bundle.
+
+    `meta` comes with the first piece of a share's chunk.
+    """
 
     name: Name
     content: bytes
@@ -151,7 +154,10 @@ class Stored(Message, frozen=True):
 
 
 class Publish(Message, frozen=True):
-    """Makes stored values a model; a stream of the bundle follows."""
+    """Makes stored values a model.
+
+    It goes without the programs' code; that follows, and then the bundle, in a stream.
+    """
 
     session: str
     name: Name
@@ -161,24 +167,22 @@ class Publish(Message, frozen=True):
 
 
 class Run(Message, frozen=True):
-    """The owner runs a program on what it stored, and keeps the outputs there."""
+    """The owner runs a program on what it stored, and keeps the outputs there; the code follows in a stream."""
 
     session: str
     id: Name
-    code: bytes
     inputs: list[Name]
     outputs: list[Name]
 
 
 class Infer(Message, frozen=True):
-    """A client asks a model: one party's shares of its inputs."""
+    """A client asks a model; one party's shares of the inputs follow in a stream, named "0", "1", ... in order."""
 
     session: str
     id: Name
     model: Name
     hash: str
     program: Name
-    inputs: list[Share]
 
 
 class OpProfile(Message, frozen=True):

@@ -17,6 +17,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,7 @@ from clusters import ROOT, SHORT, TIMEOUT, W, X, affine, ask, check_served, publ
 from flaxmpc import secure
 from flaxmpc.secure._spu import load_spu
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import rpc
+from flaxmpc.secure.deploy import rpc, streams
 from flaxmpc.secure.deploy.certificates import Authority
 from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, issue_client, split, write_local
 
@@ -178,7 +179,7 @@ def test_a_client_may_only_ask(client, method):
         "fetch": m.Names(client.session, ["x"]),
         "delete": m.Names(client.session, ["x"]),
         "publish": m.Publish(client.session, "x", "h", [], {}),
-        "run": m.Run(client.session, "x", b"", [], []),
+        "run": m.Run(client.session, "x", [], []),
         "form": m.Form("s", {}),
         "has": m.Turn("s", ["x"]),
         "step": m.Turn("s", ["x"]),
@@ -208,9 +209,8 @@ def test_more_than_the_limit_is_refused(owner, client, parties):
     name, model = client.find("affine")
     with pytest.raises(ValueError, match="takes"):
         client.infer(name, model, "2x4", np.ones((3, 4), np.float32))
-    message = m.Infer(client.session, "a", name, model.hash, "9x9", [])
     with pytest.raises(secure.SecureError, match=r"has no program '9x9': more sentences or tokens than it was put for"):
-        client._all("infer", [message] * 3, m.Answer)
+        client._run("infer", m.Infer(client.session, "a", name, model.hash, "9x9"), [()] * 3)
     weights = owner.put(W)
     too_long = {"1x4096": m.Program(b"", (), (), 1, 4096)}
     with pytest.raises(secure.SecureError, match="program 1x4096 is for 1 x 4096 tokens, the limit is 32 x 512"):
@@ -221,17 +221,25 @@ def test_more_than_the_limit_is_refused(owner, client, parties):
     too_many_together = {"2x16": m.Program(b"", (), (), 2, 16, {8: b""})}
     with pytest.raises(secure.SecureError, match="joins 8 requests of 2 sentences, the limit is max_batch_sentences 8"):
         owner.publish("big", weights, too_many_together, b"")
-    limits = msgspec.structs.replace(parties.cluster.limits, max_request_bytes=1 << 30)
-    careless = msgspec.structs.replace(parties.cluster, limits=limits)
-    peer = rpc.Peer(careless, careless.identity("client"), careless.party[1])
-    large = m.Infer(client.session, "b", name, model.hash, "2x4", [m.Share(b"", [bytes(258 << 20)])])
-    with pytest.raises(Exception, match="Received message larger than max"):
-        peer.ask("infer", large, m.Answer)
-    peer.close()
+    header = m.Infer(client.session, "b", name, model.hash, "2x4")
+    for share, refused in (
+        ({"0": m.Share(b"meta", [bytes(193)])}, "the share of '0' is larger than 192 bytes"),
+        ({"0": m.Share(b"", [b""] * 65)}, "the share of '0' has 0 bytes of meta and 65 chunks"),
+        ({"1": m.Share(b"", [b""])}, "input '1' is not one of 1"),
+        ({}, "0 inputs, 1 are needed"),
+    ):
+        with pytest.raises(secure.SecureError, match=refused):
+            client._run("infer", header, [streams.of_shares(share) for _ in range(3)])
     np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- disagreement of parties
+
+
+def sent(model: m.Publish) -> tuple[m.Publish, Iterator[m.Piece]]:
+    """As `publish` sends it, without a bundle."""
+    header, contents = streams.of_model(model, b"")
+    return header, streams.of_contents(contents)
 
 
 def test_another_program_at_one_party_is_refused_with_the_difference(owner, client):
@@ -241,7 +249,7 @@ def test_another_program_at_one_party_is_refused_with_the_difference(owner, clie
     for rank, peer in enumerate(owner._peers):
         program = m.Program(programs[rank == 2].code, (array,), (array,), 2, 4)
         header = m.Publish(owner.session, "affine", "same", weights.names, {"2x4": program})
-        peer.send_later("publish", header, rpc.pieces("bundle", b"")).result()
+        peer.send_later("publish", *sent(header)).result()
     model = m.Model("same", "", 0, {"2x4": m.Signature((array,), (array,), 2, 4)})
     with pytest.raises(
         secure.SecureError, match=r"party 2 differs from party 0: program '[0-9a-f]+' against '[0-9a-f]+'"
@@ -258,7 +266,7 @@ def test_another_model_at_one_party_is_refused(owner, client):
     header = m.Publish(
         owner.session, "affine", "another", weights.names, {"2x4": m.Program(program.code, (array,), (array,), 2, 4)}
     )
-    owner._peers[1].send_later("publish", header, rpc.pieces("bundle", b"")).result()
+    owner._peers[1].send_later("publish", *sent(header)).result()
     with pytest.raises(secure.SecureError, match="alike: party 1 differs from party 0: put 'another' against '"):
         ask(client)
     publish(owner)
@@ -268,8 +276,8 @@ def test_another_model_at_one_party_is_refused(owner, client):
 def test_a_request_that_one_party_was_not_sent_ends(owner, client):
     name, model = client.find("affine")
     start = time.monotonic()
-    message = m.Run(owner.session, "lonely", b"", [], [])
-    answer = owner._peers[0].ask("run", message, m.Answer, timeout=60)
+    future = owner._peers[0].send_later("run", m.Run(owner.session, "lonely", [], []), streams.of_contents([b""]))
+    answer = rpc.decode(future.result(timeout=60), m.Answer)
     assert answer.error is not None
     assert "was not sent this request" in answer.error
     assert time.monotonic() - start < TIMEOUT
@@ -281,14 +289,19 @@ def test_a_request_that_one_party_was_not_sent_ends(owner, client):
 def test_a_client_that_sends_one_party_another_share_costs_the_others_nothing(client, what):
     name, model = client.find("affine")
     session = client.session
-    secret = load_spu().parse_visibility("VIS_SECRET")
-    shares, others = (client._io.make_shares(array, secret) for array in (X, np.ones((200, 4), np.float32)))
+    shares = client._io.make_shares(X, load_spu().parse_visibility("VIS_SECRET"))
     sent = [m.Share.pack(share) for share in shares]
-    sent[1] = m.Share(b"garbage", [b"\xff"]) if what == "garbage" else m.Share.pack(others[1])
-    found = "unreadable" if what == "garbage" else "[0-9a-f]+"
-    with pytest.raises(secure.SecureError, match=f"party 1 differs from party 0: shares '{found}' against '[0-9a-f]+'"):
+    if what == "garbage":
+        sent[1] = m.Share(b"garbage", [b"\xff"])
+        refused = "party 1 differs from party 0: shares 'unreadable' against '[0-9a-f]+'"
+    else:
+        sent[1] = m.Share(sent[1].meta, sent[1].chunks * 3)
+        refused = "the share of '0' is larger than 192 bytes"
+    with pytest.raises(secure.SecureError, match=refused):
         client._run(
-            "infer", [m.Infer(session, what.replace(" ", "-"), name, model.hash, "2x4", [share]) for share in sent]
+            "infer",
+            m.Infer(session, what.replace(" ", "-"), name, model.hash, "2x4"),
+            [streams.of_shares({"0": share}) for share in sent],
         )
     np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
     assert client.session == session
