@@ -19,6 +19,8 @@ from flaxmpc.secure.deploy.kept import KeptShares
 from flaxmpc.secure.deploy.leader import Leader
 from flaxmpc.secure.deploy.rpc import Refused
 from flaxmpc.secure.deploy.session import Model, Session, Sessions
+from flaxmpc.secure.deploy.shares import check as check_share
+from flaxmpc.secure.deploy.signature import check_program
 from flaxmpc.secure.deploy.tunnel import Tunnel
 from flaxmpc.secure.deploy.turns import Request, command
 from flaxmpc.secure.protocol import get_protocol
@@ -116,7 +118,7 @@ class Host:
 
         def flush() -> None:
             if name is not None and meta is not None:
-                share = m.Share(meta, [b"".join(chunk) for chunk in chunks])
+                share = m.Share(meta, [content for chunk in chunks if (content := b"".join(chunk))])
                 self.sessions.call(session, m.Put(f"o.{name}", share))
                 session.stored.add(f"o.{name}")
 
@@ -196,6 +198,10 @@ class Host:
                     f"program {name} joins {most} requests of {program.batch} sentences, "
                     f"the limit is max_batch_sentences {limits.max_batch_sentences}",
                 )
+            try:
+                check_program(program, len(header.weights), limits.max_request_bytes, self.cluster.config)
+            except ValueError as error:
+                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"program {name}: {error}") from error
 
     def _load(self, session: Session) -> None:
         """Stores in a session what the disk holds; a model that is not whole, or not allowed any more, is left out."""
@@ -248,6 +254,11 @@ class Host:
             raise Refused(
                 grpc.StatusCode.INVALID_ARGUMENT, f"{len(message.inputs)} inputs, {len(program.inputs)} are needed"
             )
+        for i, (share, array) in enumerate(zip(message.inputs, program.inputs, strict=True)):
+            try:
+                check_share(share, array, self.cluster.config)
+            except ValueError as error:
+                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"input {i}: {error}") from error
         request = Request(
             message.id,
             f"{message.model}/{message.program}",
@@ -256,6 +267,8 @@ class Host:
             model.weights,
             [f"r.{message.id}.o{i}" for i in range(len(program.outputs))],
             message.inputs,
+            program.inputs,
+            program.outputs,
         )
         return self._await(session, request, context)
 
