@@ -69,11 +69,13 @@ def hostile(chance: random.Random) -> m.Share:
             "aby3.AShr<", "aby3.BShr<PT_U64,99999999>",
         )  # fmt: skip
         return meta(
-            pick((ARRAY.shape, [pick(dims) for _ in range(chance.randrange(5))], (1,) * 500)),
-            pick((11, *range(13), 99)),
-            pick((1, 1, 0, 2, 3, 7)),
-            pick((*storage[:1] * 8, *storage)),
-            is_complex=pick((False,) * 6 + (True,)),
+            pick(
+                (ARRAY.shape, ARRAY.shape, (8,), (4, 2), [pick(dims) for _ in range(chance.randrange(5))], (1,) * 500)
+            ),
+            pick((11,) * 13 + (*range(13), 99)),
+            pick((1,) * 9 + (0, 2, 3, 7)),
+            pick((*storage[:1] * 20, *storage)),
+            is_complex=pick((False,) * 9 + (True,)),
         )
 
     def any_chunk() -> bytes:
@@ -84,8 +86,16 @@ def hostile(chance: random.Random) -> m.Share:
     def noise() -> bytes:
         return chance.randbytes(pick((0, 1, 8, 40, 300)))
 
-    metas: tuple[Callable[[], bytes], ...] = (lambda: right.meta, any_meta, lambda: bent(chance, right.meta), noise)
+    metas: tuple[Callable[[], bytes], ...] = (
+        lambda: right.meta,
+        any_meta,
+        any_meta,
+        any_meta,
+        lambda: bent(chance, right.meta),
+        noise,
+    )
     chunks: tuple[Callable[[], Any], ...] = (
+        lambda: right.chunks,
         lambda: right.chunks,
         list,
         lambda: right.chunks * 2,

@@ -14,6 +14,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from flaxmpc.errors import brief
 from flaxmpc.secure._spu import load_spu
@@ -25,6 +28,7 @@ CHUNK_BYTES = 128 << 20
 
 _MAX_DIMS = 32  # numpy's
 _MAX_ELEMENTS = 1 << 40
+_STORAGE_TYPE = 5  # number of the field, the only text
 
 ELEMENTS: Mapping[str, str] = MappingProxyType(
     {
@@ -150,9 +154,18 @@ def described(meta: bytes) -> m.Array:
 
 def _parsed(meta: bytes) -> Any:
     parsed = load_spu().ValueMeta()
-    if not parsed.ParseFromString(meta):
+    if not _is_readable(meta) or not parsed.ParseFromString(meta):
         raise ValueError("its meta is none that SPU writes")
     return parsed
+
+
+def _is_readable(meta: bytes) -> bool:
+    """Whether its text is text. Where it is not, SPU's parser writes a line to standard error, however often."""
+    try:
+        fields = UnknownFieldSet(Empty.FromString(meta))
+    except DecodeError:
+        return False
+    return all(field.data.isascii() for field in fields if field.field_number == _STORAGE_TYPE and field.wire_type == 2)
 
 
 def _parsed_chunk(chunk: bytes) -> Any:
