@@ -56,6 +56,10 @@ class Party:
         """This party's share of the value `name`."""
         return self._runtime.get_var(name)
 
+    def meta(self, name: str) -> bytes:
+        """What SPU says of the value `name`, as in its share."""
+        return self._runtime.get_var_meta(name).SerializeToString()
+
     def delete(self, names: Iterable[str]) -> None:
         """Frees the values `names`; those that are not held are passed over."""
         for name in self.names.intersection(names):

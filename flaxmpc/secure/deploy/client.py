@@ -190,7 +190,24 @@ class Cluster(Parties):
         from flaxmpc.secure.deploy import messages as m
 
         answers = self._all("fetch", self._same(m.Names(self._session, [name])), m.Answer)
-        return [answer.shares[0].unpack() for answer in answers]
+        return self._results(answers, [None])[0]
+
+    def _results(self, answers: Sequence[m.Answer], arrays: Sequence[m.Array | None]) -> list[list[Any]]:
+        """The spu Shares of each result, as the parties sent them. SecureError: they sent something else."""
+        from flaxmpc.secure.deploy import shares
+
+        results = []
+        for rank, answer in enumerate(answers):
+            if len(answer.shares) != len(arrays):
+                raise SecureError(f"party {rank} sent {len(answer.shares)} results, not {len(arrays)}")
+        for i, array in enumerate(arrays):
+            sent = [answer.shares[i] for answer in answers]
+            try:
+                shares.check_result(sent, self.config, array)
+            except ValueError as error:
+                raise SecureError(f"result {i} can't be opened: {error}") from error
+            results.append([share.unpack() for share in sent])
+        return results
 
     def delete(self, names: Sequence[str]) -> None:
         self._doomed.extend(names)
@@ -362,10 +379,8 @@ class Cluster(Parties):
         ]
         answers = self._run("infer", header, [streams.of_shares(each) for each in given])
         outputs = [
-            np.asarray(self._io.reconstruct([answer.shares[i].unpack() for answer in answers]), each.dtype).reshape(
-                each.shape
-            )
-            for i, each in enumerate(signature.outputs)
+            np.asarray(self._io.reconstruct(result), each.dtype).reshape(each.shape)
+            for result, each in zip(self._results(answers, signature.outputs), signature.outputs, strict=True)
         ]
         seconds = max(answer.seconds for answer in answers)
         return Answer(outputs, Cost.from_profile(self.config, _profile(answers), seconds, 0.0))

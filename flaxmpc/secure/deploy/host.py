@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,16 +12,17 @@ import grpc
 
 from flaxmpc.secure import cost
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import monitor, rpc, streams
+from flaxmpc.secure.deploy import monitor, rpc, shares, streams
 from flaxmpc.secure.deploy.child import WorkerLost
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 from flaxmpc.secure.deploy.kept import KeptShares
 from flaxmpc.secure.deploy.leader import Leader
 from flaxmpc.secure.deploy.rpc import Refused
 from flaxmpc.secure.deploy.session import Model, Session, Sessions
+from flaxmpc.secure.deploy.signature import check_program
 from flaxmpc.secure.deploy.tunnel import Tunnel
 from flaxmpc.secure.deploy.turns import Request, command
-from flaxmpc.secure.protocol import RING_BITS, get_protocol
+from flaxmpc.secure.protocol import get_protocol
 
 
 def versions() -> m.Facts:
@@ -120,10 +120,10 @@ class Host:
 
     def fetch(self, message: m.Names) -> m.Answer:
         session = self.sessions.require(message.session)
-        shares = []
+        found = []
         for name in message.names:
-            shares += self.sessions.call(session, m.Fetch(f"o.{name}")).shares
-        return m.Answer(shares=tuple(shares))
+            found += self.sessions.call(session, m.Fetch(f"o.{name}")).shares
+        return m.Answer(shares=tuple(found))
 
     def delete(self, message: m.Names) -> m.Empty:
         session = self.sessions.require(message.session)
@@ -175,6 +175,10 @@ class Host:
                     f"program {name} joins {most} requests of {program.batch} sentences, "
                     f"the limit is max_batch_sentences {limits.max_batch_sentences}",
                 )
+            try:
+                check_program(program, len(header.weights), limits.max_request_bytes, self.cluster.config)
+            except ValueError as error:
+                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"program {name}: {error}") from error
 
     def _load(self, session: Session) -> None:
         """Stores in a session what the disk holds; a model that is not whole, or not allowed any more, is left out."""
@@ -233,14 +237,15 @@ class Host:
             model.weights,
             [f"r.{message.id}.o{i}" for i in range(len(program.outputs))],
             given,
+            program.inputs,
+            program.outputs,
         )
         return self._await(session, request, context)
 
     def _given(self, program: m.Program, pieces: Iterator[m.Piece]) -> list[m.Share]:
         """The shares of a program's inputs; no more is read than they can have."""
-        width, limits = RING_BITS[self.cluster.ring] // 8, self.cluster.limits
-        # No protocol keeps more than two parts of a number at one party.
-        sizes = [2 * width * math.prod(array.shape) for array in program.inputs]
+        limits = self.cluster.limits
+        sizes = [shares.num_bytes(array, self.cluster.config) for array in program.inputs]
         most = {str(i): size + streams.frame_bytes(size) for i, size in enumerate(sizes)}
         if sum(most.values()) > limits.max_request_bytes:
             reason = (
@@ -259,6 +264,11 @@ class Host:
             given[put.name] = put.share
         if len(given) != len(most):
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"{len(given)} inputs, {len(most)} are needed")
+        for name, array in zip(most, program.inputs, strict=True):
+            try:
+                shares.check(given[name], array, self.cluster.config)
+            except ValueError as error:
+                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"input {name}: {error}") from error
         return [given[name] for name in most]
 
     def _model(self, session: Session, name: str) -> Model:

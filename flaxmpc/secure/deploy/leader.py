@@ -140,8 +140,8 @@ class Leader:
                 failed += [theirs.error] if theirs.error else []
         if lost:
             fail(next(iter(lost.values())))
-        elif 0 < len(failed) <= len(self._peers):
-            # It failed at some parties and not at others: they hold different values now.
+        elif 0 < len(failed) <= len(self._peers) or len(set(failed)) > 1:
+            # It failed at some parties and not at others, or elsewhere: they hold different values now.
             fail(failed[0])
         elif failed and len(requests) > 1:
             session.turns.separate(requests)

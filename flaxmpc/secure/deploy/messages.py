@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+$")]
 Facts = dict[str, str]
 
@@ -87,9 +88,9 @@ class Program(Message, frozen=True):
     code: bytes
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
-    batch: int
-    length: int
-    joint: dict[int, bytes] = {}
+    batch: Positive
+    length: Positive
+    joint: dict[Annotated[int, Meta(ge=2)], bytes] = {}
 
 
 class Signature(Message, frozen=True):
@@ -257,7 +258,7 @@ class Execute(Message, frozen=True, tag=True):
     """Runs a program if all parties have the same facts; without facts this party has no such request.
 
     `given` are stored under the last of the input names and deleted after; with `answer`, the outputs are returned
-    and deleted too.
+    and deleted too. `takes` says what each that is given must be, and `gives`, with `answer`, what the outputs are.
     """
 
     facts: Facts | None
@@ -265,7 +266,9 @@ class Execute(Message, frozen=True, tag=True):
     inputs: Sequence[str] = ()
     outputs: Sequence[str] = ()
     given: Sequence[Share] = ()
+    takes: Sequence[Array] = ()
     answer: bool = False
+    gives: Sequence[Array] = ()
 
 
 Command = Join | Put | Fetch | Delete | Execute

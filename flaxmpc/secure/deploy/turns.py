@@ -26,6 +26,8 @@ class Request:
         inputs: names of values that the party holds.
         outputs: names of its outputs.
         given: shares of the rest of its inputs; they, and the outputs, are not kept but answered.
+        takes: what each that is given must be.
+        gives: what each output is, where they are answered.
         answer: how it ended, once it has.
     """
 
@@ -36,6 +38,8 @@ class Request:
     inputs: Sequence[str]
     outputs: Sequence[str]
     given: Sequence[m.Share] | None = None
+    takes: Sequence[m.Array] = ()
+    gives: Sequence[m.Array] = ()
     answer: concurrent.futures.Future[m.Answer] = dataclasses.field(default_factory=concurrent.futures.Future)
     peers: set[int] = dataclasses.field(default_factory=set)  # that have it too; known to party 0 only
     alone: bool = False
@@ -68,7 +72,9 @@ def command(requests: Sequence[Request], facts: m.Facts) -> m.Execute:
         [*first.inputs, *(name for name, _ in given)],
         [name for request in requests for name in request.outputs],
         [share for _, share in given],
+        [array for request in requests for array in request.takes],
         answer=first.given is not None,
+        gives=[array for request in requests for array in request.gives],
     )
 
 
