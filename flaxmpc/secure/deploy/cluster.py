@@ -80,6 +80,7 @@ class Limits(_Table, frozen=True):
         max_length: tokens of a sentence.
         max_request_bytes: shares of a request, or of one value of a model.
         queue: requests that wait or run.
+        run_seconds: of a run; a longer one ends with the session.
     """
 
     max_batch: Positive = 32
@@ -87,6 +88,7 @@ class Limits(_Table, frozen=True):
     max_length: Positive = 512
     max_request_bytes: Positive = 256 << 20
     queue: Positive = 64
+    run_seconds: Positive = 600
 
 
 class ClusterFile(_Table, frozen=True):
