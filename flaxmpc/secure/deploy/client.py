@@ -301,6 +301,8 @@ class Cluster(Parties):
         hash_ = m.digest(salt, *(program.code for program in programs.values()), bundle)
         header = m.Publish(self._session, self._lease, name, hash_, weights.names, dict(programs))
         futures = [peer.send_later("publish", header, rpc.pieces("bundle", bundle)) for peer in self._peers]
+        for future in futures:
+            future.exception()  # until it has ended: a party that is still at it would keep the put later
         try:
             self._gather(futures, m.Empty)
             self._gather([self._peers[0].ask_later("commit", m.Switch(self._session, hash_))], m.Empty)

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import types
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -338,11 +339,11 @@ class Group:
             _log=lambda *_, **__: None,
         )
 
-    def check(self, *allowed: set[str | None]) -> None:
+    def check(self, *allowed: Container[str | None]) -> None:
         """All parties serve one put of `film`, an allowed one, and one of `play`; and hold nothing else."""
         for name, puts in zip(("film", "play"), allowed, strict=False):
             served = [held.models[name].public.hash if name in held.models else None for held in self.held]
-            assert served[0] in puts, (served, puts)
+            assert served[0] in puts
             assert served == [served[0]] * 3
         for rank, (held, worker, folder) in enumerate(zip(self.held, self.workers, self.folders, strict=True)):
             weights = {weight for model in held.models.values() for weight in model.weights}
@@ -419,7 +420,7 @@ def test_nothing_is_lost_or_left_whatever_happens(tmp_path, monkeypatch, clock):
     chance = random.Random(15)
     group = Group(tmp_path, monkeypatch, keep=True)
     served: dict[str, str | None] = {"film": None, "play": None}
-    for _ in range(400):
+    for _ in range(200):
         rate = chance.choice([0.0, 0.01, 0.05])
         may_end = chance.choice([("owner",), (0, 1, 2), (chance.randrange(3),), (0, 1, 2, "owner")])
 

@@ -123,9 +123,9 @@ def settled(parties, owner):
     return parties
 
 
-def test_puts_in_a_loop_beside_clients_cost_nobody_an_answer(settled):
+def test_puts_in_a_loop_beside_clients_cost_nobody_an_answer(settled, owner):
     before, lost = values(settled), settled.metrics(0)["flaxmpc_sessions_lost_total"]
-    end = time.monotonic() + 8
+    end = time.monotonic() + 5
     answers: list[np.ndarray] = []
     errors: list[Exception] = []
 
@@ -153,6 +153,7 @@ def test_puts_in_a_loop_beside_clients_cost_nobody_an_answer(settled):
     assert all(any(kind) for kind in kinds)
     assert [any(column) for column in zip(*kinds, strict=True)] == [True, True]
     assert settled.metrics(0)["flaxmpc_sessions_lost_total"] == lost
+    publish(owner)
     level(settled, before, 3 * TIMEOUT)
 
 
@@ -169,7 +170,7 @@ def test_an_owner_that_is_killed_leaves_nothing(settled, owner, client):
         for moment in MOMENTS:
             print(moment, file=forking.stdin, flush=True)
             os.kill(int(forking.stdout.readline()), signal.SIGKILL)
-            y = ask(client)
+            y = follow(client)
             new = np.allclose(y, X * 6 + 1, atol=1e-2)
             assert new or np.allclose(y, X * 3 + 1, atol=1e-2), moment
             assert new == (moment == MOMENTS[-1]) or moment == "after commit 0 0.0"
@@ -207,7 +208,7 @@ def keeping(running, tmp_path_factory):
         for rank in range(3)
     ]
     with running(
-        directory / "c", timeout=SHORT, changes=[*changes, ("run_seconds = 600", "run_seconds = 9")]
+        directory / "c", timeout=SHORT, changes=[*changes, ("run_seconds = 600", "run_seconds = 6")]
     ) as parties:
         yield parties
 
@@ -299,7 +300,7 @@ except secure.SecureError as error:
 @pytest.mark.parametrize("owner", ["waits", "is killed"])
 def test_an_endless_run_ends_and_what_is_kept_is_served_again(keeping, owner):
     check_served(keeping)
-    seconds = 9 if owner == "waits" else SHORT
+    seconds = 6 if owner == "waits" else SHORT
     with subprocess.Popen(
         [sys.executable, "-c", ENDLESS, str(keeping.cluster.path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
@@ -315,7 +316,7 @@ def test_an_endless_run_ends_and_what_is_kept_is_served_again(keeping, owner):
             time.sleep(0.05)
         assert time.monotonic() - start > seconds / 2
         said = process.stdout.read()
-    reason = "the run took longer than run_seconds 9" if owner == "waits" else "an owner went away during its run"
+    reason = "the run took longer than run_seconds 6" if owner == "waits" else "an owner went away during its run"
     lost_for = [keeping.events(rank, "session_lost")[-1]["reason"] for rank in range(3)]
     assert any(re.search(reason, each) for each in lost_for)
     assert owner == "is killed" or reason in said
