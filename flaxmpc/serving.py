@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
 from flaxmpc import secure
+from flaxmpc.answers import Inference
 from flaxmpc.client import Classifier, Run, buckets, limit
+from flaxmpc.convert.data import Text
 from flaxmpc.inference import SecureClassifier, logits_and_size, secure_function
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
@@ -116,6 +119,9 @@ def _unpack(bundle: bytes, folder: Path) -> None:
             raise
 
 
+T = TypeVar("T")
+
+
 class RemoteClassifier(Classifier):
     """A model on a cluster, as a client asks it: texts, ids and answers stay here."""
 
@@ -132,10 +138,29 @@ class RemoteClassifier(Classifier):
         """
         self.parties = parties
         self.name, self.model = parties.find(model)
+        self._loaded = ""
+        self._follow(lambda: None)
+
+    def _follow(self, action: Callable[[], T]) -> T:
+        """What `action` gives with the model that the parties hold; again, where another was put meanwhile."""
+        while True:
+            put = self.model.hash
+            try:
+                if self._loaded != put:
+                    self._load()
+                return action()
+            except secure.SecureError:
+                with contextlib.suppress(secure.SecureError):
+                    self.name, self.model = self.parties.find(self.name)
+                if self.model.hash == put:
+                    raise
+
+    def _load(self) -> None:
+        """What a client needs of the model."""
         with tempfile.TemporaryDirectory() as own:
             folder = (secure.cache_dir() or Path(own)) / "bundles" / self.model.bundle
             if not folder.is_dir():
-                bundle = parties.bundle(self.name, self.model)
+                bundle = self.parties.bundle(self.name, self.model)
                 try:
                     _unpack(bundle, folder)
                 except OSError:  # a cache that can't be written to is no reason to fail
@@ -152,6 +177,12 @@ class RemoteClassifier(Classifier):
         for program in self.model.programs.values():
             self._sizes[program.length] = sorted({*self._sizes.get(program.length, ()), program.batch})
         super().__init__(model_, tokenizer, params, list(self._sizes))
+        self._loaded = self.model.hash
+
+    def classify(self, texts: Sequence[Text], progress: Callable[[list[Run]], Iterable[Run]] = list) -> Inference:
+        """See `Classifier.classify`. All texts are answered by one put of the model."""
+        ask = super().classify
+        return self._follow(lambda: ask(texts, progress))
 
     def sizes(self, length: int) -> Sequence[int]:
         """Those that the model was put for."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from flaxmpc import serving
+from flaxmpc import secure, serving
 from flaxmpc.inference import SecureClassifier
 from flaxmpc.models import folder as folders
 
@@ -79,6 +79,37 @@ def test_a_text_that_the_model_diverges_on_has_an_error_in_its_place(parties, ex
             assert (bad.error, bad.label) == ("the model diverges on this text", None)
             assert good.error is None  # though of the same run
             np.testing.assert_allclose(good.logits, expected[2], atol=0.01)
+
+
+def test_a_model_that_is_put_anew_is_followed(parties, loaded, expected, monkeypatch):
+    with parties.connect("client") as client:
+        classifier = serving.RemoteClassifier(client, "tiny")
+        bundle, before = client.bundle, classifier.model.hash
+
+        def put() -> None:
+            with parties.connect() as owner:
+                serving.put(loaded, owner, name="tiny", lengths=(16,), batches=(1, 2))
+
+        put()
+        predictions = classifier.classify(TEXTS).predictions
+        np.testing.assert_allclose([prediction.logits for prediction in predictions], expected, atol=0.01)
+        assert classifier.model.hash != before
+
+        def bundle_of_another(*given):
+            monkeypatch.setattr(client, "bundle", bundle)
+            put()
+            raise secure.SecureError("party 0 sent another bundle")
+
+        def lose(*given):
+            raise secure.SecureError("lost")
+
+        monkeypatch.setattr(client, "bundle", bundle_of_another)
+        monkeypatch.setattr(serving.secure, "cache_dir", lambda: None)
+        again = serving.RemoteClassifier(client, "tiny")
+        assert again.model.hash != classifier.model.hash
+        monkeypatch.setattr(client, "infer", lose)
+        with pytest.raises(secure.SecureError, match="lost"):
+            again.classify(TEXTS[:1])
 
 
 def test_outputs_that_are_not_those_of_a_classifier_are_refused(parties, monkeypatch):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import queue
 import secrets
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +25,10 @@ from flaxmpc.secure.party import Parties, Resident, to_arrays
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy import messages as m
     from flaxmpc.secure.deploy.cluster import ClusterFile
+
+
+_POLL = 0.1  # seconds
+_RENEWALS = 4  # of a lease, in its time
 
 
 class Answer(NamedTuple):
@@ -58,11 +65,17 @@ class Cluster(Parties):
         self._peers = [rpc.Peer(self.cluster, identity, entry) for entry in self.cluster.party]
         self._doomed: collections.deque[str] = collections.deque()
         self._session = ""
+        self._lease = secrets.token_hex(16)  # under which the parties hold what is stored
+        self._owns = role == "owner"
+        self._closed = threading.Event()
         try:
             self._wait_until_ready()
         except BaseException:
             self.close()
             raise
+        if self._owns:
+            period = self.cluster.timeout_seconds / _RENEWALS
+            threading.Thread(target=_renew, args=(weakref.ref(self), self._closed, period), daemon=True).start()
 
     def __enter__(self) -> Cluster:
         return self
@@ -71,7 +84,13 @@ class Cluster(Parties):
         self.close()
 
     def close(self) -> None:
-        """Closes the connections; what was stored stays with the parties."""
+        """Closes the connections. The parties free the values that were stored, but for those of models."""
+        from flaxmpc.secure.deploy import messages as m
+
+        if not self._closed.is_set() and self._session and self._owns:
+            with contextlib.suppress(SecureError):  # else they do once the lease has run out
+                self._all("renew", self._same(m.Lease(self._session, self._lease, ends=True)), m.Empty)
+        self._closed.set()
         for peer in self._peers:
             peer.close()
 
@@ -184,7 +203,7 @@ class Cluster(Parties):
 
         self._sweep()
         each = [streams.of_shares({name: m.Share.pack(share)}) for share in shares]
-        self._send("store", m.Stored(self._session), each, m.Empty)
+        self._send("store", m.Stored(self._session, self._lease), each, m.Empty)
 
     def fetch(self, name: str) -> list[Any]:
         from flaxmpc.secure.deploy import messages as m
@@ -219,7 +238,11 @@ class Cluster(Parties):
         self._sweep()
         code = executable.code if isinstance(executable.code, bytes) else executable.code.encode()
         header = m.Run(
-            self._session, secrets.token_hex(16), list(executable.input_names), list(executable.output_names)
+            self._session,
+            self._lease,
+            secrets.token_hex(16),
+            list(executable.input_names),
+            list(executable.output_names),
         )
         answers = self._run("run", header, [streams.of_contents([code]) for _ in self._peers])
         return max(answer.seconds for answer in answers), _profile(answers)
@@ -269,6 +292,9 @@ class Cluster(Parties):
     def publish(self, name: str, weights: Resident, programs: Mapping[str, m.Program], bundle: bytes) -> str:
         """Makes stored weights a model that clients may ask.
 
+        First every party keeps all of it, on disk too if it keeps shares. Only then it takes the place of the one
+        before, at all of them: a put that fails or is interrupted leaves that as it was.
+
         Args:
             name: of the model; one of that name is replaced.
             weights: put on these parties; they hold them from now on, whatever becomes of this object.
@@ -279,7 +305,7 @@ class Cluster(Parties):
             The hash of this put.
 
         Raises:
-            SecureError: a party refuses: the name, or a program's size. Or it can't be reached.
+            SecureError: a party refuses: the name, a program's size, or its disk is full. Or it can't be reached.
             ValueError: `weights` are not held by these parties.
         """
         from flaxmpc.secure.deploy import messages as m
@@ -288,9 +314,20 @@ class Cluster(Parties):
         weights.check(self)
         salt = secrets.token_bytes(32)  # a plain hash of secret weights would tell whether they are some known ones
         hash_ = m.digest(salt, *(program.code for program in programs.values()), bundle)
-        model = m.Publish(self._session, name, hash_, weights.names, dict(programs))
+        model = m.Publish(self._session, self._lease, name, hash_, weights.names, dict(programs))
         header, contents = streams.of_model(model, bundle)
-        self._send("publish", header, [streams.of_contents(contents) for _ in self._peers], m.Empty)
+        futures = [peer.send_later("publish", header, streams.of_contents(contents)) for peer in self._peers]
+        for future in futures:
+            future.exception()  # until it has ended: a party that is still at it would keep the put later
+        try:
+            self._gather(futures, m.Empty)
+            self._gather([self._peers[0].ask_later("commit", m.Switch(self._session, hash_))], m.Empty)
+        except SecureError:
+            self._refresh()
+            self.delete([hash_])  # where it was kept
+            with contextlib.suppress(SecureError):
+                self._sweep()
+            raise
         return hash_
 
     def models(self) -> dict[str, m.Model]:
@@ -310,26 +347,23 @@ class Cluster(Parties):
 
     def find(self, name: str | None) -> tuple[str, m.Model]:
         """A model by name, or the only one. SecureError: there is no such, with those there are."""
-        from flaxmpc.secure.deploy import messages as m
-
-        each = self._models_of_each()
-        models = _alike(each)
-        if name is None and len(models) == 1:
-            return next(iter(models.items()))
-        if name is None or name not in models:
-            which = f"model {name!r}" if name else "one model only"
-            puts = [{"put": held[name].hash} if name in held else {} for held in each]
-            unlike = [rank for rank, put in enumerate(puts) if put != puts[0]]
-            reason = (
-                f"alike: party {unlike[0]} differs from party 0: {m.difference(puts[0], puts[unlike[0]])}"
-                if unlike
-                else f"(they have {', '.join(models) or 'none'})"
-            )
-            raise SecureError(
-                f"the parties do not hold {which} {reason}: "
-                "was a party restarted? The owner puts it again with `flaxmpc put`"
-            )
-        return name, models[name]
+        end = time.monotonic() + self.cluster.timeout_seconds
+        while True:
+            each = self._models_of_each()
+            models = _alike(each)
+            if name is None and len(models) == 1:
+                return next(iter(models.items()))
+            if name is not None and name in models:
+                return name, models[name]
+            unlike = _unlike(each, name)
+            if not unlike or time.monotonic() > end:
+                break
+            time.sleep(_POLL)  # they may be about to switch to another put
+        which = f"model {name!r}" if name else "one model only"
+        raise SecureError(
+            f"the parties do not hold {which} {unlike or '(they have ' + (', '.join(models) or 'none') + ')'}: "
+            "was a party restarted? The owner puts it again with `flaxmpc put`"
+        )
 
     def bundle(self, name: str, model: m.Model) -> bytes:
         """What clients need of a model in the clear. SecureError: it is not what all parties have."""
@@ -390,6 +424,30 @@ def _alike(each: Sequence[Mapping[str, m.Model]]) -> dict[str, m.Model]:
     """Of what each party holds, that which all hold the same put of."""
     first, *others = each
     return {name: model for name, model in first.items() if all(held.get(name) == model for held in others)}
+
+
+def _unlike(each: Sequence[Mapping[str, m.Model]], name: str | None) -> str:
+    """Which put of a model, by default of any, one party holds and another does not; empty if there is no such."""
+    from flaxmpc.secure.deploy import messages as m
+
+    for name_ in [name] if name else sorted(set().union(*each)):
+        puts = [{"put": held[name_].hash} if name_ in held else {} for held in each]
+        for rank, put in enumerate(puts):
+            if put != puts[0]:
+                return f"alike: party {rank} differs from party 0: {m.difference(puts[0], put)}"
+    return ""
+
+
+def _renew(cluster: weakref.ref[Cluster], closed: threading.Event, period: float) -> None:
+    """Renews an owner's lease, every `period` seconds, until it is closed or forgotten."""
+    from flaxmpc.secure.deploy import messages as m
+
+    kept: list[Any] = []
+    while not closed.wait(period) and (owner := cluster()) is not None:
+        message = m.Lease(owner.session, owner._lease)
+        with contextlib.suppress(ValueError):  # closed just now
+            kept[:] = [peer.ask_later("renew", message, period) for peer in owner._peers]  # else they are cancelled
+        del owner
 
 
 def _profile(answers: Sequence[m.Answer]) -> Profile:

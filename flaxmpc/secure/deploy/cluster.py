@@ -82,6 +82,7 @@ class Limits(_Table, frozen=True):
         queue: requests that wait or run.
         calls_per_client: calls of one certificate that are under way, its waiting requests among them.
         connections: of all clients together; one certificate has at most 32.
+        run_seconds: of a run; a longer one ends with the session.
     """
 
     max_batch: Positive = 32
@@ -91,6 +92,7 @@ class Limits(_Table, frozen=True):
     queue: Positive = 64
     calls_per_client: Positive = 16
     connections: Positive = 256
+    run_seconds: Positive = 600
 
 
 class ClusterFile(_Table, frozen=True):

@@ -256,7 +256,7 @@ class Gate:
                 del self._open[caller.name]
 
     async def _go_on(self, end: Secure, caller: Caller) -> None:
-        if end.application not in self._ways:
+        if end.application is None or end.application not in self._ways:
             raise _Refused(f"{end.application!r} is not spoken here")
         async with self._ways[end.application](caller) as behind:
             with contextlib.suppress(asyncio.TimeoutError):  # a connection ends with its certificate

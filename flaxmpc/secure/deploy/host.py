@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import functools
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -15,10 +16,11 @@ from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy import monitor, rpc, shares, streams
 from flaxmpc.secure.deploy.child import WorkerLost
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
+from flaxmpc.secure.deploy.held import Model
 from flaxmpc.secure.deploy.kept import KeptShares
 from flaxmpc.secure.deploy.leader import Leader
 from flaxmpc.secure.deploy.rpc import Refused
-from flaxmpc.secure.deploy.session import Model, Session, Sessions
+from flaxmpc.secure.deploy.session import Session, Sessions
 from flaxmpc.secure.deploy.signature import check_program
 from flaxmpc.secure.deploy.tunnel import Tunnel
 from flaxmpc.secure.deploy.turns import Request, command
@@ -72,10 +74,8 @@ class Host:
         }
         self._metrics: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTED, 0))
         self.tunnel = Tunnel(cluster, rank, monitor.limited(self.log))
-        self._kept = KeptShares.of(cluster, self.entry)
-        self.sessions = Sessions(
-            cluster, rank, self._facts, self.tunnel, self.log, self._metrics, self._load if self._kept else None
-        )
+        kept = KeptShares.of(cluster, self.entry)
+        self.sessions = Sessions(cluster, rank, self._facts, self.tunnel, self.log, self._metrics, kept, self._load)
         self.leader = Leader(cluster, self._facts, self.sessions, self._execute, self.log) if rank == 0 else None
         self._stopping = False
 
@@ -84,9 +84,10 @@ class Host:
         return "ready" if self.sessions.live() else self.sessions.state
 
     def metrics(self) -> dict[str, float]:
-        """What was counted since the start, and how many requests wait or run."""
+        """What was counted since the start, how many requests wait or run, and values of owners are held."""
         session = self.sessions.live()
-        return {"queue": len(session.turns) if session else 0, **self._metrics}
+        queue, values = (len(session.turns), len(session.held)) if session else (0, 0)
+        return {"queue": queue, "values": values, **self._metrics}
 
     def stop(self) -> None:
         """No more requests; blocks until the running one is finished."""
@@ -106,7 +107,7 @@ class Host:
 
     def status(self, message: m.Empty) -> m.Status:
         session = self.sessions.live()
-        models = {name: model.public for name, model in session.models.items()} if session else {}
+        models = {name: model.public for name, model in session.held.models.items()} if session else {}
         return m.Status(self.rank, session.id if session else "", self.state(), self._facts, models)
 
     # What the owner may ask.
@@ -114,44 +115,43 @@ class Host:
     def store(self, header: m.Stored, pieces: Iterator[m.Piece]) -> m.Empty:
         session = self.sessions.require(header.session)
         for value in streams.shares(pieces, lambda _: self.cluster.limits.max_request_bytes):
-            self.sessions.call(session, m.Put(f"o.{value.name}", value.share))
-            session.stored.add(f"o.{value.name}")
+            session.held.store(header.lease, f"o.{value.name}", value.share)
         return m.Empty()
 
     def fetch(self, message: m.Names) -> m.Answer:
         session = self.sessions.require(message.session)
-        found = []
-        for name in message.names:
-            found += self.sessions.call(session, m.Fetch(f"o.{name}")).shares
-        return m.Answer(shares=tuple(found))
+        names = [f"o.{name}" for name in message.names]
+        session.held.require(names)
+        return m.Answer(shares=tuple(self.sessions.call(session, m.Fetch(name)).shares[0] for name in names))
 
     def delete(self, message: m.Names) -> m.Empty:
+        """Values by their names, and puts that were not committed by their hashes."""
         session = self.sessions.require(message.session)
-        kept = {name for model in session.models.values() for name in model.weights}
-        self._delete(session, [name for name in (f"o.{name}" for name in message.names) if name not in kept])
+        session.held.forget([*message.names, *(f"o.{name}" for name in message.names)])
         return m.Empty()
 
-    def _delete(self, session: Session, names: list[str]) -> None:
-        self.sessions.call(session, m.Delete(names))
-        session.stored.difference_update(names)
+    def renew(self, message: m.Lease) -> m.Empty:
+        session = self.sessions.require(message.session)
+        (session.held.end if message.ends else session.held.renew)(message.lease)
+        return m.Empty()
 
     def publish(self, header: m.Publish, pieces: Iterator[m.Piece]) -> m.Empty:
         session = self.sessions.require(header.session)
         self._check_allowed(header)
         header, bundle = streams.model(header, pieces, self.cluster.limits.max_request_bytes)
-        gone = session.hold(header, bundle)
-        if self._kept is not None:
-            weights = (
-                m.Put(name, self.sessions.call(session, m.Fetch(f"o.{name}")).shares[0]) for name in header.weights
-            )
-            try:
-                self._kept.write(header, bundle, weights)
-            except OSError as error:
-                reason = f"party {self.rank} could not keep its shares: {error}"
-                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason) from error
-        if gone:
-            self._delete(session, gone)
-        self.log("model", name=header.name, hash=header.hash[:16], programs=sorted(header.programs))
+        try:
+            session.held.stage(header, bundle)
+        except OSError as error:
+            reason = f"party {self.rank} could not keep its shares: {error}"
+            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason) from error
+        return m.Empty()
+
+    def commit(self, message: m.Switch) -> m.Empty:
+        """A put that all parties hold takes the place of the one before at all of them."""
+        session = self.sessions.require(message.session)
+        if self.leader is None or message.hash is None:
+            raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f"party {self.rank} commits no put: party 0 does")
+        self.leader.commit(session, message.hash)
         return m.Empty()
 
     def _check_allowed(self, header: m.Publish) -> None:
@@ -180,31 +180,26 @@ class Host:
             except ValueError as error:
                 raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"program {name}: {error}") from error
 
-    def _load(self, session: Session) -> None:
-        """Stores in a session what the disk holds; a model that is not whole, or not allowed any more, is left out."""
-        assert self._kept is not None
-        for path in self._kept.paths():
+    def _load(self, session: Session, chosen: Mapping[str, str], kept: KeptShares) -> None:
+        """Serves the `chosen` puts in a session; one that is not whole, or not allowed any more, is left out."""
+        for name in kept.models.keys() - chosen.keys():
+            self.log("kept_shares_left_out", name=name, reason="party 0 keeps none of this model")
+        for name, hash_ in chosen.items():
             try:
-                header, bundle, weights = self._kept.read(path)
-                self._check_allowed(header)
-                for weight in weights:
-                    self.sessions.call(session, m.Put(f"o.{weight.name}", weight.share))
-                    session.stored.add(f"o.{weight.name}")
-                session.hold(header, bundle)
+                session.held.load(name, hash_, self._check_allowed)
             except (ValueError, OSError, Refused) as error:
-                self.log("kept_shares_left_out", file=path.name, reason=str(error))
+                self.log("kept_shares_left_out", name=name, hash=hash_[:16], reason=str(error))
             else:
-                self.log("kept_shares", name=header.name, hash=header.hash[:16])
+                self.log("kept_shares", name=name, hash=hash_[:16])
+        kept.sweep()
 
     def run(self, message: m.Run, pieces: Iterator[m.Piece], context: rpc.Call) -> m.Answer:
         session = self.sessions.require(message.session)
         (code,) = streams.contents(pieces, 1, self.cluster.limits.max_request_bytes, "the program")
         inputs, outputs = ([f"o.{name}" for name in names] for names in (message.inputs, message.outputs))
         request = Request(message.id, "run", "", {1: code}, inputs, outputs)
-        answer = self._await(session, request, context)
-        if answer.error is None:
-            session.stored.update(outputs)
-        return answer
+        session.held.expect(message.lease, outputs)
+        return self._await(session, request, context)
 
     # What a client may ask.
 
@@ -272,22 +267,36 @@ class Host:
         return [given[name] for name in most]
 
     def _model(self, session: Session, name: str) -> Model:
-        if name not in session.models:
-            known = ", ".join(session.models) or "none"
+        if name not in session.held.models:
+            known = ", ".join(session.held.models) or "none"
             raise Refused(
                 grpc.StatusCode.NOT_FOUND,
                 f"party {self.rank} holds no shares of model {name!r} (it has {known}): was a party restarted? "
                 "The owner puts it again",
             )
-        return session.models[name]
+        return session.held.models[name]
 
     def _await(self, session: Session, request: Request, context: rpc.Call) -> m.Answer:
         """Queues a request and waits for its end, or for its caller to go away."""
 
         def gone() -> None:
             session.turns.abandon(request, "the caller went away")
+            if request.given is None and session.turns.runs(request):
+                # An owner's program may take for ever, and nobody waits for it.
+                timer = threading.Timer(self.cluster.timeout_seconds, end_run)
+                timer.daemon = True
+                timer.start()
+
+        def end_run() -> None:
+            if session.turns.runs(request):
+                self.sessions.drop(session, "an owner went away during its run")
 
         session.turns.add(request)
+        try:
+            session.held.require(request.inputs)  # after it was added: from now on they are kept for it
+        except Refused as error:
+            session.turns.abandon(request, str(error))
+            raise
         if not context.add_callback(gone):
             gone()
         if self.leader is not None:
@@ -306,7 +315,23 @@ class Host:
             raise Refused(grpc.StatusCode.FAILED_PRECONDITION, reason)
         if self._stopping:
             raise Refused(grpc.StatusCode.UNAVAILABLE, f"party {self.rank} is stopping")
-        self.sessions.start(message.session)
+        self.sessions.start(message.session, message.models)
+        return m.Empty()
+
+    def promise(self, message: m.Switch) -> m.Empty:
+        """Party 0 is about to switch to a put: this party keeps it until it hears more."""
+        self.sessions.require(message.session).held.promise(message.hash)
+        return m.Empty()
+
+    def switch(self, message: m.Switch) -> m.Empty:
+        """Party 0 has switched to a put, and so does this party."""
+        session = self.sessions.require(message.session)
+        try:
+            model = session.held.switch(message.hash)
+        except OSError as error:
+            reason = f"party {self.rank} could not switch to a put on its disk: {error}"
+            raise Refused(grpc.StatusCode.INTERNAL, reason) from error
+        self.log("model", name=model.name, hash=model.public.hash[:16], programs=sorted(model.programs))
         return m.Empty()
 
     def has(self, message: m.Turn) -> m.Empty:
@@ -333,11 +358,17 @@ class Host:
         """Runs requests together at this party, in step with the others; without any says so to them."""
         start = time.perf_counter()
         facts = {**self._facts, "session": session.id}
+        bound = self.cluster.limits.run_seconds
         try:
-            answer = session.worker.call(command(requests, facts) if requests else m.Execute(None))
+            answer = session.worker.call(command(requests, facts) if requests else m.Execute(None), bound)
         except WorkerLost as error:
-            self.sessions.drop(session, f"party {self.rank} lost its worker: {error}")
-            answer = m.Answer(error=f"party {self.rank}: {error}", in_step=False)
+            late = time.perf_counter() - start > bound
+            reason = f"the run took longer than run_seconds {bound}" if late else str(error)
+            self.sessions.drop(session, f"party {self.rank} lost its worker: {reason}")
+            answer = m.Answer(error=f"party {self.rank}: {reason}", in_step=False)
+        if answer.error is None:
+            # Here, and not where the owner is answered, who may be gone.
+            session.held.add(name for request in requests if request.given is None for name in request.outputs)
         if requests:
             seconds = time.perf_counter() - start
             counts: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import secrets
 import threading
@@ -45,6 +46,7 @@ class Leader:
             entry.rank: rpc.Peer(cluster, cluster.party[0], entry) for entry in cluster.party if entry.rank != 0
         }
         self._missed: collections.Counter[int] = collections.Counter()
+        self._committing = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leader", daemon=True)
 
@@ -72,6 +74,41 @@ class Leader:
         message = m.Turn(session.id, [request.id])
         for rank, peer in self._peers.items():
             peer.ask_later("has", message, self._timeout).add_done_callback(functools.partial(told, rank))
+
+    def commit(self, session: Session, hash_: str) -> None:
+        """A staged put takes the place of the one before, at all parties or at none.
+
+        Requests that were taken before keep their own put, so runs need not be waited for. First all parties promise to
+        keep it, with its owner or without. Then party 0's disk decides, ahead of the others: a session begins with what
+        that says, and all have it.
+
+        Raises:
+            Refused: a party does not hold it; or one was lost since party 0 decided, and with it the session.
+        """
+        with self._committing:
+            try:
+                session.held.promise(hash_)
+                self._ask_peers("promise", m.Switch(session.id, hash_))
+            except rpc.Refused:
+                with contextlib.suppress(rpc.Refused):
+                    session.held.promise(None)
+                    self._ask_peers("promise", m.Switch(session.id, None))
+                raise
+            try:
+                model = session.held.switch(hash_)
+                self._ask_peers("switch", m.Switch(session.id, hash_))
+            except (rpc.Refused, OSError) as error:
+                reason = f"a put was half-way: {error}"
+                self._sessions.drop(session, reason)
+                raise rpc.Refused(grpc.StatusCode.ABORTED, f"{reason}; {rpc.STARTED_ANEW}") from error
+            self._log("model", name=model.name, hash=hash_[:16], programs=sorted(model.programs))
+
+    def _ask_peers(self, method: str, message: m.Message) -> None:
+        """Asks all peers at the same time. Refused: one refused, or did not answer in time."""
+        asked = {rank: peer.ask_later(method, message, self._timeout) for rank, peer in self._peers.items()}
+        errors = {rank: error for rank, future in asked.items() if (error := future.exception()) is not None}
+        for rank, error in errors.items():  # once all have ended
+            raise rpc.Refused(error.code(), rpc.describe(self._cluster.party[rank], error))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -160,11 +197,12 @@ class Leader:
                 self._sessions.wait_for(f"party {rank} differs from party 0: {difference}")
                 return
         session_id = secrets.token_hex(16)
-        message = m.Form(session_id, self._facts)
+        chosen = self._sessions.chosen()
+        message = m.Form(session_id, self._facts, dict(chosen))
         asked = {rank: peer.ask_later("form", message) for rank, peer in self._peers.items()}
         failures = []
         with concurrent.futures.ThreadPoolExecutor(1) as own:
-            joined = own.submit(self._sessions.start, session_id)
+            joined = own.submit(self._sessions.start, session_id, chosen)
             for rank, future in asked.items():
                 try:
                     future.result(timeout=self._timeout + 15)

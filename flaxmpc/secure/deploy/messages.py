@@ -149,28 +149,46 @@ class Names(Message, frozen=True):
 
 
 class Stored(Message, frozen=True):
-    """Header of a stream of values."""
+    """Header of a stream of values, held for an owner's lease."""
 
     session: str
+    lease: Name
+
+
+class Lease(Message, frozen=True):
+    """The owner still needs what it holds under this name; or, at its end, does no more."""
+
+    session: str
+    lease: Name
+    ends: bool = False
 
 
 class Publish(Message, frozen=True):
-    """Makes stored values a model.
+    """Makes stored values a put of a model, which is served after `Switch`.
 
     It goes without the programs' code; that follows, and then the bundle, in a stream.
     """
 
     session: str
+    lease: Name
     name: Name
-    hash: str
+    hash: Name
     weights: list[Name]
     programs: dict[Name, Program]
 
 
-class Run(Message, frozen=True):
-    """The owner runs a program on what it stored, and keeps the outputs there; the code follows in a stream."""
+class Switch(Message, frozen=True):
+    """A put takes the place of the one before. The owner asks party 0, and that the others; none: not after all."""
 
     session: str
+    hash: Name | None
+
+
+class Run(Message, frozen=True):
+    """The owner runs a program on what it stored, and keeps the outputs there for its lease."""
+
+    session: str
+    lease: Name
     id: Name
     inputs: list[Name]
     outputs: list[Name]
@@ -213,10 +231,11 @@ class Answer(Message, frozen=True):
 
 
 class Form(Message, frozen=True):
-    """Party 0 asks the others to start a session."""
+    """Party 0 asks the others to start a session, and to serve these puts, by the model's name, from their disks."""
 
     session: str
     facts: Facts
+    models: dict[Name, Name]
 
 
 class Turn(Message, frozen=True):

@@ -57,13 +57,17 @@ METHODS = {
     "store": Method(_OWNER, m.Stored, "in"),
     "fetch": Method(_OWNER, m.Names),
     "delete": Method(_OWNER, m.Names),
+    "renew": Method(_OWNER, m.Lease),
     "publish": Method(_OWNER, m.Publish, "in"),
+    "commit": Method(_OWNER, m.Switch),
     "run": Method(_OWNER, m.Run, "in", waits=True),
     "bundle": Method(_CLIENT, m.Names, "out", most=2),
     "infer": Method(_CLIENT, m.Infer, "in", waits=True),
     "form": Method(_LEADER, m.Form),
     "has": Method(_LEADER, m.Turn),
     "step": Method(_LEADER, m.Turn),
+    "promise": Method(_LEADER, m.Switch),
+    "switch": Method(_LEADER, m.Switch),
 }
 
 

@@ -174,6 +174,16 @@ class Turns:
                 self._end_waiting(self._closed)
             self._changed.notify_all()
 
+    def runs(self, request: Request) -> bool:
+        """Whether it has its turn now."""
+        with self._changed:
+            return request in self._running
+
+    def inputs(self) -> set[str]:
+        """Names of the values that the requests need."""
+        with self._changed:
+            return {name for request in (*self._waiting.values(), *self._running) for name in request.inputs}
+
     def close(self, reason: Refused) -> None:
         """Takes no more; ends those that wait, not those that run."""
         with self._changed:

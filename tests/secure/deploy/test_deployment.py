@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -172,17 +171,24 @@ def test_a_program_that_fails_everywhere_leaves_the_shares(parties, owner, clien
 # ------------------------------------------------------------------------------------------------------- who may what
 
 
-@pytest.mark.parametrize("method", ["store", "fetch", "delete", "publish", "run", "form", "has", "step"])
+@pytest.mark.parametrize(
+    "method",
+    ["store", "fetch", "delete", "renew", "publish", "commit", "run", "form", "has", "step", "promise", "switch"],
+)
 def test_a_client_may_only_ask(client, method):
     messages = {
-        "store": m.Stored(client.session),
+        "store": m.Stored(client.session, "l"),
         "fetch": m.Names(client.session, ["x"]),
         "delete": m.Names(client.session, ["x"]),
-        "publish": m.Publish(client.session, "x", "h", [], {}),
-        "run": m.Run(client.session, "x", [], []),
-        "form": m.Form("s", {}),
+        "renew": m.Lease(client.session, "l"),
+        "publish": m.Publish(client.session, "l", "x", "h", [], {}),
+        "commit": m.Switch(client.session, "h"),
+        "run": m.Run(client.session, "l", "x", [], []),
+        "form": m.Form("s", {}, {}),
         "has": m.Turn("s", ["x"]),
         "step": m.Turn("s", ["x"]),
+        "promise": m.Switch("s", "h"),
+        "switch": m.Switch("s", "h"),
     }
     peer = client._peers[0]
     if rpc.METHODS[method].stream:
@@ -194,8 +200,10 @@ def test_a_client_may_only_ask(client, method):
 
 
 def test_the_owner_does_not_order_the_parties(owner):
-    with pytest.raises(Exception, match="a owner may not ask for 'form'"):
-        owner._peers[0].ask("form", m.Form("s", {}), m.Empty)
+    orders = {"form": m.Form("s", {}, {}), "promise": m.Switch("s", "h"), "switch": m.Switch("s", "h")}
+    for method, order in orders.items():
+        with pytest.raises(Exception, match=f"a owner may not ask for '{method}'"):
+            owner._peers[1].ask(method, order, m.Empty)
 
 
 def test_what_is_not_of_the_schema_is_refused(client):
@@ -248,8 +256,9 @@ def test_another_program_at_one_party_is_refused_with_the_difference(owner, clie
     array = m.Array(X.shape, "float32")
     for rank, peer in enumerate(owner._peers):
         program = m.Program(programs[rank == 2].code, (array,), (array,), 2, 4)
-        header = m.Publish(owner.session, "affine", "same", weights.names, {"2x4": program})
+        header = m.Publish(owner.session, owner._lease, "affine", "same", weights.names, {"2x4": program})
         peer.send_later("publish", *sent(header)).result()
+    owner._peers[0].ask("commit", m.Switch(owner.session, "same"), m.Empty)
     model = m.Model("same", "", 0, {"2x4": m.Signature((array,), (array,), 2, 4)})
     with pytest.raises(
         secure.SecureError, match=r"party 2 differs from party 0: program '[0-9a-f]+' against '[0-9a-f]+'"
@@ -259,24 +268,11 @@ def test_another_program_at_one_party_is_refused_with_the_difference(owner, clie
     np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
 
 
-def test_another_model_at_one_party_is_refused(owner, client):
-    weights = owner.put(W)
-    program = secure.jit(affine, parties=owner).compile(weights, X)
-    array = m.Array(X.shape, "float32")
-    header = m.Publish(
-        owner.session, "affine", "another", weights.names, {"2x4": m.Program(program.code, (array,), (array,), 2, 4)}
-    )
-    owner._peers[1].send_later("publish", *sent(header)).result()
-    with pytest.raises(secure.SecureError, match="alike: party 1 differs from party 0: put 'another' against '"):
-        ask(client)
-    publish(owner)
-    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
-
-
 def test_a_request_that_one_party_was_not_sent_ends(owner, client):
     name, model = client.find("affine")
     start = time.monotonic()
-    future = owner._peers[0].send_later("run", m.Run(owner.session, "lonely", [], []), streams.of_contents([b""]))
+    header = m.Run(owner.session, owner._lease, "lonely", [], [])
+    future = owner._peers[0].send_later("run", header, streams.of_contents([b""]))
     answer = rpc.decode(future.result(timeout=60), m.Answer)
     assert answer.error is not None
     assert "was not sent this request" in answer.error
@@ -444,48 +440,6 @@ def test_a_slow_party_is_waited_for(parties, client):
         np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
     finally:
         timer.join()
-
-
-def test_kept_shares_survive_a_kill_without_the_owner(running, tmp_path):
-    (tmp_path / "key").write_text(bytes(range(32)).hex())
-    changes = [
-        (f"rank = {rank}\n", f'rank = {rank}\nkeep_shares = "kept{rank}"\nshares_key = "{tmp_path / "key"}"\n')
-        for rank in range(3)
-    ]
-    w = np.linspace(-3, 3, 16, dtype=np.float32).reshape(4, 4)
-    with running(tmp_path / "c", timeout=SHORT, changes=changes) as parties:
-        with parties.connect() as owner:
-            shares = []
-            make = owner._io.make_shares
-            owner._io = types.SimpleNamespace(make_shares=lambda *given: shares.append(make(*given)) or shares[-1])
-            publish(owner, w=w)
-        for rank in range(3):
-            (kept,) = (parties.directory / f"kept{rank}").iterdir()
-            assert all(chunk not in kept.read_bytes() for each in shares for chunk in each[rank].share_chunks)
-        parties.kill(1)
-        parties.start(1)
-        with parties.connect("client") as client:
-            assert parties.events(1, "kept_shares")
-            np.testing.assert_allclose(ask(client), X @ w + 1, atol=1e-3)
-        # Shares of another put at one party are not mixed with these.
-        old = (parties.directory / "kept1" / "affine.shares").read_bytes()
-        with parties.connect() as owner:
-            publish(owner)
-        parties.kill(1)
-        (parties.directory / "kept1" / "affine.shares").write_bytes(old)
-        parties.start(1)
-        with (
-            parties.connect("client") as client,
-            pytest.raises(secure.SecureError, match="do not hold model 'affine' alike: party 1 differs"),
-        ):
-            ask(client)
-        check_served(parties)
-        # A file that is damaged is named before anything else happens.
-        parties.kill(1)
-        (parties.directory / "kept1" / "affine.shares").write_bytes(old[:-1])
-        ended = party_process(parties.cluster, 1)
-        assert ended.returncode == 2
-        assert "affine.shares is damaged, or was written with another key" in ended.stderr
 
 
 class Throttle:

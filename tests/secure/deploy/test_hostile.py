@@ -15,6 +15,7 @@ from hostile import WRAPPED, chunk, good, hostile, meta
 from flaxmpc import secure
 from flaxmpc.secure._spu import load_spu
 from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy import streams
 
 
 def shared(client: secure.Cluster, x: np.ndarray) -> list[m.Share]:
@@ -25,10 +26,8 @@ def shared(client: secure.Cluster, x: np.ndarray) -> list[m.Share]:
 def send(client: secure.Cluster, shares: list[m.Share]) -> list[m.Answer]:
     """Asks `affine` with these, whatever they are."""
     name, model = client.find("affine")
-    request = secrets.token_hex(16)
-    return client._run(
-        "infer", [m.Infer(client.session, request, name, model.hash, "2x4", [share]) for share in shares]
-    )
+    header = m.Infer(client.session, secrets.token_hex(16), name, model.hash, "2x4")
+    return client._run("infer", header, [streams.of_shares({"0": share}) for share in shares])
 
 
 def error_of(call: Callable[..., Any], *args: Any) -> str:
@@ -198,9 +197,9 @@ def test_an_owner_runs_a_program_on_what_it_takes_only(owner, published, inputs,
     weights, program = published
     held = owner.put(X)
     names = {"w": weights.names[0], "x": held.names[0], "y": "y"}
-    message = m.Run(owner.session, secrets.token_hex(16), program.code, [names[name] for name in inputs], list(outputs))
+    header = m.Run(owner.session, owner._lease, secrets.token_hex(16), [names[name] for name in inputs], list(outputs))
     with pytest.raises(secure.SecureError, match=rf"^party 0 can't run this: .*{reason}$"):
-        owner._run("run", [message] * 3)
+        owner._run("run", header, [streams.of_contents([program.code]) for _ in range(3)])
 
 
 def test_parties_that_answer_with_too_little_are_refused(client):

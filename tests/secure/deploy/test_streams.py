@@ -57,7 +57,7 @@ def test_a_model_comes_out_as_it_was_and_its_header_is_small():
         "2x4": m.Program(LARGE, (array,), (array,), 2, 4, {2: b"two", 4: b""}),
         "1x4": m.Program(b"one", (array,), (array,), 1, 4),
     }
-    model = m.Publish("session", "film", "hash", ["w0"], programs)
+    model = m.Publish("session", "lease", "film", "hash", ["w0"], programs)
     header, contents = streams.of_model(model, b"bundle")
     assert len(m.encode(header)) < 500
     assert streams.model(header, streams.of_contents(contents), 1 << 22) == (model, b"bundle")
