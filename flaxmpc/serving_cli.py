@@ -41,7 +41,9 @@ def cluster(
         name: certificate: the client's; letters, digits, "_" and "-".
     """
     from flaxmpc.secure.deploy.cluster import ClusterFile, issue_client, write_local
+    from flaxmpc.secure.deploy.process import hide_memory
 
+    hide_memory()
     if action == "init":
         written = write_local(folder, protocol, timeout_seconds=timeout, allow_insecure_dealer=allow_insecure_dealer)
         print(
@@ -83,8 +85,10 @@ def party(
     """
     from flaxmpc.secure.deploy.cluster import ClusterFile
     from flaxmpc.secure.deploy.host import Host
+    from flaxmpc.secure.deploy.process import hide_memory
     from flaxmpc.secure.deploy.service import serve
 
+    hide_memory()
     serve(Host(ClusterFile.read(cluster), rank, allow_insecure_dealer=allow_insecure_dealer))
 
 
@@ -107,7 +111,9 @@ def put(
     """
     from flaxmpc import secure, serving
     from flaxmpc.models import folder, zoo
+    from flaxmpc.secure.deploy.process import hide_memory
 
+    hide_memory()
     loaded = folder.load(zoo.with_weights(model))
     start = time.perf_counter()
     with secure.Cluster(cluster, "owner") as parties:
@@ -123,7 +129,9 @@ def put(
 def ask(cluster: Path, model: str | None, texts: Sequence[Text], progress: Callable[..., Any]) -> Asked:
     """Asks a model on a cluster; what is answered was opened here and is known to nobody else."""
     from flaxmpc import secure, serving
+    from flaxmpc.secure.deploy.process import hide_memory
 
+    hide_memory()
     with secure.Cluster(cluster, "client") as parties:
         classifier = serving.RemoteClassifier(parties, model)
         before = parties.bytes_sent

@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 
 from flaxmpc.secure import cost
+from flaxmpc.secure.deploy import certificates, monitor, rpc
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import monitor, rpc
 from flaxmpc.secure.deploy.child import WorkerLost
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 from flaxmpc.secure.deploy.kept import KeptShares
@@ -69,6 +69,7 @@ class Host:
             "parties": str(len(cluster.party)),
             **versions(),
         }
+        certificates.check_party(cluster, rank)
         self._metrics: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTED, 0))
         self.tunnel = Tunnel(cluster, rank, self.log)
         self._kept = KeptShares.of(cluster, self.entry)

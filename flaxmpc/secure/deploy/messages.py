@@ -9,7 +9,8 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+\Z")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Facts = dict[str, str]
 
 
@@ -112,7 +113,7 @@ class Model(Message, frozen=True):
     """
 
     hash: str
-    bundle: str
+    bundle: Digest
     bundle_bytes: int
     programs: dict[str, Signature]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import sys
 import threading
 import time
@@ -59,8 +60,11 @@ def serve_monitor(
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if "[" in entry.metrics else socket.AF_INET
+
     try:
-        server = http.server.ThreadingHTTPServer(split(entry.metrics), Handler)
+        server = Server(split(entry.metrics), Handler)
     except OSError as error:
         raise OSError(f"party {entry.rank} can't listen on its metrics {entry.metrics}: {error.strerror}") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -12,7 +12,8 @@ import grpc
 import msgspec
 
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, PartyEntry, split
+from flaxmpc.secure.deploy.certificates import name_of, role_of
+from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, PartyEntry, join, split
 from flaxmpc.secure.deploy.tunnel import fingerprints
 
 if TYPE_CHECKING:
@@ -103,10 +104,12 @@ class Peer:
         """ValueError: a certificate or key is not there."""
         self.entry = entry
         credentials = grpc.ssl_channel_credentials(
-            cluster.read_file(cluster.ca), cluster.read_file(identity.key), cluster.read_file(identity.certificate)
+            cluster.read_file(cluster.ca),
+            cluster.read_file(identity.key, secret=True),
+            cluster.read_file(identity.certificate),
         )
         options = [*_options(cluster), ("grpc.ssl_target_name_override", entry.name)]
-        self._channel = grpc.secure_channel(entry.control, credentials, options)
+        self._channel = grpc.secure_channel(f"dns:///{entry.control}", credentials, options)
         self.bytes_sent = 0
 
     def ask_later(self, method: str, message: m.Message, timeout: float | None = None) -> Any:
@@ -169,15 +172,16 @@ def serve(host: Host) -> grpc.Server:
         """By certificate: parties by the very one, owner and clients by its common name. Refused: a client shut out."""
         auth: Mapping[str, Sequence[bytes]] = context.auth_context()  # pyright: ignore[reportAssignmentType]
         pem = auth.get("x509_pem_cert", [b""])[0].decode("ascii")
-        rank = pinned.get(ssl.PEM_cert_to_DER_cert(pem.strip()))
+        der = ssl.PEM_cert_to_DER_cert(pem.strip())
+        rank = pinned.get(der)
         if rank is not None:
             return "leader" if rank == 0 else "party"
-        name = auth.get("x509_common_name", [b""])[0].decode("utf-8", "replace")
-        kind = name.partition(".")[0]
+        name = name_of(der)
+        kind = role_of(name)
         if kind == "client" and cluster.clients is not None and name not in cluster.clients:
             reason = f"{name!r} is not one of the clients that {cluster.path.name} allows"
             raise Refused(grpc.StatusCode.PERMISSION_DENIED, reason)
-        return kind if kind in ("owner", "client") else ""
+        return kind
 
     def guarded(name: str, method: Method, context: grpc.ServicerContext, call: Callable[[], Any]) -> Any:
         caller = ""
@@ -229,14 +233,14 @@ def serve(host: Host) -> grpc.Server:
     server = grpc.server(ThreadPoolExecutor(2 * cluster.limits.queue + 16), options=_options(cluster))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     credentials = grpc.ssl_server_credentials(
-        [(cluster.read_file(entry.key), cluster.read_file(entry.certificate))],
+        [(cluster.read_file(entry.key, secret=True), cluster.read_file(entry.certificate))],
         root_certificates=cluster.read_file(cluster.ca),
         require_client_auth=True,
     )
-    address, port = split(entry.control)
+    host_name, port = split(entry.control)
     logging.getLogger("grpc").setLevel(logging.CRITICAL)  # an aborted call is logged here already
     try:
-        bound = server.add_secure_port(f"{entry.listen or address}:{port}", credentials)
+        bound = server.add_secure_port(join(entry.listen or host_name, port), credentials)
     except RuntimeError as error:
         raise OSError(f"party {entry.rank} can't listen on its control {entry.control}: is the port taken?") from error
     if not bound:

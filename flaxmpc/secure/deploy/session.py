@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import socket
-import tempfile
 import threading
 from collections.abc import Callable
 
@@ -84,7 +83,6 @@ class Sessions:
         self._log = log
         self._metrics = metrics
         self._load = load
-        self._directory = tempfile.TemporaryDirectory(prefix="flaxmpc-party-")
         self._lock = threading.Lock()
         self._forming = threading.Lock()
         self._joining: WorkerProcess | None = None
@@ -141,7 +139,7 @@ class Sessions:
                 own = f"127.0.0.1:{free.getsockname()[1]}"
             addresses = tuple(self._tunnel.entrances.get(rank, own) for rank in range(len(self._cluster.party)))
             self._tunnel.link = own
-            worker = self._joining = WorkerProcess(self._directory.name, self._cluster.parties_beside(self._rank))
+            worker = self._joining = WorkerProcess(self._cluster.parties_beside(self._rank))
             if session_id == self._given_up:
                 worker.kill()
             config, timeout = self._cluster.config, self._cluster.timeout_seconds
@@ -190,4 +188,3 @@ class Sessions:
         """Ends the worker, without a word to anyone."""
         if self._session is not None:
             self._session.worker.kill()
-        self._directory.cleanup()
