@@ -30,6 +30,7 @@ FILE_NAME = "cluster.toml"
 Address = Annotated[str, Meta(pattern=r"^([^\s:/\[\]]+|\[[^\s/\[\]]+\]):[0-9]{1,5}\Z")]
 Positive = Annotated[int, Meta(ge=1, le=1 << 30)]
 Seconds = Annotated[float, Meta(ge=1, le=3600)]
+FileName = Annotated[str, Meta(pattern=r"^[^\0]+\Z")]
 ClientName = Annotated[str, Meta(pattern=rf"^{CLIENT}\Z")]
 
 
@@ -55,12 +56,12 @@ class PartyEntry(_Table, frozen=True):
     rank: Annotated[int, Meta(ge=0)]
     control: Address
     link: Address
-    certificate: str
-    key: str
+    certificate: FileName
+    key: FileName
     metrics: Address | None = None
     listen: Annotated[str, Meta(pattern=r"^[^\s/\[\]]+\Z")] | None = None
-    keep_shares: str | None = None
-    shares_key: str | None = None
+    keep_shares: FileName | None = None
+    shares_key: FileName | None = None
 
     @property
     def name(self) -> str:
@@ -76,8 +77,8 @@ class PartyEntry(_Table, frozen=True):
 class Identity(_Table, frozen=True):
     """Certificate and private key file of the owner or a client, where they are at hand."""
 
-    certificate: str
-    key: str
+    certificate: FileName
+    key: FileName
 
 
 class Limits(_Table, frozen=True):
@@ -115,7 +116,7 @@ class ClusterFile(_Table, frozen=True):
     """
 
     protocol: str
-    ca: str
+    ca: FileName
     party: tuple[PartyEntry, ...]
     ring: str = "FM64"
     fraction_bits: int = 18

@@ -20,11 +20,7 @@ def read(path: Path, *, secret: bool = False) -> bytes:
         OSError: it is not there, or may not be read.
         ValueError: it is another thing than a file (a pipe would never end), or larger, or others may change it.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError as error:  # a name with a NUL
-        raise ValueError(f"{str(path)!r} is no file's name: {error}") from error
-    with os.fdopen(descriptor, "rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path} is not a file")
