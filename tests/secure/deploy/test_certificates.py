@@ -3,6 +3,7 @@
 import datetime
 import os
 import shutil
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -104,7 +105,7 @@ def anew(folder, name, authority, **how) -> None:
     authority.issue(folder, name, **how)
 
 
-def key_of(folder, name):
+def key_of(folder, name) -> Any:
     return serialization.load_pem_private_key((folder / f"{name}.key").read_bytes(), None)
 
 
