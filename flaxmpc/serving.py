@@ -26,6 +26,7 @@ from flaxmpc.models.config import BertConfig
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.models.tokenizer import save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
+from flaxmpc.secure import cache
 from flaxmpc.secure.deploy import messages as m
 
 # Of `logits_and_size`; a calibrated LayerNorm leaves 1 within some hundredths.
@@ -99,6 +100,15 @@ def _bundle(classifier: SecureClassifier) -> bytes:
         return msgspec.msgpack.encode({name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))})
 
 
+def _holds(folder: Path, digest: str) -> bool:
+    """Whether a folder of the cache holds the files of the bundle with this digest, and no others."""
+    try:
+        files = {name: cache.content_of(folder / name) for name in sorted(os.listdir(folder))}
+    except OSError:
+        return False
+    return m.digest(msgspec.msgpack.encode(files)) == digest
+
+
 def _unpack(bundle: bytes, folder: Path) -> None:
     """Writes a bundle's files; ValueError if it is none."""
     try:
@@ -108,10 +118,11 @@ def _unpack(bundle: bytes, folder: Path) -> None:
     if strange := sorted(set(files) - _BUNDLE_FILES):
         raise ValueError(f"the model's bundle holds a file {strange[0]!r}")
     temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}")  # not by tempfile: others may read a cache
-    temporary.mkdir(parents=True)
+    cache.make_folder(folder.parent)
+    cache.make_folder(temporary)
     try:
         for name, content in files.items():
-            (temporary / name).write_bytes(content)
+            cache.write_new(temporary / name, content)
         os.rename(temporary, folder)
     except OSError:
         shutil.rmtree(temporary)
@@ -159,7 +170,8 @@ class RemoteClassifier(Classifier):
         """What a client needs of the model."""
         with tempfile.TemporaryDirectory() as own:
             folder = (secure.cache_dir() or Path(own)) / "bundles" / self.model.bundle
-            if not folder.is_dir():
+            if not _holds(folder, self.model.bundle):
+                shutil.rmtree(folder, ignore_errors=True)
                 bundle = self.parties.bundle(self.name, self.model)
                 try:
                     _unpack(bundle, folder)

@@ -42,7 +42,9 @@ def cluster(
         name: certificate: the client's; letters, digits, "_" and "-".
     """
     from flaxmpc.secure.deploy.cluster import ClusterFile, issue_client, write_local
+    from flaxmpc.secure.deploy.process import hide_memory
 
+    hide_memory()
     if action == "init":
         written = write_local(folder, protocol, timeout_seconds=timeout, allow_insecure_dealer=allow_insecure_dealer)
         print(
@@ -85,8 +87,10 @@ def party(
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it logs what others send, without end, and reads this when loaded
     from flaxmpc.secure.deploy.cluster import ClusterFile
     from flaxmpc.secure.deploy.host import Host
+    from flaxmpc.secure.deploy.process import hide_memory
     from flaxmpc.secure.deploy.service import serve
 
+    hide_memory()
     serve(Host(ClusterFile.read(cluster), rank, allow_insecure_dealer=allow_insecure_dealer))
 
 
@@ -109,7 +113,9 @@ def put(
     """
     from flaxmpc import secure, serving
     from flaxmpc.models import folder, zoo
+    from flaxmpc.secure.deploy.process import hide_memory
 
+    hide_memory()
     loaded = folder.load(zoo.with_weights(model))
     start = time.perf_counter()
     with secure.Cluster(cluster, "owner") as parties:
@@ -125,7 +131,9 @@ def put(
 def ask(cluster: Path, model: str | None, texts: Sequence[Text], progress: Callable[..., Any]) -> Asked:
     """Asks a model on a cluster; what is answered was opened here and is known to nobody else."""
     from flaxmpc import secure, serving
+    from flaxmpc.secure.deploy.process import hide_memory
 
+    hide_memory()
     with secure.Cluster(cluster, "client") as parties:
         classifier = serving.RemoteClassifier(parties, model)
         before = parties.bytes_sent

@@ -251,6 +251,34 @@ def test_a_bundle_holds_the_tokenizer_that_the_model_has(loaded, group, tmp_path
     assert [path.name for path in (tmp_path / "bundles").iterdir()] == ["one"]
 
 
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_bundle_that_was_changed_in_the_cache_is_fetched_anew(parties, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path))
+    fetched = []
+    fetch = secure.Cluster.bundle
+    monkeypatch.setattr(secure.Cluster, "bundle", lambda *given: fetched.append(given) or fetch(*given))
+    with parties.connect("client") as client:
+        for count, spoil in (
+            (1, lambda path: None),
+            (1, lambda path: replace(path / "tokenizer.json", '"good"', '"evil"')),
+            (2, lambda path: (path / "model.safetensors").write_bytes(b"more")),
+            (3, lambda path: (path / "config.json").chmod(0o666)),
+            (4, lambda path: (path / "config.json").unlink()),
+            (5, lambda path: None),
+            (5, lambda path: None),
+        ):
+            serving.RemoteClassifier(client, "tiny")
+            assert len(fetched) == count
+            (path,) = (tmp_path / "bundles").iterdir()
+            assert path.name == client.find("tiny")[1].bundle
+            spoil(path)
+
+
 def test_a_client_does_without_a_cache(parties, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     for cache in (None, tmp_path / "file" / "cache"):

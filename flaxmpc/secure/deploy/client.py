@@ -53,14 +53,16 @@ class Cluster(Parties):
             role: "owner" may store values, run functions and publish models; "client" may ask models.
 
         Raises:
-            ValueError: the file says something that is not allowed, or names no certificate for the role.
+            ValueError: the file says something that is not allowed, names no certificate for the role, or one that is
+                not right.
             SecureError: a party can't be reached, or the group did not form, within the file's timeout_seconds.
         """
-        from flaxmpc.secure.deploy import rpc
+        from flaxmpc.secure.deploy import certificates, rpc
         from flaxmpc.secure.deploy.cluster import ClusterFile
 
         self.cluster = cluster if isinstance(cluster, ClusterFile) else ClusterFile.read(cluster)
         identity = self.cluster.identity(role)
+        certificates.check_identity(self.cluster, role)
         super().__init__(self.cluster.config)
         self._peers = [rpc.Peer(self.cluster, identity, entry) for entry in self.cluster.party]
         self._doomed: collections.deque[str] = collections.deque()

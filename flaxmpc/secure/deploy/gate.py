@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import re
 import resource
 import socket
 import ssl
@@ -14,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple
 
+from flaxmpc.secure.deploy.certificates import role_of
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 from flaxmpc.secure.deploy.connection import Plain, Secure, accept, connect, listen, relay
 
@@ -87,9 +87,7 @@ def tls(cluster: ClusterFile, own: PartyEntry, purpose: int, *spoken: str) -> ss
 
 def by_name(_: bytes, names: list[str]) -> str:
     """The role of an owner or a client, by its certificate's common name."""
-    if names == [_OWNER]:
-        return "owner"
-    return "client" if len(names) == 1 and re.fullmatch(r"client(\.[\w\-]+)?", names[0], re.ASCII) else ""
+    return role_of(names[0]) if len(names) == 1 else ""
 
 
 def by_certificate(cluster: ClusterFile, rank: int) -> Callable[[bytes, list[str]], str | None]:

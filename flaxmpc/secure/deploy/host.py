@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 
 from flaxmpc.secure import cost
+from flaxmpc.secure.deploy import certificates, monitor, rpc, shares, streams
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import monitor, rpc, shares, streams
 from flaxmpc.secure.deploy.child import WorkerLost
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 from flaxmpc.secure.deploy.held import Model
@@ -72,6 +72,7 @@ class Host:
             "parties": str(len(cluster.party)),
             **versions(),
         }
+        certificates.check_party(cluster, rank)
         self._metrics: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTED, 0))
         self.tunnel = Tunnel(cluster, rank, monitor.limited(self.log))
         kept = KeptShares.of(cluster, self.entry)

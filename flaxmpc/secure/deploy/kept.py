@@ -73,13 +73,17 @@ class KeptShares:
 
     @classmethod
     def of(cls, cluster: ClusterFile, entry: PartyEntry) -> KeptShares | None:
-        """What cluster.toml says of a party. ValueError: no key, or none of 64 hex digits; or see above."""
+        """What cluster.toml says of a party. Takes the key from the environment, so that no child process has it.
+
+        Raises:
+            ValueError: no key, none of 64 hex digits, or one that nobody drew at random; or see above.
+        """
+        text, source = os.environ.pop(KEY_VARIABLE, None), KEY_VARIABLE
         if entry.keep_shares is None:
             return None
         if entry.shares_key is not None:
-            text, source = cluster.read_file(entry.shares_key).decode("ascii", "replace"), entry.shares_key
-        else:
-            text, source = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
+            content = cluster.read_file(entry.shares_key, secret=True)
+            text, source = content.decode("ascii", "replace"), entry.shares_key
         if text is None:
             raise ValueError(
                 f"party {entry.rank} keeps its shares in {entry.keep_shares}, but has no key for them: "
@@ -91,6 +95,8 @@ class KeptShares:
             key = b""
         if len(key) != 32:
             raise ValueError(f"{source} holds no key of 64 hex digits, as `openssl rand -hex 32` makes")
+        if not _drawn(key):
+            raise ValueError(f"{source} holds a key that can be guessed: make one with `openssl rand -hex 32`")
         return cls(cluster.file(entry.keep_shares), key)
 
     def stage(self, header: m.Publish, bundle: bytes, weights: Iterable[m.Put]) -> None:
@@ -204,6 +210,12 @@ def _pieces(records: Iterable[bytes], count: int) -> Iterator[tuple[bytes, bytes
         for start in range(0, max(1, len(record)), _PIECE):
             ends = start + _PIECE >= len(record)
             yield record[start : start + _PIECE], _MORE if not ends else _RECORD if number < count else _FILE
+
+
+def _drawn(key: bytes) -> bool:
+    """Whether 32 bytes may be random: such, and the steps between them, have 30 different values, all but never 15."""
+    steps = {(after - before) % 256 for before, after in itertools.pairwise(key)}
+    return min(len({*key}), len(steps)) > 15
 
 
 def _nonce(number: int) -> bytes:

@@ -10,7 +10,8 @@ import msgspec
 from msgspec import Meta
 
 Positive = Annotated[int, Meta(ge=1)]
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+\Z")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Facts = dict[str, str]
 
 
@@ -113,7 +114,7 @@ class Model(Message, frozen=True):
     """
 
     hash: str
-    bundle: str
+    bundle: Digest
     bundle_bytes: int
     programs: dict[str, Signature]
 

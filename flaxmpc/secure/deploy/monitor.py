@@ -96,8 +96,11 @@ def serve_monitor(
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
+    class Server(_Server):
+        address_family = socket.AF_INET6 if "[" in entry.metrics else socket.AF_INET
+
     try:
-        server = _Server(split(entry.metrics), Handler)
+        server = Server(split(entry.metrics), Handler)
     except OSError as error:
         raise OSError(f"party {entry.rank} can't listen on its metrics {entry.metrics}: {error.strerror}") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -117,14 +117,16 @@ class Peer:
         """ValueError: a certificate or key is not there."""
         self.entry = entry
         credentials = grpc.ssl_channel_credentials(
-            cluster.read_file(cluster.ca), cluster.read_file(identity.key), cluster.read_file(identity.certificate)
+            cluster.read_file(cluster.ca),
+            cluster.read_file(identity.key, secret=True),
+            cluster.read_file(identity.certificate),
         )
         party = isinstance(identity, PartyEntry)
         options = [
             *_options(cluster, _MESSAGE if party else _largest(cluster)),
             ("grpc.ssl_target_name_override", entry.name),
         ]
-        self._channel = grpc.secure_channel(entry.link if party else entry.control, credentials, options)
+        self._channel = grpc.secure_channel(f"dns:///{entry.link if party else entry.control}", credentials, options)
         self.bytes_sent = 0
 
     def ask_later(self, method: str, message: m.Message, timeout: float | None = None) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 
@@ -61,7 +60,6 @@ class Sessions:
         self._metrics = metrics
         self._kept = kept
         self._load = load
-        self._directory = tempfile.TemporaryDirectory(prefix="flaxmpc-party-")
         self._lock = threading.Lock()
         self._forming = threading.Lock()
         self._joining: WorkerProcess | None = None
@@ -123,7 +121,7 @@ class Sessions:
                 own = f"127.0.0.1:{free.getsockname()[1]}"
             addresses = tuple(self._tunnel.entrances.get(rank, own) for rank in range(len(self._cluster.party)))
             self._tunnel.link = own
-            worker = self._joining = WorkerProcess(self._directory.name, self._cluster.parties_beside(self._rank))
+            worker = self._joining = WorkerProcess(self._cluster.parties_beside(self._rank))
             if session_id == self._given_up:
                 worker.kill()
             config, timeout = self._cluster.config, self._cluster.timeout_seconds
@@ -186,4 +184,3 @@ class Sessions:
         session, self._session = self._session, None
         if session is not None:
             session.worker.kill()
-        self._directory.cleanup()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from flaxmpc.secure._spu import SecureError, load_spu, recorded_log
 from flaxmpc.secure.cost import Profile
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy import shares
+from flaxmpc.secure.deploy.process import hide_memory
 from flaxmpc.secure.deploy.signature import Signature, differing
 from flaxmpc.secure.party import Party
 from flaxmpc.secure.protocol import Config
@@ -173,8 +175,9 @@ class Worker:
 
 def main() -> None:
     """Serves the supervisor at a pipe until it closes. Arguments: its file descriptor, a directory to work in."""
-    pipe = Connection(int(sys.argv[1]))
-    os.chdir(sys.argv[2])  # SEMI2K leaves files in the working directory
+    hide_memory()
+    pipe, directory = Connection(int(sys.argv[1])), sys.argv[2]
+    os.chdir(directory)  # SEMI2K leaves files in the working directory
     commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def read() -> None:
@@ -183,6 +186,7 @@ def main() -> None:
             while True:
                 commands.put(pipe.recv_bytes())
         except (EOFError, OSError):
+            shutil.rmtree(directory, ignore_errors=True)
             os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()

@@ -26,8 +26,8 @@ from clusters import ROOT, SHORT, TIMEOUT, W, X, affine, ask, check_served, publ
 
 from flaxmpc import secure
 from flaxmpc.secure._spu import load_spu
+from flaxmpc.secure.deploy import certificates, rpc, streams
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import rpc, streams
 from flaxmpc.secure.deploy.certificates import Authority
 from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, issue_client, split, write_local
 
@@ -661,7 +661,8 @@ def test_without_a_certificate_there_is_no_way_in(parties):
 
 
 @pytest.mark.parametrize("how", ["wrong CA", "expired"])
-def test_a_client_with_a_wrong_certificate_is_refused(parties, owner, strangers, tmp_path, how):
+def test_a_client_with_a_wrong_certificate_is_refused(parties, owner, strangers, tmp_path, how, monkeypatch):
+    monkeypatch.setattr(certificates, "check_identity", lambda *_: None)  # it would not even try
     short = msgspec.structs.replace(parties.cluster, timeout_seconds=1.0)
     if how == "wrong CA":
         stem = strangers["wrong CA"].with_name("client")
@@ -685,14 +686,18 @@ def test_a_party_with_a_wrong_certificate_is_refused(mortal, which):
         stem.parent.mkdir()
         Authority.read(mortal.directory).issue(stem.parent, "party2", server=True, valid=-datetime.timedelta(minutes=5))
     else:
-        stem = mortal.directory / "party1"
+        stem = mortal.directory / "misled" / "party2"
+        stem.parent.mkdir()
+        for suffix in (".pem", ".key"):
+            shutil.copy(mortal.directory / f"party1{suffix}", stem.with_suffix(suffix))
+    careless = "from flaxmpc.secure.deploy import certificates\ncertificates.check_party = lambda *_: None"
     other = mortal.changed(
         "other.toml",
         ('"party2.pem"', f'"{stem.with_suffix(".pem")}"'),
         ('"party2.key"', f'"{stem.with_suffix(".key")}"'),
     )
     # Where it is expired all parties name it, and so does the owner: it is refused for its age alone.
-    mortal.restart(*((0, 1, 2) if which == "expired" else (2,)), path=other.path)
+    mortal.restart(*((0, 1, 2) if which == "expired" else (2,)), path=other.path, code=careless)
     mortal.wait_for(2, "serving")
     refused_within(mortal, r"party 2 at \S+ can't be reached: its TLS certificate or ours is refused")
     with contextlib.suppress(OSError), socket.create_connection(split(mortal.cluster.party[0].link), 5) as plain:
@@ -720,7 +725,22 @@ def test_a_client_that_is_not_in_the_list_is_refused(parties, client):
                 secure.Cluster(short, "client")
 
 
-def test_another_authority_at_a_client_is_noticed(parties, strangers):
+def test_a_role_is_the_whole_of_its_name(parties, tmp_path):
+    """The authority signed them; but what only begins like a role, or hides a second name, is nobody."""
+    authority = Authority.read(parties.directory)
+    names = ("owner.bob", "owner\n", "Owner", "client\n", "client.alice\n", "client.", "clients", "leader", "party0")
+    for name in names:
+        authority.issue(tmp_path, name, server=False)
+        identity = Identity(certificate=str(tmp_path / f"{name}.pem"), key=str(tmp_path / f"{name}.key"))
+        peer = rpc.Peer(parties.cluster, identity, parties.cluster.party[1])
+        for method, message in (("status", m.Empty()), ("delete", m.Names("s", [])), ("bundle", m.Names("s", []))):
+            with pytest.raises(Exception, match=f"a stranger may not ask for '{method}'"):
+                peer.ask(method, message, m.Empty, timeout=10)
+        peer.close()
+
+
+def test_another_authority_at_a_client_is_noticed(parties, strangers, monkeypatch):
+    monkeypatch.setattr(certificates, "check_identity", lambda *_: None)  # it would not even try
     other = msgspec.structs.replace(
         parties.cluster, timeout_seconds=1.0, ca=str(strangers["wrong CA"].with_name("ca.pem"))
     )
@@ -761,8 +781,14 @@ def test_a_party_that_allows_it_says_what_that_means(tmp_path):
 
 @pytest.mark.parametrize("protocol", ["SEMI2K", "CHEETAH"])
 def test_two_parties(running, tmp_path, protocol):
-    with running(tmp_path / "c", protocol=protocol, timeout=20) as parties:
+    """With SEMI2K over IPv6 too, where this machine has that."""
+    changes = []
+    if protocol == "SEMI2K":
+        with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+            changes = [("127.0.0.1", "[::1]")]
+    with running(tmp_path / "c", protocol=protocol, timeout=20, changes=changes) as parties:
         check_served(parties)
+        assert parties.metrics(1)["flaxmpc_ready"] == 1
         if protocol == "SEMI2K":
             with parties.connect() as owner:
                 resident = owner.put(np.eye(64, dtype=np.float32))

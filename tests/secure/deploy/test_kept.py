@@ -1,8 +1,11 @@
+import hashlib
 import os
 import random
+import secrets
 import socket
 import stat
 import tracemalloc
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -11,7 +14,7 @@ from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile, write_local
 from flaxmpc.secure.deploy.kept import KEY_VARIABLE, KeptShares
 
-KEY = bytes(range(32))
+KEY = hashlib.sha256(b"a key").digest()
 SHARES = [m.Put(f"w{i}", m.Share(b"meta", [bytes([65 + i]) * 5000, b"z"])) for i in range(3)]
 HEADER = m.Publish("session", "lease", "film", "hash", ["w0", "w1", "w2"], {})
 
@@ -215,10 +218,57 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert kept is not None
     kept.stage(HEADER, b"", SHARES)
     kept.commit("film", "hash")
+    assert KEY_VARIABLE not in os.environ  # nor in that of a worker
     (cluster.path.parent / "key").write_text(KEY.hex() + "\n")
+    (cluster.path.parent / "key").chmod(0o600)
     cluster.path.write_text(text.replace("rank = 1\n", 'rank = 1\nkeep_shares = "kept"\nshares_key = "key"\n'))
     cluster = ClusterFile.read(cluster.path)
-    monkeypatch.delenv(KEY_VARIABLE)
     again = KeptShares.of(cluster, cluster.party[1])
     assert again is not None
     assert again.models == {"film": "hash"}
+
+
+@pytest.mark.parametrize(
+    "guessed", [bytes(32), b"\xff" * 32, b"0123456789abcdef" * 2, bytes(range(32)), bytes(range(64, 0, -2))]
+)
+def test_a_key_that_nobody_drew_is_refused(tmp_path, monkeypatch, guessed):
+    cluster = keeping(tmp_path, "")
+    monkeypatch.setenv(KEY_VARIABLE, guessed.hex())
+    with pytest.raises(ValueError, match=f"^{KEY_VARIABLE} holds a key that can be guessed: make one with `openssl"):
+        KeptShares.of(cluster, cluster.party[1])
+    assert not (tmp_path / "kept").exists()
+
+
+def test_drawn_keys_are_right(tmp_path, monkeypatch):
+    cluster = keeping(tmp_path, "")
+    for _ in range(1000):
+        monkeypatch.setenv(KEY_VARIABLE, secrets.token_hex(32))
+        assert KeptShares.of(cluster, cluster.party[1]) is not None
+
+
+def test_a_key_file_is_its_owners_only(tmp_path):
+    cluster = keeping(tmp_path, 'shares_key = "key"')
+    path = cluster.file("key")
+    path.write_text(KEY.hex())
+    path.chmod(0o644)
+    with pytest.raises(ValueError, match=r"key is secret, but others may read it \(mode 0644\): chmod 600 \S+key$"):
+        KeptShares.of(cluster, cluster.party[1])
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    with pytest.raises(ValueError, match=r"key is not a file$"):
+        KeptShares.of(cluster, cluster.party[1])
+
+
+def test_the_key_is_taken_from_the_environment_by_those_who_keep_nothing_too(tmp_path, monkeypatch):
+    cluster = keeping(tmp_path, "")
+    monkeypatch.setenv(KEY_VARIABLE, KEY.hex())
+    assert KeptShares.of(cluster, cluster.party[0]) is None
+    assert KEY_VARIABLE not in os.environ
+
+
+def keeping(folder: Path, line: str) -> ClusterFile:
+    """A cluster whose party 1 keeps its shares in `folder`, with a further line."""
+    cluster = write_local(folder / "c")
+    text = cluster.path.read_text().replace("rank = 1\n", f'rank = 1\nkeep_shares = "{folder / "kept"}"\n{line}\n')
+    cluster.path.write_text(text)
+    return ClusterFile.read(cluster.path)

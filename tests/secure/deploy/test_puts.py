@@ -203,7 +203,8 @@ def test_a_put_that_one_party_does_not_hold_is_refused_by_all(settled, owner, cl
 @pytest.fixture(scope="module")
 def keeping(running, tmp_path_factory):
     directory = tmp_path_factory.mktemp("keeping")
-    (directory / "key").write_text(bytes(range(32)).hex())
+    (directory / "key").write_text(os.urandom(32).hex())
+    (directory / "key").chmod(0o600)
     changes = [
         (f"rank = {rank}\n", f'rank = {rank}\nkeep_shares = "kept{rank}"\nshares_key = "{directory / "key"}"\n')
         for rank in range(3)

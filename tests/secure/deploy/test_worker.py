@@ -27,12 +27,12 @@ FACTS = {"session": "s"}
 class Workers:
     """Three of them, joined over loopback; their supervisors are this."""
 
-    def __init__(self, directory: str):
+    def __init__(self):
         with contextlib.ExitStack() as free:
             servers = [free.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
             addresses = tuple(f"127.0.0.1:{server.getsockname()[1]}" for server in servers)
         config = Config()
-        self.processes = [WorkerProcess(directory, 3) for _ in range(3)]
+        self.processes = [WorkerProcess(3) for _ in range(3)]
         session = secrets.token_hex(16)
         joins = [m.Join(addresses, rank, session, "ABY3", "FM64", 18, "taylor", 60_000, FACTS) for rank in range(3)]
         assert [answer.error for answer in self.each(joins)] == [None] * 3
@@ -71,8 +71,8 @@ class Workers:
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory) -> Iterator[Workers]:
-    started = Workers(str(tmp_path_factory.mktemp("workers")))
+def workers() -> Iterator[Workers]:
+    started = Workers()
     started.put("o.w", W)
     yield started
     for process in started.processes:
