@@ -80,6 +80,7 @@ class Limits(_Table, frozen=True):
         max_length: tokens of a sentence.
         max_request_bytes: shares of a request, or of one value of a model.
         queue: requests that wait or run.
+        calls_per_client: those of them that one client may have.
     """
 
     max_batch: Positive = 32
@@ -87,6 +88,7 @@ class Limits(_Table, frozen=True):
     max_length: Positive = 512
     max_request_bytes: Positive = 256 << 20
     queue: Positive = 64
+    calls_per_client: Positive = 16
 
 
 class ClusterFile(_Table, frozen=True):
@@ -100,6 +102,8 @@ class ClusterFile(_Table, frozen=True):
         models: names that an owner may put; None allows any.
         clients: common names of the certificates that may ask, "client" or "client.NAME"; None allows any of the
             authority's.
+        programs: file of the digests of programs that a party approved, see `flaxmpc.secure.deploy.programs`; None
+            allows any.
         timeout_seconds: the bound on waiting for a party that is absent or silent.
         allow_insecure_dealer: whether SEMI2K, which hides nothing from party 0, is allowed.
         path: where the file was read.
@@ -115,6 +119,7 @@ class ClusterFile(_Table, frozen=True):
     client: Identity | None = None
     models: tuple[str, ...] | None = None
     clients: tuple[ClientName, ...] | None = None
+    programs: str | None = None
     timeout_seconds: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     allow_insecure_dealer: bool = False
     limits: Limits = Limits()
@@ -271,6 +276,7 @@ def write_local(
         'ca = "ca.pem"',
         '# models = ["NAME"]  # what an owner may put; without this line anything',
         '# clients = ["client", "client.NAME"]  # who may ask; without this line all that have a certificate',
+        '# programs = "programs.txt"  # what `flaxmpc approve` wrote: models of other programs are refused',
         f"allow_insecure_dealer = {str(allow_insecure_dealer).lower()}",
         "",
         "[limits]",

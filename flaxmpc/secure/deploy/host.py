@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from flaxmpc.secure.deploy.child import WorkerLost
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 from flaxmpc.secure.deploy.kept import KeptShares
 from flaxmpc.secure.deploy.leader import Leader
+from flaxmpc.secure.deploy.programs import Approved
 from flaxmpc.secure.deploy.rpc import Refused
 from flaxmpc.secure.deploy.session import Model, Session, Sessions
 from flaxmpc.secure.deploy.tunnel import Tunnel
@@ -71,6 +73,9 @@ class Host:
         }
         self._metrics: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTED, 0))
         self.tunnel = Tunnel(cluster, rank, self.log)
+        self._approved = Approved.of(cluster)
+        if self._approved is not None:
+            self._approved.digests()  # what can't be read is said at once
         self._kept = KeptShares.of(cluster, self.entry)
         self.sessions = Sessions(
             cluster, rank, self._facts, self.tunnel, self.log, self._metrics, self._load if self._kept else None
@@ -182,6 +187,7 @@ class Host:
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"model {header.name!r} may not be put here: {self.cluster.path.name} allows {', '.join(allowed)}",
             )
+        self._check_approved(header)
         for name, program in header.programs.items():
             if program.batch > limits.max_batch or program.length > limits.max_length:
                 raise Refused(
@@ -195,6 +201,22 @@ class Host:
                     grpc.StatusCode.INVALID_ARGUMENT,
                     f"program {name} joins {most} requests of {program.batch} sentences, "
                     f"the limit is max_batch_sentences {limits.max_batch_sentences}",
+                )
+
+    def _check_approved(self, header: m.Publish) -> None:
+        if self._approved is None:
+            return
+        try:
+            digests = self._approved.digests()
+        except ValueError as error:
+            raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f"party {self.rank} takes no model: {error}") from error
+        for name, program in header.programs.items():
+            if program.digest not in digests:
+                raise Refused(
+                    grpc.StatusCode.PERMISSION_DENIED,
+                    f"party {self.rank} has not approved program {name} of model {header.name!r} "
+                    f"({program.digest[:16]}): who runs it says `flaxmpc approve` on the model's folder, or its "
+                    "config.json alone, with the same --lengths, --batches, [limits] and versions",
                 )
 
     def _load(self, session: Session) -> None:
@@ -216,7 +238,8 @@ class Host:
     def run(self, message: m.Run, context: grpc.ServicerContext) -> m.Answer:
         session = self.sessions.require(message.session)
         inputs, outputs = ([f"o.{name}" for name in names] for names in (message.inputs, message.outputs))
-        request = Request(message.id, "run", "", {1: message.code}, inputs, outputs)
+        key = m.Key(rpc.caller_of(context), message.id)
+        request = Request(key, "run", "", {1: message.code}, inputs, outputs)
         answer = self._await(session, request, context)
         if answer.error is None:
             session.stored.update(outputs)
@@ -249,12 +272,12 @@ class Host:
                 grpc.StatusCode.INVALID_ARGUMENT, f"{len(message.inputs)} inputs, {len(program.inputs)} are needed"
             )
         request = Request(
-            message.id,
+            m.Key(rpc.caller_of(context), message.id),
             f"{message.model}/{message.program}",
             model.public.hash,
             {1: program.code, **program.joint},
             model.weights,
-            [f"r.{message.id}.o{i}" for i in range(len(program.outputs))],
+            [f"o{i}" for i in range(len(program.outputs))],
             message.inputs,
         )
         return self._await(session, request, context)
@@ -276,11 +299,14 @@ class Host:
             session.turns.abandon(request, "the caller went away")
 
         session.turns.add(request)
-        if not context.add_callback(gone):
-            gone()
-        if self.leader is not None:
-            self.leader.announce(session, request)
-        answer = request.answer.result()
+        try:
+            if not context.add_callback(gone):
+                gone()
+            if self.leader is not None:
+                self.leader.announce(session, request)
+            answer = session.turns.wait(request)
+        finally:
+            gone()  # whatever went wrong, it waits no longer
         self._metrics["requests_total"] += 1
         self._metrics["failures_total"] += answer.error is not None
         return answer
@@ -297,19 +323,27 @@ class Host:
         self.sessions.start(message.session)
         return m.Empty()
 
-    def has(self, message: m.Turn) -> m.Empty:
+    def has(self, message: m.Turn, context: grpc.ServicerContext) -> m.Empty:
         """Party 0 asks whether requests came here too: a caller sends to all parties at the same time."""
         session = self.sessions.require(message.session)
+        gone = threading.Event()
+
+        def stop() -> None:
+            gone.set()
+            session.turns.wake()
+
+        if not context.add_callback(stop):
+            stop()
         end = time.monotonic() + self.cluster.timeout_seconds / 2
-        for id_ in message.ids:
-            if not session.turns.has(id_, max(0.0, end - time.monotonic())):
+        for key in message.requests:
+            if not session.turns.has(key, max(0.0, end - time.monotonic()), gone):
                 raise Refused(grpc.StatusCode.NOT_FOUND, f"party {self.rank} was not sent this request")
         return m.Empty()
 
     def step(self, message: m.Turn) -> m.Answer:
         """Party 0 says whose turn it is."""
         session = self.sessions.require(message.session)
-        requests = session.turns.named(message.ids)
+        requests = session.turns.named(message.requests, message.waiting)
         answer = self._execute(session, requests)
         if answer.error is not None and len(requests) > 1:
             session.turns.separate(requests)

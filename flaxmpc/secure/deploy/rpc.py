@@ -58,7 +58,7 @@ METHODS = {
     "bundle": Method(_CLIENT, m.Names, "out"),
     "infer": Method(_CLIENT, m.Infer, waits=True),
     "form": Method(_LEADER, m.Form),
-    "has": Method(_LEADER, m.Turn),
+    "has": Method(_LEADER, m.Turn, waits=True),
     "step": Method(_LEADER, m.Turn),
 }
 
@@ -158,6 +158,12 @@ def describe(entry: PartyEntry, error: BaseException) -> str:
             return details if details.startswith("party") else f"{where}: {details}"
 
 
+def caller_of(context: grpc.ServicerContext) -> str:
+    """The common name of the certificate that a call came with."""
+    auth: Mapping[str, Sequence[bytes]] = context.auth_context()  # pyright: ignore[reportAssignmentType]
+    return auth.get("x509_common_name", [b""])[0].decode("utf-8", "replace")
+
+
 def serve(host: Host) -> grpc.Server:
     """Starts a party's server. OSError: the port is taken."""
     from concurrent.futures import ThreadPoolExecutor
@@ -172,7 +178,7 @@ def serve(host: Host) -> grpc.Server:
         rank = pinned.get(ssl.PEM_cert_to_DER_cert(pem.strip()))
         if rank is not None:
             return "leader" if rank == 0 else "party"
-        name = auth.get("x509_common_name", [b""])[0].decode("utf-8", "replace")
+        name = caller_of(context)
         kind = name.partition(".")[0]
         if kind == "client" and cluster.clients is not None and name not in cluster.clients:
             reason = f"{name!r} is not one of the clients that {cluster.path.name} allows"

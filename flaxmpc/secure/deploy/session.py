@@ -160,7 +160,7 @@ class Sessions:
                 self.state = error
                 self._log("join_failed", reason=error)
                 raise Refused(grpc.StatusCode.UNAVAILABLE, f"party {self._rank} could not join the others: {error}")
-            session = Session(session_id, worker, Turns(self._cluster.limits.queue))
+            session = Session(session_id, worker, Turns.of(self._cluster, self._rank))
             if self._load is not None:
                 self._load(session)
             with self._lock:

@@ -180,8 +180,8 @@ def test_a_client_may_only_ask(client, method):
         "publish": m.Publish(client.session, "x", "h", [], {}),
         "run": m.Run(client.session, "x", b"", [], []),
         "form": m.Form("s", {}),
-        "has": m.Turn("s", ["x"]),
-        "step": m.Turn("s", ["x"]),
+        "has": m.Turn("s", [m.Key("client", "x")]),
+        "step": m.Turn("s", [m.Key("client", "x")]),
     }
     peer = client._peers[0]
     if rpc.METHODS[method].stream:
