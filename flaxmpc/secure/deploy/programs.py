@@ -88,7 +88,8 @@ class Approved:
         try:
             lines = self._path.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self._path}, of approved programs, can't be read: {error}") from error
+            reason = f"{self._path} can't be read: {error}: it lists approved programs, `flaxmpc approve` writes it"
+            raise ValueError(reason) from error
         found = {number: _LINE.match(line) for number, line in enumerate(lines, 1) if line and line[0] != "#"}
         if wrong := [number for number, match in found.items() if match is None]:
             line = lines[wrong[0] - 1]
