@@ -116,6 +116,7 @@ _COMMANDS = {
     "cluster": serving_cli.cluster,
     "party": serving_cli.party,
     "put": serving_cli.put,
+    "approve": serving_cli.approve,
 }
 
 

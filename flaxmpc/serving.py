@@ -17,9 +17,9 @@ import numpy as np
 
 from flaxmpc import secure
 from flaxmpc.answers import Inference
-from flaxmpc.client import Classifier, Run, buckets, limit
+from flaxmpc.client import Classifier, Client, Run, buckets, limit
 from flaxmpc.convert.data import Text
-from flaxmpc.inference import SecureClassifier, logits_and_size, secure_function
+from flaxmpc.inference import SecureClassifier, logits_and_size, plan, secure_function, sequence_classifier
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.models.config import BertConfig
@@ -28,6 +28,8 @@ from flaxmpc.models.tokenizer import save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
 from flaxmpc.secure import cache
 from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.programs import Approved, compile_program
 
 # Of `logits_and_size`; a calibrated LayerNorm leaves 1 within some hundredths.
 _SIZE_TOLERANCE = 0.5
@@ -63,30 +65,80 @@ def put(
         ValueError: no sequence classifier, or a length that is none of its buckets.
         secure.SecureError: a party refuses, or can't be reached.
     """
-    known = buckets(loaded.model.config.longest)
-    if lengths is None:
-        lengths = [length for length in known if length <= 64] or known
-    if not lengths or set(lengths) - set(known):
-        of = ", ".join(map(str, known))
-        raise ValueError(f"lengths {list(lengths)}: this model has {of}; a text may have {limit(loaded.model.config)}")
-    if not batches or min(batches) < 1:
-        raise ValueError(f"batches are numbers of texts, not {list(batches)}")
+    sizes = _sizes(loaded.model.config, lengths, batches)
     name = name or loaded.folder.resolve().name
     classifier = SecureClassifier(loaded, parties)
-    programs = {
-        f"{batch}x{length}": _program(classifier, parties, batch, length)
-        for batch in sorted(set(batches))
-        for length in sorted(set(lengths))
-    }
+    programs = _programs(classifier, classifier.model, classifier.weights, parties.cluster, sizes)
     parties.publish(name, classifier.weights, programs, _bundle(classifier))
     return parties.find(name)[1]
 
 
-def _program(classifier: SecureClassifier, parties: secure.Cluster, batch: int, length: int) -> m.Program:
-    ids = np.zeros((batch, length), np.int32)
-    inputs = classifier.share(ids, np.ones_like(ids))
-    function = secure_function(classifier.model, logits_and_size)
-    return parties.program(function, classifier.weights, *inputs, length=length)
+def approve(
+    folder: str | Path,
+    cluster: ClusterFile,
+    *,
+    name: str | None = None,
+    lengths: Sequence[int] | None = None,
+    batches: Sequence[int] = (1,),
+) -> dict[str, m.Program]:
+    """Compiles the programs that `put` would, and adds their digests to those that a party takes.
+
+    Args:
+        folder: with a model's config.json; who runs a party need not have its weights.
+        cluster: the party's.
+        name: of the model, a remark; by default the folder's.
+        lengths, batches: see `put`.
+
+    Returns:
+        The programs by name.
+
+    Raises:
+        ValueError: no sequence classifier, a length that is none of its buckets, or no file for the digests.
+        OSError: a file can't be read or written.
+    """
+    approved = Approved.of(cluster)
+    if approved is None:
+        raise ValueError(
+            f"{cluster.path} does not say where approved programs are to stand: add the line "
+            'programs = "programs.txt" above its first [table]; the party then takes no others'
+        )
+    folder = Path(folder)
+    trained = sequence_classifier(folders.read_model(folder), folder)
+    sizes = _sizes(trained.config, lengths, batches)
+    model, client_params, weights = plan(trained, grouped_heads=cluster.config.grouped_products)
+    programs = _programs(Client(model, None, client_params), model, weights, cluster, sizes)
+    approved.add(name or folder.resolve().name, programs)
+    return programs
+
+
+def _sizes(config: BertConfig, lengths: Sequence[int] | None, batches: Sequence[int]) -> list[tuple[int, int]]:
+    """Batches and lengths of the programs. ValueError: a length that is none of the model's buckets, or no number."""
+    known = buckets(config.longest)
+    if lengths is None:
+        lengths = [length for length in known if length <= 64] or known
+    if not lengths or set(lengths) - set(known):
+        of = ", ".join(map(str, known))
+        raise ValueError(f"lengths {list(lengths)}: this model has {of}; a text may have {limit(config)}")
+    if not batches or min(batches) < 1:
+        raise ValueError(f"batches are numbers of texts, not {list(batches)}")
+    return [(batch, length) for batch in sorted(set(batches)) for length in sorted(set(lengths))]
+
+
+def _programs(
+    client: Client,
+    model: BertForSequenceClassification,
+    weights: secure.Planned,
+    cluster: ClusterFile,
+    sizes: Sequence[tuple[int, int]],
+) -> dict[str, m.Program]:
+    """The programs of a folded model, by the sizes of what the client shares."""
+    function = secure_function(model, logits_and_size)
+    programs = {}
+    for batch, length in sizes:
+        ids = np.zeros((batch, length), np.int32)
+        inputs = client.share(ids, np.ones_like(ids))
+        programs[f"{batch}x{length}"] = compile_program(cluster, function, weights, *inputs, length=length)
+    return programs
 
 
 def _bundle(classifier: SecureClassifier) -> bytes:

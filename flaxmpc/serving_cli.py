@@ -128,6 +128,33 @@ def put(
     )
 
 
+def approve(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FOLDER")],
+    /,
+    cluster: Cluster,
+    name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
+    lengths: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: those up to 64)")] = (),
+    batches: tuple[int, ...] = (1,),
+) -> None:
+    """Who runs a party approves a model's programs: their digests go to the file that cluster.toml names, `programs`.
+
+    Args:
+        model: a name of the zoo or a folder with the model's config.json; its weights are not needed.
+        cluster: cluster.toml, or its folder.
+        name: of the model, a remark in the file; by default the folder's.
+        lengths: as the owner puts them.
+        batches: as the owner puts them.
+    """
+    from flaxmpc import serving
+    from flaxmpc.models import zoo
+    from flaxmpc.secure.deploy.cluster import ClusterFile
+
+    read = ClusterFile.read(cluster)
+    programs = serving.approve(zoo.find(model), read, name=name, lengths=lengths or None, batches=batches)
+    for size, program in programs.items():
+        print(f"approved {size}: {program.digest}")
+
+
 def ask(cluster: Path, model: str | None, texts: Sequence[Text], progress: Callable[..., Any]) -> Asked:
     """Asks a model on a cluster; what is answered was opened here and is known to nobody else."""
     from flaxmpc import secure, serving

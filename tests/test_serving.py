@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import shutil
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 import scipy.stats
@@ -11,6 +13,7 @@ import scipy.stats
 from flaxmpc import secure, serving
 from flaxmpc.inference import SecureClassifier
 from flaxmpc.models import folder as folders
+from flaxmpc.secure.deploy.cluster import write_local
 
 TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
 
@@ -285,3 +288,23 @@ def test_a_client_does_without_a_cache(parties, monkeypatch, tmp_path):
         monkeypatch.setattr(serving.secure, "cache_dir", lambda cache=cache: cache)
         with parties.connect("client") as client:
             assert len(serving.RemoteClassifier(client, "tiny").encode(TEXTS).input_ids) == 3
+
+
+@pytest.mark.parametrize("changes", [{}, {"embedding": "secret", "num_texts": 2, "hidden_act": "gelu_puma"}])
+def test_programs_are_approved_without_the_weights(changes, group, write_classifier, tmp_path, monkeypatch):
+    """Who runs a party has the config alone, and compiles for itself what the owner puts."""
+    loaded = folders.load(write_classifier(tmp_path / "made", num_hidden_layers=1, **changes))
+    written = write_local(tmp_path / "c")
+    limits = msgspec.structs.replace(written.limits, max_batch_sentences=1 if changes else 2)
+    cluster = msgspec.structs.replace(written, programs="programs.txt", limits=limits)
+    owners = SecureClassifier(loaded, group("ABY3"))
+    put = serving._programs(owners, owners.model, owners.weights, cluster, [(1, 16)])
+    (tmp_path / "film").mkdir()
+    shutil.copy(loaded.folder / "config.json", tmp_path / "film")
+    monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path / "cache"))
+    assert serving.approve(tmp_path / "film", cluster, lengths=(16,)) == put
+    assert cluster.file("programs.txt").read_text() == f"{put['1x16'].digest}  film 1x16\n"
+    with pytest.raises(ValueError, match=r"lengths \[17\]: this model has 16, 24"):
+        serving.approve(tmp_path / "film", cluster, lengths=(17,))
+    with pytest.raises(ValueError, match=r'add the line programs = "programs\.txt" above its first \[table\]'):
+        serving.approve(tmp_path / "film", written)

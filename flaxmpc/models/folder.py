@@ -42,6 +42,17 @@ def load(folder: str | Path, architecture: str | None = None) -> LoadedModel:
         WeightsError: the weights do not fit, with the list of misfits.
     """
     folder = Path(folder)
+    model = read_model(folder, architecture)
+    params = read_params(folder / "model.safetensors", param_shapes(model))
+    return LoadedModel(model, params, load_tokenizer(folder), folder)
+
+
+def read_model(folder: Path, architecture: str | None = None) -> Any:
+    """A model without its parameters, as config.json describes it.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load`.
+    """
     config = BertConfig.from_folder(folder)
     if architecture is None:
         declared = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
@@ -50,9 +61,7 @@ def load(folder: str | Path, architecture: str | None = None) -> LoadedModel:
         architecture = declared[0] if declared else BertForSequenceClassification.__name__
     if architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES)
-    model = ARCHITECTURES[architecture](config)
-    params = read_params(folder / "model.safetensors", param_shapes(model))
-    return LoadedModel(model, params, load_tokenizer(folder), folder)
+    return ARCHITECTURES[architecture](config)
 
 
 def load_pretrained(

@@ -11,7 +11,7 @@ from flaxmpc.secure.deploy.client import Cluster
 from flaxmpc.secure.jit import Program, Run, SecureFunction, jit
 from flaxmpc.secure.magnitudes import OpMargin
 from flaxmpc.secure.network import LAN, WAN, Network
-from flaxmpc.secure.party import InProcess, Parties, Party, Resident
+from flaxmpc.secure.party import InProcess, Parties, Party, Planned, Resident
 from flaxmpc.secure.protocol import EXP_MODES, PROTOCOLS, Config, Protocol, get_protocol
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "OverflowRisk",
     "Parties",
     "Party",
+    "Planned",
     "Program",
     "Protocol",
     "Resident",

@@ -17,7 +17,7 @@ from flaxmpc.secure._spu import SecureError, compile_source, load_spu
 from flaxmpc.secure.cache import cache_dir
 from flaxmpc.secure.cost import Cost
 from flaxmpc.secure.lowering import lower
-from flaxmpc.secure.party import InProcess, Parties, Resident, check_visibility, to_arrays
+from flaxmpc.secure.party import InProcess, Parties, Planned, Resident, check_visibility, to_arrays
 from flaxmpc.secure.protocol import Config
 
 
@@ -177,7 +177,7 @@ class SecureFunction:
         return self.run(*jax.tree.map(_zeros, args)).cost
 
     def compile(self, *args: Any) -> Program:
-        """The compiled program, without running it; arguments as for `estimate`."""
+        """The compiled program, without running it; arguments as for `estimate`, or `Planned` values."""
         args = self._encodable(jax.tree.map(_zeros, args))
         return self._compiled(args, self._visibilities(args))[0]
 
@@ -187,7 +187,7 @@ class SecureFunction:
 
     def _encodable(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
-            arg if isinstance(arg, Resident) else to_arrays(arg, self.config, f"argument {i}")
+            arg if isinstance(arg, Planned) else to_arrays(arg, self.config, f"argument {i}")
             for i, arg in enumerate(args)
         )
 
@@ -195,15 +195,13 @@ class SecureFunction:
         given = (self._visibility,) * len(args) if isinstance(self._visibility, str) else self._visibility
         if len(given) != len(args):
             raise ValueError(f"{len(given)} visibilities were given for {len(args)} arguments")
-        return tuple(arg.visibility if isinstance(arg, Resident) else one for arg, one in zip(args, given, strict=True))
+        return tuple(arg.visibility if isinstance(arg, Planned) else one for arg, one in zip(args, given, strict=True))
 
     def _compiled(self, args: tuple[Any, ...], visibilities: tuple[str, ...]) -> tuple[Program, float]:
         """The program for such arguments, and the seconds that it took if it was not in memory yet."""
-        structs = tuple(arg.struct if isinstance(arg, Resident) else jax.tree.map(_struct, arg) for arg in args)
+        structs = tuple(arg.struct if isinstance(arg, Planned) else jax.tree.map(_struct, arg) for arg in args)
         leaves, treedef = jax.tree.flatten(structs)
-        once = tuple(
-            self.config.opens_once and isinstance(arg, Resident) and arg.visibility == "secret" for arg in args
-        )
+        once = tuple(self.config.opens_once and isinstance(arg, Planned) and arg.visibility == "secret" for arg in args)
         key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves), visibilities, once)
         with self._lock:
             if key in self._programs:

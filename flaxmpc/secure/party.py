@@ -154,7 +154,20 @@ class Parties(abc.ABC):
         return self._io.reconstruct(self.fetch(name))
 
 
-class Resident:
+class Planned:
+    """A pytree of values that parties will hold shares of: programs can be compiled for it.
+
+    Attributes:
+        struct: a jax.ShapeDtypeStruct for each leaf.
+        visibility: "secret" or "public".
+    """
+
+    def __init__(self, struct: Any, visibility: str = "secret"):
+        self.struct = struct
+        self.visibility = visibility
+
+
+class Resident(Planned):
     """A pytree of values that the parties hold shares of; made by `Parties.put`.
 
     Pass it in place of an argument of a secure function on the same parties. The parties free the values on
@@ -163,15 +176,13 @@ class Resident:
     Attributes:
         parties: who holds it.
         names: of its values at the parties, in the order of its leaves.
-        struct: the same pytree with a jax.ShapeDtypeStruct for each leaf.
-        visibility: "secret" or "public".
+        struct, visibility: see Planned.
     """
 
     def __init__(self, parties: Parties, session: str, names: list[str], struct: Any, visibility: str):
+        super().__init__(struct, visibility)
         self.parties = parties
         self.names = names
-        self.struct = struct
-        self.visibility = visibility
         self._session = session
         self._free = weakref.finalize(self, parties.delete, names)
         self._free.atexit = False

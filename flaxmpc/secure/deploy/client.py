@@ -18,8 +18,7 @@ import numpy as np
 
 from flaxmpc.secure._spu import SecureError, load_spu
 from flaxmpc.secure.cost import Cost, Profile
-from flaxmpc.secure.deploy.joint import jointly
-from flaxmpc.secure.jit import jit
+from flaxmpc.secure.deploy.programs import compile_program
 from flaxmpc.secure.party import Parties, Resident, to_arrays
 
 if TYPE_CHECKING:
@@ -261,35 +260,8 @@ class Cluster(Parties):
     def program(
         self, fn: Callable[..., Any], weights: Resident, *inputs: Any, length: int, shared_reciprocal: bool = False
     ) -> m.Program:
-        """Compiles a function for `publish`, for one request and for 2, 4, 8, ... that wait at the same time.
-
-        Args:
-            fn: (weights, *inputs) -> output; the first axis of every array of inputs and output is the sentence, and
-                a sentence's output must not depend on the others.
-            weights: put on these parties.
-            inputs: pytrees of arrays of a request's shapes and dtypes, secret; their values are not used.
-            length: tokens of a sentence, for the parties' limits.
-            shared_reciprocal: see `secure.jit`.
-
-        Raises:
-            SecureError: SPU cannot compile the function.
-        """
-        from flaxmpc.secure.deploy import messages as m
-
-        arrays = jax.tree.leaves(inputs)
-        batch = arrays[0].shape[0]
-        most = self.cluster.limits.max_batch_sentences // batch
-        counts = [2**i for i in range(1, most.bit_length()) if 2**i <= most]
-        program = jit(fn, parties=self, shared_reciprocal=shared_reciprocal).compile(weights, *inputs)
-        together = jit(jointly(fn), parties=self, shared_reciprocal=shared_reciprocal)
-        return m.Program(
-            program.code,
-            tuple(m.Array(leaf.shape, leaf.dtype.name) for leaf in arrays),
-            tuple(m.Array(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(program.output)),
-            batch,
-            length,
-            {count: together.compile(weights, *[inputs] * count).code for count in counts},
-        )
+        """Compiles a function for `publish`; see `flaxmpc.secure.deploy.programs.compile_program`."""
+        return compile_program(self.cluster, fn, weights, *inputs, length=length, shared_reciprocal=shared_reciprocal)
 
     def publish(self, name: str, weights: Resident, programs: Mapping[str, m.Program], bundle: bytes) -> str:
         """Makes stored weights a model that clients may ask.

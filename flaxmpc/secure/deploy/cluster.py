@@ -116,6 +116,8 @@ class ClusterFile(_Table, frozen=True):
         models: names that an owner may put; None allows any.
         clients: common names of the certificates that may ask, "client" or "client.NAME"; None allows any of the
             authority's.
+        programs: file of the digests of programs that a party approved, see `flaxmpc.secure.deploy.programs`; None
+            allows any.
         timeout_seconds: the bound on waiting for a party that is absent or silent.
         allow_insecure_dealer: whether SEMI2K, which hides nothing from party 0, is allowed.
         path: where the file was read.
@@ -131,6 +133,7 @@ class ClusterFile(_Table, frozen=True):
     client: Identity | None = None
     models: tuple[str, ...] | None = None
     clients: tuple[ClientName, ...] | None = None
+    programs: str | None = None
     timeout_seconds: Seconds = 30.0
     allow_insecure_dealer: bool = False
     limits: Limits = Limits()
@@ -315,6 +318,7 @@ def write_local(
         'ca = "ca.pem"',
         '# models = ["NAME"]  # what an owner may put; without this line anything',
         '# clients = ["client", "client.NAME"]  # who may ask; without this line all that have a certificate',
+        '# programs = "programs.txt"  # what `flaxmpc approve` wrote: models of other programs are refused',
         f"allow_insecure_dealer = {str(allow_insecure_dealer).lower()}",
         "",
         "[limits]",

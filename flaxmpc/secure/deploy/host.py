@@ -19,6 +19,7 @@ from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 from flaxmpc.secure.deploy.held import Model
 from flaxmpc.secure.deploy.kept import KeptShares
 from flaxmpc.secure.deploy.leader import Leader
+from flaxmpc.secure.deploy.programs import Approved
 from flaxmpc.secure.deploy.rpc import Refused
 from flaxmpc.secure.deploy.session import Session, Sessions
 from flaxmpc.secure.deploy.signature import check_program
@@ -75,6 +76,9 @@ class Host:
         certificates.check_party(cluster, rank)
         self._metrics: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTED, 0))
         self.tunnel = Tunnel(cluster, rank, monitor.limited(self.log))
+        self._approved = Approved.of(cluster)
+        if self._approved is not None:
+            self._approved.digests()  # what can't be read is said at once
         kept = KeptShares.of(cluster, self.entry)
         self.sessions = Sessions(cluster, rank, self._facts, self.tunnel, self.log, self._metrics, kept, self._load)
         self.leader = Leader(cluster, self._facts, self.sessions, self._execute, self.log) if rank == 0 else None
@@ -140,6 +144,7 @@ class Host:
         session = self.sessions.require(header.session)
         self._check_allowed(header)
         header, bundle = streams.model(header, pieces, self.cluster.limits.max_request_bytes)
+        self._check_programs(header)
         try:
             session.held.stage(header, bundle)
         except OSError as error:
@@ -176,8 +181,30 @@ class Host:
                     f"program {name} joins {most} requests of {program.batch} sentences, "
                     f"the limit is max_batch_sentences {limits.max_batch_sentences}",
                 )
+
+    def _check(self, header: m.Publish) -> None:
+        self._check_allowed(header)
+        self._check_programs(header)
+
+    def _check_programs(self, header: m.Publish) -> None:
+        """That they are what they say, and approved."""
+        digests, most_bytes = None, self.cluster.limits.max_request_bytes
+        if self._approved is not None:
             try:
-                check_program(program, len(header.weights), limits.max_request_bytes, self.cluster.config)
+                digests = self._approved.digests()
+            except ValueError as error:
+                reason = f"party {self.rank} takes no model: {error}"
+                raise Refused(grpc.StatusCode.FAILED_PRECONDITION, reason) from error
+        for name, program in header.programs.items():
+            if digests is not None and program.digest not in digests:
+                raise Refused(
+                    grpc.StatusCode.PERMISSION_DENIED,
+                    f"party {self.rank} has not approved program {name} of model {header.name!r} "
+                    f"({program.digest[:16]}): who runs it says `flaxmpc approve` on the model's folder, or its "
+                    "config.json alone, with the same --lengths, --batches, [limits] and versions",
+                )
+            try:
+                check_program(program, len(header.weights), most_bytes, self.cluster.config)
             except ValueError as error:
                 raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"program {name}: {error}") from error
 
@@ -187,7 +214,7 @@ class Host:
             self.log("kept_shares_left_out", name=name, reason="party 0 keeps none of this model")
         for name, hash_ in chosen.items():
             try:
-                session.held.load(name, hash_, self._check_allowed)
+                session.held.load(name, hash_, self._check)
             except (ValueError, OSError, Refused) as error:
                 self.log("kept_shares_left_out", name=name, hash=hash_[:16], reason=str(error))
             else:
@@ -198,7 +225,8 @@ class Host:
         session = self.sessions.require(message.session)
         (code,) = streams.contents(pieces, 1, self.cluster.limits.max_request_bytes, "the program")
         inputs, outputs = ([f"o.{name}" for name in names] for names in (message.inputs, message.outputs))
-        request = Request(message.id, "run", "", {1: code}, inputs, outputs)
+        key = m.Key(rpc.caller_of(context), message.id)
+        request = Request(key, "run", "", {1: code}, inputs, outputs)
         session.held.expect(message.lease, outputs)
         return self._await(session, request, context)
 
@@ -226,12 +254,12 @@ class Host:
             )
         given = self._given(program, pieces)
         request = Request(
-            message.id,
+            m.Key(rpc.caller_of(context), message.id),
             f"{message.model}/{message.program}",
             model.public.hash,
             {1: program.code, **program.joint},
             model.weights,
-            [f"r.{message.id}.o{i}" for i in range(len(program.outputs))],
+            [f"o{i}" for i in range(len(program.outputs))],
             given,
             program.inputs,
             program.outputs,
@@ -295,14 +323,13 @@ class Host:
         session.turns.add(request)
         try:
             session.held.require(request.inputs)  # after it was added: from now on they are kept for it
-        except Refused as error:
-            session.turns.abandon(request, str(error))
-            raise
-        if not context.add_callback(gone):
-            gone()
-        if self.leader is not None:
-            self.leader.announce(session, request)
-        answer = request.answer.result()
+            if not context.add_callback(gone):
+                gone()
+            if self.leader is not None:
+                self.leader.announce(session, request)
+            answer = session.turns.wait(request)
+        finally:
+            gone()  # whatever went wrong, it waits no longer
         self._metrics["requests_total"] += 1
         self._metrics["failures_total"] += answer.error is not None
         return answer
@@ -335,19 +362,27 @@ class Host:
         self.log("model", name=model.name, hash=model.public.hash[:16], programs=sorted(model.programs))
         return m.Empty()
 
-    def has(self, message: m.Turn) -> m.Empty:
+    def has(self, message: m.Turn, context: rpc.Call) -> m.Empty:
         """Party 0 asks whether requests came here too: a caller sends to all parties at the same time."""
         session = self.sessions.require(message.session)
+        gone = threading.Event()
+
+        def stop() -> None:
+            gone.set()
+            session.turns.wake()
+
+        if not context.add_callback(stop):
+            stop()
         end = time.monotonic() + self.cluster.timeout_seconds / 2
-        for id_ in message.ids:
-            if not session.turns.has(id_, max(0.0, end - time.monotonic())):
+        for key in message.requests:
+            if not session.turns.has(key, max(0.0, end - time.monotonic()), gone):
                 raise Refused(grpc.StatusCode.NOT_FOUND, f"party {self.rank} was not sent this request")
         return m.Empty()
 
     def step(self, message: m.Turn) -> m.Answer:
         """Party 0 says whose turn it is."""
         session = self.sessions.require(message.session)
-        requests = session.turns.named(message.ids)
+        requests = session.turns.named(message.requests, message.waiting)
         answer = self._execute(session, requests)
         if answer.error is not None and len(requests) > 1:
             session.turns.separate(requests)

@@ -71,9 +71,12 @@ class Leader:
             else:
                 session.turns.abandon(request, rpc.describe(self._cluster.party[rank], error))
 
-        message = m.Turn(session.id, [request.id])
-        for rank, peer in self._peers.items():
-            peer.ask_later("has", message, self._timeout).add_done_callback(functools.partial(told, rank))
+        message = m.Turn(session.id, [request.key])
+        asked = {rank: peer.ask_later("has", message, self._timeout) for rank, peer in self._peers.items()}
+        for rank, future in asked.items():
+            future.add_done_callback(functools.partial(told, rank))
+        # Of one that was given up the peers need not say any more whether it came.
+        request.answer.add_done_callback(lambda _: [future.cancel() for future in asked.values()])
 
     def commit(self, session: Session, hash_: str) -> None:
         """A staged put takes the place of the one before, at all parties or at none.
@@ -153,7 +156,7 @@ class Leader:
             session.turns.end(requests, m.Answer(error=f"{reason}; {rpc.STARTED_ANEW}"))
 
         lost: dict[int, str] = {}
-        message = m.Turn(session.id, [request.id for request in requests])
+        message = m.Turn(session.id, [request.key for request in requests], session.turns.keys())
         asked = {rank: peer.ask_later("step", message) for rank, peer in self._peers.items()}
         for rank, future in asked.items():
             future.add_done_callback(functools.partial(heard, rank))

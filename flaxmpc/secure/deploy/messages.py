@@ -93,6 +93,11 @@ class Program(Message, frozen=True):
     length: Positive
     joint: dict[Annotated[int, Meta(ge=2)], bytes] = {}
 
+    @property
+    def digest(self) -> str:
+        """Of all of it: what a party approves. The code says what weights it takes."""
+        return digest(encode(self))
+
 
 class Signature(Message, frozen=True):
     """A Program without its code."""
@@ -239,11 +244,24 @@ class Form(Message, frozen=True):
     models: dict[Name, Name]
 
 
+class Key(Message, frozen=True):
+    """Which request: an id is its caller's own.
+
+    Attributes:
+        caller: the common name of the certificate that it came with; every party reads that for itself.
+        id: what the caller calls it.
+    """
+
+    caller: str
+    id: Name
+
+
 class Turn(Message, frozen=True):
-    """Requests that party 0 asks for, or gives a turn, together."""
+    """Requests that party 0 asks for, or gives a turn, together; and those that still wait there."""
 
     session: str
-    ids: list[Name]
+    requests: list[Key]
+    waiting: list[Key] = []
 
 
 # To and from a party's worker process, over a pipe of its own.

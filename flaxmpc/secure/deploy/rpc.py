@@ -64,7 +64,7 @@ METHODS = {
     "bundle": Method(_CLIENT, m.Names, "out", most=2),
     "infer": Method(_CLIENT, m.Infer, "in", waits=True),
     "form": Method(_LEADER, m.Form),
-    "has": Method(_LEADER, m.Turn),
+    "has": Method(_LEADER, m.Turn, waits=True),
     "step": Method(_LEADER, m.Turn),
     "promise": Method(_LEADER, m.Switch),
     "switch": Method(_LEADER, m.Switch),

@@ -140,7 +140,7 @@ class Sessions:
                 self.state = error
                 self._log("join_failed", reason=error)
                 raise Refused(grpc.StatusCode.UNAVAILABLE, f"party {self._rank} could not join the others: {error}")
-            turns = Turns(self._cluster.limits.queue)
+            turns = Turns.of(self._cluster, self._rank)
             held = Held(self._rank, lambda command: self.call(session, command), turns, self._kept, _LEASE * timeout)
             session = Session(session_id, worker, turns, held)
             if self._kept is not None:

@@ -185,8 +185,8 @@ def test_a_client_may_only_ask(client, method):
         "commit": m.Switch(client.session, "h"),
         "run": m.Run(client.session, "l", "x", [], []),
         "form": m.Form("s", {}, {}),
-        "has": m.Turn("s", ["x"]),
-        "step": m.Turn("s", ["x"]),
+        "has": m.Turn("s", [m.Key("client", "x")]),
+        "step": m.Turn("s", [m.Key("client", "x")]),
         "promise": m.Switch("s", "h"),
         "switch": m.Switch("s", "h"),
     }

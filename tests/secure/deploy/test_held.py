@@ -67,7 +67,7 @@ def worker():
 
 @pytest.fixture
 def turns():
-    return Turns(8)
+    return Turns(8, 8)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_model_keeps_its_weights_and_a_request_those_that_it_began_with(held, 
     store(held, "a", "both")
     serve(held, "first", "a", "both")
     held.end("lease")
-    request = Request("r", "film/1x16", "first", {1: b""}, held.models["film"].weights, [], [])
+    request = Request(m.Key("client", "r"), "film/1x16", "first", {1: b""}, held.models["film"].weights, [], [])
     turns.add(request)
     store(held, "b")
     serve(held, "second", "b", "both")
@@ -282,7 +282,7 @@ class Group:
         self.lost.clear()
         self.workers = [Worker() for _ in range(3)]
         self.held = [
-            Held(rank, worker, Turns(8), kept, LEASE)
+            Held(rank, worker, Turns(8, 8), kept, LEASE)
             for rank, (worker, kept) in enumerate(zip(self.workers, self.kept, strict=True))
         ]
         self.dropped = False
