@@ -156,7 +156,7 @@ ARRAY, OTHER = m.Array((2, 4), "float32"), m.Array((2, 5), "float32")
         ({"outputs": (ARRAY, ARRAY)}, "its code for 1 requests has another signature: 2 outputs, 1 are needed"),
         ({"batch": 1}, r"it is for 1 sentences, but has an array of \(2, 4\)"),
         ({"batch": -1}, "not of the schema: Expected `int` >= 1 - at `.*batch`"),
-        ({"joint": {1: b""}}, "not of the schema: Expected `int` >= 2 - at `key in .*joint`"),
+        ({"joint": {1: b""}}, "not of the schema: Expected `int` >= 2 - at `key` in .*joint"),
         ({"joint": {2: b""}}, "the program is none that SPU's compiler wrote"),
         ({"code": b"\x00\xff" * 50}, "the program is none that SPU's compiler wrote"),
     ],
