@@ -160,7 +160,7 @@ def test_what_passes_of_anything_is_what_spu_makes():
     chance = random.Random(0)
     right = good()
     passed = described = 0
-    for _ in range(3000):
+    for _ in range(1500):
         share = hostile(chance)
         reasons = refusal(share, ARRAY), refusal(share, None)
         assert all(len(reason) < 300 and reason.isprintable() for reason in reasons)
@@ -174,7 +174,7 @@ def test_what_passes_of_anything_is_what_spu_makes():
             assert share.meta == one.meta
             assert [len(content) for content in share.chunks] == [len(content) for content in one.chunks]
             described += array != ARRAY
-    assert passed > 50  # so that it would be seen if all were refused
+    assert passed > 25  # so that it would be seen if all were refused
     assert described > 5
 
 

@@ -139,14 +139,15 @@ def test_a_public_value_that_differs_is_noticed(workers):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_rows_than_the_programs_are_refused(workers, count):
-    """Together with others' they would shift the rows that these get."""
+    """With more in another request they would shift the rows of those between."""
     program = code(jointly(affine), W, *[(X,)] * count)
-    given = [workers.share(X[:1]), *[workers.share(X)] * (count - 1)]
+    rows = [1, 3][:count]
+    given = [workers.share(np.ones((each, 4), np.float32)) for each in rows]
     gives = {"outputs": [f"r.a.o{i}" for i in range(count)], "gives": [ARRAY] * count}
     reason = workers.refused(requests(given, code=program, **gives))
     assert reason == "party 0 can't run this: value 'a.0': its shape is (1, 4), not (2, 4)"
     # Not even if the supervisors believed them.
-    takes = [m.Array((1, 4), "float32"), *[ARRAY] * (count - 1)]
+    takes = [m.Array((each, 4), "float32") for each in rows]
     reason = workers.refused(requests(given, code=program, takes=takes, **gives))
     assert reason.endswith("input 1 is secret float32 (1, 4), secret float32 (2, 4) is needed")
     workers.check()
