@@ -373,10 +373,9 @@ class Cluster(Parties):
         needed = [(each.shape, each.dtype) for each in signature.inputs]
         if given != needed:
             raise ValueError(f"program {program} takes {needed}, not {given}")
-        shares = [
-            self._io.make_shares(array, spu.parse_visibility(f"VIS_{each.visibility.upper()}"))
-            for array, each in zip(arrays, signature.inputs, strict=True)
-        ]
+        if any(each.visibility != "secret" for each in signature.inputs):
+            raise SecureError(f"program {program} would take inputs that every party may see")
+        shares = [self._io.make_shares(array, spu.Visibility.VIS_SECRET) for array in arrays]
         request = secrets.token_hex(16)
         messages = [
             m.Infer(self._session, request, name, model.hash, program, [m.Share.pack(each[rank]) for each in shares])

@@ -44,9 +44,8 @@ class Workers:
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
             return list(pool.map(lambda worker, command: worker.call(command, 90), self.processes, commands))
 
-    def share(self, array: np.ndarray, visibility: str = "secret") -> list[m.Share]:
-        shares = self._io.make_shares(array, self._spu.parse_visibility(f"VIS_{visibility.upper()}"))
-        return [m.Share.pack(share) for share in shares]
+    def share(self, array: np.ndarray) -> list[m.Share]:
+        return [m.Share.pack(share) for share in self._io.make_shares(array, self._spu.Visibility.VIS_SECRET)]
 
     def put(self, name: str, array: np.ndarray) -> None:
         answers = self.each([m.Put(name, share) for share in self.share(array)])
@@ -123,17 +122,6 @@ def test_another_value_at_one_party_is_noticed(workers):
     reason = workers.refused(requests([workers.share(X)], inputs=["o.v", "r.a.0"]))
     assert "party 2 can't run this: the program has another signature: input 0 is secret int32 (4, 4)" in reason
     workers.each([m.Delete(["o.v"])] * 3)
-    workers.check()
-
-
-def test_a_public_value_that_differs_is_noticed(workers):
-    one, other = workers.share(X, "public"), workers.share(X + 1, "public")
-    takes = [m.Array(X.shape, "float32", "public")]
-    program = secure.jit(affine, "ABY3", visibility=("secret", "public")).compile(W, X).code
-    answers = workers.each(requests([one], takes=takes, code=program))
-    np.testing.assert_allclose(workers.open([answer.shares[0] for answer in answers]), X * 3 + 1, atol=1e-3)
-    reason = workers.refused(requests([[one[0], other[1], one[2]]], takes=takes, code=program))
-    assert reason.startswith("party 1 differs from party 0: inputs '")
     workers.check()
 
 
