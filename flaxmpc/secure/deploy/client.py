@@ -205,7 +205,7 @@ class Cluster(Parties):
         for i, array in enumerate(arrays):
             sent = [answer.shares[i] for answer in answers]
             try:
-                shares.check_result(sent, self.config, array)
+                shares.check_result(sent, array, self.config)
             except ValueError as error:
                 raise SecureError(f"result {i} can't be opened: {error}") from error
             results.append([share.unpack() for share in sent])
@@ -383,7 +383,7 @@ class Cluster(Parties):
         ]
         answers = self._run("infer", messages)
         outputs = [
-            np.asarray(self._io.reconstruct(result), each.dtype).reshape(each.shape)
+            np.asarray(self._reconstruct(result), each.dtype).reshape(each.shape)
             for result, each in zip(self._results(answers, signature.outputs), signature.outputs, strict=True)
         ]
         seconds = max(answer.seconds for answer in answers)

@@ -109,15 +109,15 @@ def check(share: m.Share, array: m.Array | None, config: Config) -> None:
     _check_chunks(share.chunks, num_bytes(array, config))
 
 
-def check_result(shares: Sequence[m.Share], config: Config, array: m.Array | None = None) -> None:
+def check_result(shares: Sequence[m.Share], array: m.Array | None, config: Config) -> None:
     """That all parties' shares of one result belong together, and can be opened.
 
     What a program computes is stored in more ways than what is shared: as bits too, and as few as it takes.
 
     Args:
         shares: of every party, in order.
-        config: of the parties.
         array: what the result is, if that is known; it may be public.
+        config: of the parties.
 
     Raises:
         ValueError: they do not; one line with the party.
@@ -130,7 +130,7 @@ def check_result(shares: Sequence[m.Share], config: Config, array: m.Array | Non
             if array is not None and (found.shape, found.dtype) != (array.shape, array.dtype):
                 raise ValueError(f"it is {found.dtype} {found.shape}, not {array.dtype} {array.shape}")
             storage = _parsed(share.meta).storage_type
-            own = rf"{config.protocol.lower()}\.(AShr<{config.ring}>|BShr<\w+,\d+>)"
+            own = rf"{config.protocol.lower()}\.(AShr<{config.ring}>|BShr<\w+,\d{{1,3}}>)"
             if not re.fullmatch(rf"Pub2k<{config.ring}>" if found.visibility == "public" else own, storage):
                 raise ValueError(f"its storage type is {brief(storage)}, which is none of {found.visibility} values")
             total = _parsed_chunk(share.chunks[0]).total_bytes if share.chunks else 0

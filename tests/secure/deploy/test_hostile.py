@@ -232,6 +232,9 @@ def test_parties_that_answer_with_too_little_are_refused(client):
         client._results([answer] * 3, [ARRAY])
     answers = [m.Answer(shares=(share,)) for share in shared(client, X)]
     np.testing.assert_allclose(client._io.reconstruct(client._results(answers, [ARRAY])[0]), X, atol=1e-4)
+    unlike = [m.Answer(shares=(m.Share(meta(storage_type="aby3.BShr<PT_U8,8>"), good().chunks),))] * 3
+    with pytest.raises(secure.SecureError, match=r"^opening a result failed: [^\n]+$"):
+        client._reconstruct(client._results(unlike, [ARRAY])[0])
     answers[2] = m.Answer(shares=(m.Share(good().meta, [chunk(128, 0, bytes(4096))]),))
     with pytest.raises(
         secure.SecureError, match=r"^result 0 can't be opened: party 2's share: its chunk's size is 4096"

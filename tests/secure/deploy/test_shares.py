@@ -46,7 +46,7 @@ def test_what_spu_makes_passes(protocol, ring):
             shares.check(share, None, config)
             assert shares.described(share.meta) == array
             assert sum(map(len, share.chunks)) - 8 * len(share.chunks) <= shares.num_bytes(array, config)
-        shares.check_result(every, config, array)
+        shares.check_result(every, array, config)
         passed.add(dtype)
     assert len(passed) == (9 if ring == "FM32" else 11)
 
@@ -206,13 +206,13 @@ def test_results_pass_however_they_are_stored(group, protocol):
     }
     for dtype, fn in functions.items():
         every = results(parties, fn, x)
-        shares.check_result(every, parties.config, m.Array((3,), dtype))
-        shares.check_result(every, parties.config)
+        shares.check_result(every, m.Array((3,), dtype), parties.config)
+        shares.check_result(every, None, parties.config)
         with pytest.raises(ValueError, match=rf"^party 0's share: it is {dtype} \(3,\), not {dtype} \(4,\)$"):
-            shares.check_result(every, parties.config, m.Array((4,), dtype))
+            shares.check_result(every, m.Array((4,), dtype), parties.config)
     every = results(parties, lambda _: jnp.ones(2), x)
     assert shares.described(every[0].meta).visibility == "public"
-    shares.check_result(every, parties.config, m.Array((2,), "float32"))
+    shares.check_result(every, m.Array((2,), "float32"), parties.config)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_results_pass_however_they_are_stored(group, protocol):
 def test_a_party_that_answers_with_something_else_is_named(change, reason):
     every = made((2, 4), "float32")
     with pytest.raises(ValueError, match=f"^party 2's share: {reason}$"):
-        shares.check_result([*every[:2], change(every[2])], CONFIG, ARRAY)
+        shares.check_result([*every[:2], change(every[2])], ARRAY, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -248,4 +248,4 @@ def test_a_party_that_answers_with_something_else_is_named(change, reason):
 )
 def test_parties_that_all_answer_with_something_else_are_refused(content, reason):
     with pytest.raises(ValueError, match=f"^party 0's share: {reason}$"):
-        shares.check_result([m.Share(content, good().chunks)] * 3, CONFIG, ARRAY)
+        shares.check_result([m.Share(content, good().chunks)] * 3, ARRAY, CONFIG)
