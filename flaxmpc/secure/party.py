@@ -151,7 +151,14 @@ class Parties(abc.ABC):
 
     def open(self, name: str) -> np.ndarray:
         """The plain value `name`, from every party's share of it."""
-        return self._io.reconstruct(self.fetch(name))
+        return self._reconstruct(self.fetch(name))
+
+    def _reconstruct(self, shares: Sequence[Any]) -> np.ndarray:
+        """SecureError: the spu Shares do not belong together."""
+        try:
+            return self._io.reconstruct(shares)
+        except Exception as error:
+            raise SecureError.wrap("opening a result", error) from error
 
 
 class Planned:

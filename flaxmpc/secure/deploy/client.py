@@ -223,7 +223,7 @@ class Cluster(Parties):
         for i, array in enumerate(arrays):
             sent = [answer.shares[i] for answer in answers]
             try:
-                shares.check_result(sent, self.config, array)
+                shares.check_result(sent, array, self.config)
             except ValueError as error:
                 raise SecureError(f"result {i} can't be opened: {error}") from error
             results.append([share.unpack() for share in sent])
@@ -377,17 +377,16 @@ class Cluster(Parties):
         needed = [(each.shape, each.dtype) for each in signature.inputs]
         if given != needed:
             raise ValueError(f"program {program} takes {needed}, not {given}")
-        shares = [
-            self._io.make_shares(array, spu.parse_visibility(f"VIS_{each.visibility.upper()}"))
-            for array, each in zip(arrays, signature.inputs, strict=True)
-        ]
+        if any(each.visibility != "secret" for each in signature.inputs):
+            raise SecureError(f"program {program} would take inputs that every party may see")
+        shares = [self._io.make_shares(array, spu.Visibility.VIS_SECRET) for array in arrays]
         header = m.Infer(self._session, secrets.token_hex(16), name, model.hash, program)
         given = [
             {str(i): m.Share.pack(each[rank]) for i, each in enumerate(shares)} for rank in range(len(self._peers))
         ]
         answers = self._run("infer", header, [streams.of_shares(each) for each in given])
         outputs = [
-            np.asarray(self._io.reconstruct(result), each.dtype).reshape(each.shape)
+            np.asarray(self._reconstruct(result), each.dtype).reshape(each.shape)
             for result, each in zip(self._results(answers, signature.outputs), signature.outputs, strict=True)
         ]
         seconds = max(answer.seconds for answer in answers)

@@ -21,6 +21,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from flaxmpc.errors import brief
 from flaxmpc.secure._spu import load_spu
 from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.party import VISIBILITIES
 from flaxmpc.secure.protocol import Config
 
 CHUNK_BYTES = 128 << 20
@@ -59,8 +60,7 @@ def _kind(dtype: str, visibility: str, config: Config) -> _Kind:
     spu = load_spu()
     if dtype not in _DTYPES.values():
         raise ValueError(f"its dtype is {brief(dtype)}, not one of {', '.join(_DTYPES.values())}")
-    if visibility not in ("secret", "public"):
-        raise ValueError(f"its visibility is {brief(visibility)}, not 'secret' or 'public'")
+    _check_visibility(visibility)
     io = spu.Io(config.world_size, config.runtime_config())
     try:
         share = io.make_shares(np.zeros(1, dtype), spu.parse_visibility(f"VIS_{visibility.upper()}"))[0]
@@ -68,6 +68,11 @@ def _kind(dtype: str, visibility: str, config: Config) -> _Kind:
         raise ValueError(f"its dtype is {dtype}, which does not fit into ring {config.ring}") from error
     meta = _parsed(share.meta)
     return _Kind(meta.data_type, meta.visibility, meta.storage_type, _parsed_chunk(share.share_chunks[0]).total_bytes)
+
+
+def _check_visibility(visibility: str) -> None:
+    if visibility not in VISIBILITIES:
+        raise ValueError(f"its visibility is {brief(visibility)}, not one of {', '.join(VISIBILITIES)}")
 
 
 def num_bytes(array: m.Array, config: Config) -> int:
@@ -104,15 +109,15 @@ def check(share: m.Share, array: m.Array | None, config: Config) -> None:
     _check_chunks(share.chunks, num_bytes(array, config))
 
 
-def check_result(shares: Sequence[m.Share], config: Config, array: m.Array | None = None) -> None:
+def check_result(shares: Sequence[m.Share], array: m.Array | None, config: Config) -> None:
     """That all parties' shares of one result belong together, and can be opened.
 
     What a program computes is stored in more ways than what is shared: as bits too, and as few as it takes.
 
     Args:
         shares: of every party, in order.
-        config: of the parties.
         array: what the result is, if that is known; it may be public.
+        config: of the parties.
 
     Raises:
         ValueError: they do not; one line with the party.
@@ -125,7 +130,7 @@ def check_result(shares: Sequence[m.Share], config: Config, array: m.Array | Non
             if array is not None and (found.shape, found.dtype) != (array.shape, array.dtype):
                 raise ValueError(f"it is {found.dtype} {found.shape}, not {array.dtype} {array.shape}")
             storage = _parsed(share.meta).storage_type
-            own = rf"{config.protocol.lower()}\.(AShr<{config.ring}>|BShr<\w+,\d+>)"
+            own = rf"{config.protocol.lower()}\.(AShr<{config.ring}>|BShr<\w+,\d{{1,3}}>)"
             if not re.fullmatch(rf"Pub2k<{config.ring}>" if found.visibility == "public" else own, storage):
                 raise ValueError(f"its storage type is {brief(storage)}, which is none of {found.visibility} values")
             total = _parsed_chunk(share.chunks[0]).total_bytes if share.chunks else 0
@@ -149,6 +154,7 @@ def described(meta: bytes) -> m.Array:
         complex_ = "complex " if found.is_complex else ""
         raise ValueError(f"its data type is {complex_}{_name(found.data_type)}, not one of {', '.join(_DTYPES)}")
     visibility = _name(found.visibility).removeprefix("VIS_").lower()
+    _check_visibility(visibility)
     return m.Array(shape, dtype, visibility)
 
 
@@ -177,7 +183,7 @@ def _parsed_chunk(chunk: bytes) -> Any:
 
 def _name(value: Any) -> str:
     """Of a value of SPU's enumerations, which may be a number that has no name."""
-    return value.name if value.name in type(value).__members__ else str(int(value))
+    return str(int(value)) if value.name == "???" else value.name
 
 
 _FIELDS: Mapping[str, Callable[[Any], Any]] = {

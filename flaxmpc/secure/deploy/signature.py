@@ -82,6 +82,9 @@ def check_program(program: m.Program, num_weights: int, most_bytes: int, config:
     for array in (*program.inputs, *program.outputs):
         if array.shape[:1] != (program.batch,):
             raise ValueError(f"it is for {program.batch} sentences, but has an array of {array.shape}")
+    for i, array in enumerate(program.inputs):
+        if array.visibility != "secret":
+            raise ValueError(f"input {i} is {array.visibility[:20]!r}: what clients send is secret")
     for arrays in (program.inputs, program.outputs):
         if (size := sum(shares.num_bytes(array, config) for array in arrays)) > most_bytes:
             raise ValueError(f"its shares have {size} bytes, the limit is max_request_bytes {most_bytes}")

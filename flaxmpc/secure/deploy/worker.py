@@ -134,10 +134,8 @@ class Worker:
         Raises:
             ValueError: something is not as the program takes it, or is not there.
         """
-        public = []
         for (name, share), array in zip(given, command.takes, strict=True):
             self._store(name, share, array)
-            public += share.chunks if array.visibility == "public" else []
         if missing := [name for name in command.inputs if name not in self._party.names]:
             raise ValueError(f"it holds no value {missing[0]!r}")
         metas = [self._party.meta(name) for name in command.inputs]
@@ -149,7 +147,7 @@ class Worker:
             reason = reason or differing("output", command.gives, signature.outputs, visibility=False)
         if reason:
             raise ValueError(f"the program has another signature: {reason}")
-        return m.digest(*metas, *public)
+        return m.digest(*metas)
 
     def _store(self, name: str, share: m.Share, array: m.Array | None) -> None:
         """ValueError: a share that SPU would not make, see `shares.check`."""

@@ -46,19 +46,27 @@ def test_what_spu_makes_passes(protocol, ring):
             shares.check(share, None, config)
             assert shares.described(share.meta) == array
             assert sum(map(len, share.chunks)) - 8 * len(share.chunks) <= shares.num_bytes(array, config)
-        shares.check_result(every, config, array)
+        shares.check_result(every, array, config)
         passed.add(dtype)
     assert len(passed) == (9 if ring == "FM32" else 11)
 
 
-def test_what_spu_parts_into_chunks_passes():
-    for share in made(((shares.CHUNK_BYTES + 100) // 16,), "int8"):
-        assert len(share.chunks) == 2
-        shares.check(share, None, CONFIG)
-        with pytest.raises(ValueError, match="it has 1 chunks, not 2 with 134217824 bytes"):
-            shares.check(m.Share(share.meta, share.chunks[:1]), None, CONFIG)
-        with pytest.raises(ValueError, match="its chunk's offset is 134217728, not 0"):
-            shares.check(m.Share(share.meta, share.chunks[::-1]), None, CONFIG)
+def test_what_spu_parts_into_chunks_passes(monkeypatch):
+    spu = load_spu()
+    settings = CONFIG.runtime_config()
+    count = shares.CHUNK_BYTES // 16
+    for more in (0, 1):
+        array = np.zeros(count + more, np.int8)
+        assert spu.Io(3, settings).get_share_chunk_count(array, spu.Visibility.VIS_SECRET) == 1 + more
+    monkeypatch.setattr(shares, "CHUNK_BYTES", 100)
+    settings.share_max_chunk_size = 100
+    share = m.Share.pack(spu.Io(3, settings).make_shares(np.ones(15, np.float32), spu.Visibility.VIS_SECRET)[0])
+    assert len(share.chunks) == 3
+    shares.check(share, None, CONFIG)
+    with pytest.raises(ValueError, match="it has 2 chunks, not 3 with 240 bytes"):
+        shares.check(m.Share(share.meta, share.chunks[:2]), None, CONFIG)
+    with pytest.raises(ValueError, match="its chunk's offset is 200, not 0"):
+        shares.check(m.Share(share.meta, share.chunks[::-1]), None, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +135,7 @@ def test_other_chunks_are_named(content, reason):
         (meta((2, 5)), "its announced size is 128, not 160"),
         (meta(data_type=10), "its data type is DT_F16, not one of DT_I1, .* DT_F64"),
         (meta(is_complex=True), "its data type is complex DT_F32, not one of DT_I1, .* DT_F64"),
-        (meta(visibility=3, storage_type="Priv2k<FM64,0>"), "its visibility is 'private', not 'secret' or 'public'"),
+        (meta(visibility=3, storage_type="Priv2k<FM64,0>"), "its visibility is 'private', not one of secret, public"),
         (meta(visibility=2), "its storage type is 'aby3.AShr<FM64>', not 'Pub2k<FM64>'"),
     ],
 )
@@ -152,7 +160,7 @@ def test_what_passes_of_anything_is_what_spu_makes():
     chance = random.Random(0)
     right = good()
     passed = described = 0
-    for _ in range(3000):
+    for _ in range(1500):
         share = hostile(chance)
         reasons = refusal(share, ARRAY), refusal(share, None)
         assert all(len(reason) < 300 and reason.isprintable() for reason in reasons)
@@ -166,7 +174,7 @@ def test_what_passes_of_anything_is_what_spu_makes():
             assert share.meta == one.meta
             assert [len(content) for content in share.chunks] == [len(content) for content in one.chunks]
             described += array != ARRAY
-    assert passed > 50  # so that it would be seen if all were refused
+    assert passed > 25  # so that it would be seen if all were refused
     assert described > 5
 
 
@@ -198,13 +206,13 @@ def test_results_pass_however_they_are_stored(group, protocol):
     }
     for dtype, fn in functions.items():
         every = results(parties, fn, x)
-        shares.check_result(every, parties.config, m.Array((3,), dtype))
-        shares.check_result(every, parties.config)
+        shares.check_result(every, m.Array((3,), dtype), parties.config)
+        shares.check_result(every, None, parties.config)
         with pytest.raises(ValueError, match=rf"^party 0's share: it is {dtype} \(3,\), not {dtype} \(4,\)$"):
-            shares.check_result(every, parties.config, m.Array((4,), dtype))
+            shares.check_result(every, m.Array((4,), dtype), parties.config)
     every = results(parties, lambda _: jnp.ones(2), x)
     assert shares.described(every[0].meta).visibility == "public"
-    shares.check_result(every, parties.config, m.Array((2,), "float32"))
+    shares.check_result(every, m.Array((2,), "float32"), parties.config)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +229,7 @@ def test_results_pass_however_they_are_stored(group, protocol):
 def test_a_party_that_answers_with_something_else_is_named(change, reason):
     every = made((2, 4), "float32")
     with pytest.raises(ValueError, match=f"^party 2's share: {reason}$"):
-        shares.check_result([*every[:2], change(every[2])], CONFIG, ARRAY)
+        shares.check_result([*every[:2], change(every[2])], ARRAY, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -233,11 +241,11 @@ def test_a_party_that_answers_with_something_else_is_named(change, reason):
         ),
         (meta(storage_type="aby3.AShr<FM32>"), "its storage type is 'aby3.AShr<FM32>', which is none of secret values"),
         (meta(visibility=2), "its storage type is 'aby3.AShr<FM64>', which is none of public values"),
-        (meta(visibility=3), "its storage type is 'aby3.AShr<FM64>', which is none of private values"),
+        (meta(visibility=3), "its visibility is 'private', not one of secret, public"),
         (meta(WRAPPED), r"its shape is \(4294967296, 4294967296\), which no array has that is shared"),
         (meta(data_type=6), r"it is int32 \(2, 4\), not float32 \(2, 4\)"),
     ],
 )
 def test_parties_that_all_answer_with_something_else_are_refused(content, reason):
     with pytest.raises(ValueError, match=f"^party 0's share: {reason}$"):
-        shares.check_result([m.Share(content, good().chunks)] * 3, CONFIG, ARRAY)
+        shares.check_result([m.Share(content, good().chunks)] * 3, ARRAY, CONFIG)
