@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 _POLL = 0.1  # seconds
-_RENEWALS = 4  # of a lease, in its time
 
 
 class Answer(NamedTuple):
@@ -75,8 +74,8 @@ class Cluster(Parties):
             self.close()
             raise
         if self._owns:
-            period = self.cluster.timeout_seconds / _RENEWALS
-            threading.Thread(target=_renew, args=(weakref.ref(self), self._closed, period), daemon=True).start()
+            period = self.cluster.timeout_seconds / 4
+            threading.Thread(target=_hold, args=(weakref.ref(self), self._closed, period), daemon=True).start()
 
     def __enter__(self) -> Cluster:
         return self
@@ -90,7 +89,7 @@ class Cluster(Parties):
 
         if not self._closed.is_set() and self._session and self._owns:
             with contextlib.suppress(SecureError):  # else they do once the lease has run out
-                self._all("renew", self._same(m.Lease(self._session, self._lease, ends=True)), m.Empty)
+                self._all("lease", self._same(m.Lease(self._session, self._lease, ends=True)), m.Empty)
         self._closed.set()
         for peer in self._peers:
             peer.close()
@@ -411,16 +410,23 @@ def _unlike(each: Sequence[Mapping[str, m.Model]], name: str | None) -> str:
     return ""
 
 
-def _renew(cluster: weakref.ref[Cluster], closed: threading.Event, period: float) -> None:
-    """Renews an owner's lease, every `period` seconds, until it is closed or forgotten."""
+def _hold(cluster: weakref.ref[Cluster], closed: threading.Event, period: float) -> None:
+    """Keeps a call at every party that holds an owner's lease, until the owner is closed or forgotten."""
+    import grpc
+
     from flaxmpc.secure.deploy import messages as m
 
-    kept: list[Any] = []
-    while not closed.wait(period) and (owner := cluster()) is not None:
-        message = m.Lease(owner.session, owner._lease)
-        with contextlib.suppress(ValueError):  # closed just now
-            kept[:] = [peer.ask_later("renew", message, period) for peer in owner._peers]  # else they are cancelled
+    calls: dict[int, tuple[str, Any]] = {}
+    while (owner := cluster()) is not None:
+        for rank, peer in enumerate(owner._peers):
+            session, call = calls.get(rank, ("", None))
+            lost = call is None or (call.done() and call.code() is not grpc.StatusCode.ABORTED)  # it knows the session
+            if lost or session != owner.session:
+                with contextlib.suppress(ValueError):  # closed just now
+                    calls[rank] = owner.session, peer.ask_later("lease", m.Lease(owner.session, owner._lease))
         del owner
+        if closed.wait(period):
+            return
 
 
 def _profile(answers: Sequence[m.Answer]) -> Profile:

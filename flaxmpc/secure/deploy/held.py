@@ -6,10 +6,11 @@ others, so nothing has to be undone where a put, a run or an owner ends half-way
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import grpc
 
@@ -41,9 +42,13 @@ class Model:
 
 @dataclasses.dataclass
 class Lease:
-    """What an owner holds until `ends`, by time.monotonic(): values, and puts that are not served yet, by hash."""
+    """What an owner holds: values, and puts that are not served yet, by hash.
+
+    It lasts while a call of the owner's is there, and until `ends`, by time.monotonic().
+    """
 
     ends: float = 0.0
+    calls: int = 0
     values: set[str] = dataclasses.field(default_factory=set)
     staged: dict[str, Model] = dataclasses.field(default_factory=dict)
 
@@ -54,6 +59,7 @@ class Held:
     Attributes:
         models: that are served, by name.
         wake: set when a sweep has something to do.
+        closed: whether the session is lost.
     """
 
     def __init__(
@@ -77,7 +83,7 @@ class Held:
         self._doomed: set[str] = set()  # the worker has them until it was told to delete them
         self._leases: dict[str, Lease] = {}
         self._promised: Model | None = None
-        self._closed = False
+        self.closed = False
 
     def __len__(self) -> int:
         """How many values the worker has."""
@@ -86,15 +92,23 @@ class Held:
     def close(self) -> None:
         """Nothing is staged or served any more: the session is lost."""
         with self._lock:
-            self._closed = True
+            self.closed = True
         self.wake.set()
 
     # Values.
 
-    def renew(self, lease: str) -> None:
-        """It lasts anew, from now on."""
+    @contextlib.contextmanager
+    def attached(self, id_: str) -> Iterator[None]:
+        """A lease lasts meanwhile, and for its time after."""
         with self._lock:
-            self._renewed(lease)
+            lease = self._renewed(id_)
+            lease.calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                lease.calls -= 1
+                lease.ends = time.monotonic() + self._lease_seconds
 
     def end(self, lease: str) -> None:
         """Its owner gives it back."""
@@ -138,7 +152,7 @@ class Held:
         """Deletes what nothing needs; waits for the worker. Refused: the worker can't."""
         with self._lock:
             now = time.monotonic()
-            for id_ in [id_ for id_, lease in self._leases.items() if lease.ends < now]:
+            for id_ in [id_ for id_, lease in self._leases.items() if not lease.calls and lease.ends < now]:
                 self._end(id_)
             self._mark()
             doomed = sorted(self._doomed)
@@ -271,7 +285,7 @@ class Held:
             self._kept.discard(model.name, model.public.hash)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise self._refused(grpc.StatusCode.ABORTED, "started anew meanwhile")
 
     def _refused(self, code: grpc.StatusCode, reason: str) -> Refused:

@@ -135,9 +135,17 @@ class Host:
         session.held.forget([*message.names, *(f"o.{name}" for name in message.names)])
         return m.Empty()
 
-    def renew(self, message: m.Lease) -> m.Empty:
-        session = self.sessions.require(message.session)
-        (session.held.end if message.ends else session.held.renew)(message.lease)
+    def lease(self, message: m.Lease, context: grpc.ServicerContext) -> m.Empty:
+        """An owner holds its values while it waits here: its connection lasts, however busy its process is."""
+        held = self.sessions.require(message.session).held
+        if message.ends:
+            held.end(message.lease)
+            return m.Empty()
+        gone = threading.Event()
+        with held.attached(message.lease):
+            if context.add_callback(gone.set):
+                while not gone.wait(1.0) and not held.closed:
+                    pass
         return m.Empty()
 
     def publish(self, header: m.Publish, pieces: Iterator[m.Piece]) -> m.Empty:

@@ -162,7 +162,7 @@ class Stored(Message, frozen=True):
 
 
 class Lease(Message, frozen=True):
-    """The owner still needs what it holds under this name; or, at its end, does no more."""
+    """The owner needs what it holds under this name as long as it waits for the answer; or, at its end, no more."""
 
     session: str
     lease: Name

@@ -57,7 +57,7 @@ METHODS = {
     "store": Method(_OWNER, m.Stored, "in"),
     "fetch": Method(_OWNER, m.Names),
     "delete": Method(_OWNER, m.Names),
-    "renew": Method(_OWNER, m.Lease),
+    "lease": Method(_OWNER, m.Lease, waits=True),
     "publish": Method(_OWNER, m.Publish, "in"),
     "commit": Method(_OWNER, m.Switch),
     "run": Method(_OWNER, m.Run, "in", waits=True),

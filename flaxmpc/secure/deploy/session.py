@@ -19,7 +19,6 @@ from flaxmpc.secure.deploy.tunnel import Tunnel
 from flaxmpc.secure.deploy.turns import Turns
 
 _POLL = 1.0  # seconds between sweeps while nothing asks for one
-_LEASE = 2  # times timeout_seconds: how long an owner may be silent; a large program compiles for long
 
 
 class Session:
@@ -141,7 +140,7 @@ class Sessions:
                 self._log("join_failed", reason=error)
                 raise Refused(grpc.StatusCode.UNAVAILABLE, f"party {self._rank} could not join the others: {error}")
             turns = Turns.of(self._cluster, self._rank)
-            held = Held(self._rank, lambda command: self.call(session, command), turns, self._kept, _LEASE * timeout)
+            held = Held(self._rank, lambda command: self.call(session, command), turns, self._kept, timeout)
             session = Session(session_id, worker, turns, held)
             if self._kept is not None:
                 self._load(session, chosen, self._kept)

@@ -86,18 +86,36 @@ def serve(held: Held, hash_: str, *weights: str) -> None:
     held.switch(hash_)
 
 
-def test_values_last_as_long_as_their_lease(held, worker, clock):
+def test_values_last_as_long_as_their_owner_is_there_and_a_lease_longer(held, worker, clock):
     store(held, "a", "b")
     store(held, "c", lease="another")
-    clock.now = LEASE - 1
-    held.renew("lease")
-    clock.now = LEASE + 1
+    with held.attached("lease"):
+        with held.attached("lease"):
+            clock.now = 3 * LEASE
+        held.sweep()
+        assert set(worker) == {"o.a", "o.b"}
+        assert len(held) == 2
+        clock.now = 5 * LEASE
     held.sweep()
-    assert set(worker) == {"o.a", "o.b"}
     assert len(held) == 2
-    clock.now = 3 * LEASE
+    clock.now = 6 * LEASE
+    store(held, "d")  # it is there again
+    clock.now = 7 * LEASE
+    held.sweep()
+    assert len(held) == 3
+    clock.now = 7 * LEASE + 1
     held.sweep()
     assert (len(worker), len(held)) == (0, 0)
+
+
+def test_a_lease_that_was_given_back_is_another_one_later(held, worker, clock):
+    with held.attached("lease"):
+        store(held, "a")
+        held.end("lease")
+        store(held, "b")
+    clock.now = LEASE + 1
+    held.sweep()
+    assert not worker
 
 
 def test_a_lease_that_is_given_back_ends_at_once(held, worker):

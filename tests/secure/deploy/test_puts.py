@@ -1,5 +1,6 @@
 """Puts and owners' runs on real parties: beside clients, with owners that are killed, and with a disk that is full."""
 
+import ctypes
 import os
 import re
 import signal
@@ -179,6 +180,15 @@ def test_an_owner_that_is_killed_leaves_nothing(settled, owner, client):
         forking.stdin.close()
     level(settled, before, 3 * TIMEOUT)
     assert client.session == session
+
+
+@pytest.mark.slow
+def test_an_owner_that_computes_for_long_keeps_what_it_holds(mortal):
+    with mortal.connect() as owner:
+        resident = owner.put(W)
+        time.sleep(0.5)
+        ctypes.PyDLL(None).sleep(5 * int(SHORT))  # as a compiler does that keeps all other threads waiting
+        np.testing.assert_allclose(secure.jit(affine, parties=owner)(resident, X), X * 3 + 1, atol=1e-3)
 
 
 def test_a_put_that_one_party_does_not_hold_is_refused_by_all(settled, owner, client):
