@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parents[1]
 LOCKS = {"stable": ("3.10", "3.11"), "spu-next": ("3.11",), "audit": ("3.10", "3.11")}

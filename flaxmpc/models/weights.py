@@ -143,7 +143,7 @@ def _digest(tensors: Mapping[str, np.ndarray]) -> str:
     found = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         found.update(f"{name} {value.dtype.str} {value.shape};".encode())
-        found.update(np.ascontiguousarray(value))
+        found.update(np.ascontiguousarray(value).tobytes())
     return found.hexdigest()
 
 
@@ -255,4 +255,14 @@ def write_params(
             tensors[name], tensors[name + _SCALES] = quantize(value, bits)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not by save_file: what it writes only the owner may read, whatever the umask.
-    files.write(path, save(tensors, metadata={"format": "pt", _DIGEST: _digest(tensors)}))
+    files.write(path, _sealed(save(tensors, metadata={"format": "pt"}), _digest(tensors)))
+
+
+def _sealed(content: bytes, digest: str) -> bytes:
+    """The file with its digest. Of two entries of its metadata, safetensors changes the order from run to run."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"][_DIGEST] = digest
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[end:]))
