@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flaxmpc import files
 from flaxmpc.errors import unknown
 from flaxmpc.models.bert import ARCHITECTURES, BertForSequenceClassification, init_params, param_shapes
 from flaxmpc.models.config import BertConfig
@@ -98,7 +99,9 @@ def save(
     word_embedding_bits: int = 32,
     matrix_bits: int = 32,
 ) -> Path:
-    """Writes config.json, model.safetensors (see `write_params` for the bits) and the tokenizer's files.
+    """Writes model.safetensors (see `write_params` for the bits), the tokenizer's files and config.json.
+
+    A save that is killed leaves a folder without config.json, which is no model: never parts of two.
 
     Args:
         tokenizer_from: the folder whose tokenizer it is.
@@ -111,7 +114,8 @@ def save(
         raise ValueError("a folded model is not stored: store the model itself, it is folded when it is loaded to run")
     folder, tokenizer = Path(folder), load_tokenizer(tokenizer_from)
     config = {"architectures": [type(model).__name__], **model.config.to_dict()}
+    (folder / "config.json").unlink(missing_ok=True)
     write_params(folder / "model.safetensors", params, word_embedding_bits=word_embedding_bits, matrix_bits=matrix_bits)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_tokenizer(tokenizer, folder)
+    files.write_json(folder / "config.json", config)
     return folder

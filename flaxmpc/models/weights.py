@@ -1,5 +1,6 @@
 """Weights from and to safetensors under HF's names: a declarative table of names, and one readable list of misfits."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from flaxmpc import files
 from flaxmpc.models.config import no_model_folder
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.models.quantize import dequantize, quantize
@@ -44,6 +46,8 @@ _MAY_LACK = re.compile(r"^bert/pooler/|/attention/(shift|scale)$")
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 _SCALES = ".quantization_scale"
+
+_DIGEST = "sha256"  # in the metadata of a file of ours: of its tensors
 
 
 def hf_name(path: str) -> str:
@@ -124,10 +128,23 @@ def _stored(path: Path) -> dict[str, np.ndarray]:
     for part in _files(path):
         try:
             with safe_open(part, "np") as file:
-                stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+                digest = (file.metadata() or {}).get(_DIGEST)
         except (SafetensorError, TypeError) as error:  # a TypeError: a type that numpy has not
             raise ValueError(f"{part} cannot be read as safetensors: {error}") from error
+        if digest is not None and digest != _digest(tensors):
+            raise ValueError(f"{part} is damaged, its weights are not those that were written: make it anew")
+        stored |= tensors
     return stored
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of all tensors, their names, types and shapes."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype.str} {value.shape};".encode())
+        found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -238,4 +255,14 @@ def write_params(
             tensors[name], tensors[name + _SCALES] = quantize(value, bits)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not by save_file: what it writes only the owner may read, whatever the umask.
-    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+    files.write(path, _sealed(save(tensors, metadata={"format": "pt"}), _digest(tensors)))
+
+
+def _sealed(content: bytes, digest: str) -> bytes:
+    """The file with its digest. Of two entries of its metadata, safetensors changes the order from run to run."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"][_DIGEST] = digest
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[end:]))

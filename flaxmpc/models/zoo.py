@@ -1,10 +1,10 @@
 """The zoo: a folder per trained model, found by name."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from flaxmpc import files
 from flaxmpc.errors import unknown
 
 DEFAULT = "movie-minilm-l6-2quad-freediv"
@@ -56,6 +56,6 @@ def with_weights(name_or_folder: str | Path) -> Path:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """The measured results of an entry, empty where it has none."""
+    """The measured results of an entry, empty where it has none. ValueError: the file is damaged."""
     path = folder / "results.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
