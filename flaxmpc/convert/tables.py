@@ -191,9 +191,9 @@ def _read_split(folder: Path, split: Path) -> Table:
     from flaxmpc.convert import decoder
 
     state = files.read_object(split / "state.json", root=folder)
-    data = state.get("_data_files")
-    known = isinstance(data, list) and all(isinstance(each, dict) for each in data)
-    if not known or state.get("_indices_data_files"):
+    named = state.get("_data_files")
+    data: list[Any] = named if isinstance(named, list) else [None]
+    if not all(isinstance(each, dict) for each in data) or state.get("_indices_data_files"):
         raise ValueError(f"{split / 'state.json'} names no data files, or an order of their rows: save it anew")
     parts = [files.inside(split / name, folder) for name in _names([each.get("filename") for each in data])]
     features = files.read_object(split / "dataset_info.json", root=folder).get("features")

@@ -118,14 +118,14 @@ def failing_as(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {reason}") from error
 
 
-def _read(path: Path, check: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+def _read(path: Path, check: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
     """What is kept of a JSON file; empty if there is no such file."""
     if not path.is_file():
         return {}
     large = path.name in ("tokenizer.json", "vocab.json")
     fields = files.read_object(path, _MOST_BYTES if large else files.JSON_BYTES)
     try:
-        return check(fields)
+        return dict(check(fields))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

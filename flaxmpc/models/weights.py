@@ -164,7 +164,7 @@ def _open(path: Path, opened: contextlib.ExitStack) -> dict[str, _Tensor]:
             file = opened.enter_context(safe_open(part, "np"))
             for name in file.keys():  # noqa: SIM118  it is no mapping
                 tensor = file.get_slice(name)
-                type_ = tensor.get_dtype()
+                type_ = str(tensor.get_dtype())
                 found[name] = _Tensor(part, file, name, tuple(tensor.get_shape()), _TYPES.get(type_, type_.lower()))
         except (SafetensorError, TypeError, ValueError) as error:
             raise ValueError(f"{part} cannot be read as safetensors: {error!s:.200}") from error
