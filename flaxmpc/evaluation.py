@@ -1,7 +1,7 @@
 """What a trained model does under MPC, on a whole test set: beside what it does in the clear."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from flaxmpc.convert.finetune import predict
 from flaxmpc.convert.lengths import bucketed, repeated
 from flaxmpc.convert.matching import matched
 from flaxmpc.convert.runs import claimed
+from flaxmpc.errors import brief
 from flaxmpc.inference import SecureClassifier, check_encoded
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
+from flaxmpc.models.config import MOST_POSITIONS
 
 
 def secure_logits(
@@ -60,15 +62,13 @@ def evaluate(
 
     Raises:
         FileNotFoundError: the folder has no recipe.json.
-        ValueError: another run writes to the folder, or a file in it is damaged.
+        ValueError: another run writes to the folder, a file in it is damaged, or a recipe that does not say which
+            data; see `flaxmpc.models.folder.load`, `tasks.load`.
         FloatingPointError: a logit is not finite for texts of the shortest bucket already.
         secure.OverflowRisk: fewer than 2 bits are left between the model's numbers and the fixed point's largest.
     """
-    path = folder / "recipe.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: it says which data the model is measured on")
+    recipe = _recipe(folder / "recipe.json")
     with claimed(folder):
-        recipe = files.read_json(path)
         loaded = folders.load(folder)
         results = zoo.results(folder)
         measured, results["lengths"] = _at_every_length(
@@ -100,6 +100,25 @@ def evaluate(
         files.write_json(folder / "results.json", results)
         card.write(folder)
         return results
+
+
+# Of a recipe, what says which texts are measured on.
+_OF_DATA: Mapping[str, Callable[[Any], bool]] = {
+    "data": lambda value: isinstance(value, str),
+    "label_column": lambda value: isinstance(value, str),
+    "text_columns": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "max_length": lambda value: isinstance(value, int) and 0 < value <= MOST_POSITIONS,
+}
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: it says which data the model is measured on")
+    recipe = files.read_object(path)
+    for field, right in _OF_DATA.items():
+        if not right(recipe.get(field)):
+            raise ValueError(f"{path} has {field} {brief(recipe.get(field))}, as no recipe of `flaxmpc convert` has")
+    return recipe
 
 
 def _task(loaded: folders.LoadedModel, recipe: dict[str, Any], max_length: int) -> tasks.Task:
@@ -153,7 +172,7 @@ def _answering(loaded: folders.LoadedModel, longest: int) -> folders.LoadedModel
     """The model with another `model_max_length`, in its folder too."""
     config = dataclasses.replace(loaded.model.config, model_max_length=longest)
     path = loaded.folder / "config.json"
-    stored = files.read_json(path)
+    stored = files.read_object(path)
     if stored.get("model_max_length") != longest:
         files.write_json(path, {**stored, "model_max_length": longest})
     return loaded._replace(model=type(loaded.model)(config))

@@ -96,7 +96,7 @@ def _publish(name: str, out: Path) -> None:
     folder = ZOO / (TEACHER if entry == "teacher" else f"{TEACHER}-{entry}")
     if variant:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        record = {part: files.read_json(out / f"{part}.json") for part in ("recipe", "results")}
+        record = {part: files.read_object(out / f"{part}.json") for part in ("recipe", "results")}
         files.write_json(folder / "runs" / f"{variant}.json", record)
         return
     folder.mkdir(parents=True, exist_ok=True)

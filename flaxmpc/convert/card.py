@@ -27,7 +27,7 @@ def write(folder: Path) -> None:
 def text(folder: Path) -> str:
     """The card as Markdown."""
     config = BertConfig.from_folder(folder)
-    recipe, results = files.read_json(folder / "recipe.json"), files.read_json(folder / "results.json")
+    recipe, results = files.read_object(folder / "recipe.json"), files.read_object(folder / "results.json")
     notes = folder / "notes.md"
     parts = [
         f"# {folder.resolve().name}",
@@ -43,7 +43,7 @@ def text(folder: Path) -> str:
         _DATA.get(recipe["data"], f"`{recipe['data']}`."),
         "## How it was made",
         _method(recipe),
-        *((notes.read_text("utf-8").strip(),) if notes.is_file() else ()),
+        *((files.read(notes, files.JSON_BYTES).decode("utf-8").strip(),) if notes.is_file() else ()),
         _machine(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

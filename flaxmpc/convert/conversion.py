@@ -299,7 +299,7 @@ def convert(config: Conversion) -> dict[str, Any]:
         inputs["unlabelled texts"] = contents.of_split(more)
     if hosts.from_first(np.bool_(done(config, hosts.agreed(inputs)))):
         again = "remove it, and the model is finished again from its checkpoints"
-        return files.read_json(config.out / "results.json", again) if hosts.first() else {}
+        return files.read_object(config.out / "results.json", mend=again) if hosts.first() else {}
     run = run_folder(config, inputs)
     teacher_logits = predict(teacher.model, teacher.params, task.test)
     if not (task.regression or (named(own.id2label) and named(loaded.id2label))):

@@ -77,7 +77,7 @@ def run_folder(config: Any, inputs: Digests) -> Path:
     path = folder / "config.json"
     mend = "remove the folder, or name another with --runs"
     if path.is_file():
-        before = files.read_json(path, mend)
+        before = files.read_object(path, mend=mend)
         other = [field for field in resolved if field != "inputs" and before.get(field) != resolved[field]]
         if other:
             raise ValueError(f"{folder} holds a run with another {', '.join(other)}: {mend}")
@@ -107,7 +107,7 @@ def done(config: Any, inputs: Digests) -> bool:
     path = config.out / "recipe.json"
     if not path.is_file() or not (config.out / "results.json").is_file():
         return False
-    found = files.read_json(path, "remove it, and the model is finished again from its checkpoints")
+    found = files.read_object(path, mend="remove it, and the model is finished again from its checkpoints")
     return {"inputs": dict(inputs), **found} == recipe(config, inputs)
 
 

@@ -1,13 +1,12 @@
 """A model folder: config.json, model.safetensors and the tokenizer's files. HF's folders and ours are one format."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flaxmpc import files
-from flaxmpc.errors import unknown
+from flaxmpc.errors import brief, unknown
 from flaxmpc.models.bert import ARCHITECTURES, BertForSequenceClassification, init_params, param_shapes
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.tokenizer import load_tokenizer, save_tokenizer
@@ -39,7 +38,8 @@ def load(folder: str | Path, architecture: str | None = None) -> LoadedModel:
 
     Raises:
         FileNotFoundError: the folder, its config.json, weights or tokenizer do not exist.
-        ValueError: an unknown architecture or part, or a damaged file.
+        ValueError: an unknown architecture or part, or a file that is damaged, a link (see `flaxmpc.files.inside`), or
+            asks for more than any published model.
         WeightsError: the weights do not fit, with the list of misfits.
     """
     folder = Path(folder)
@@ -56,11 +56,11 @@ def read_model(folder: Path, architecture: str | None = None) -> Any:
     """
     config = BertConfig.from_folder(folder)
     if architecture is None:
-        declared = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
+        declared = files.read_object(folder / "config.json").get("architectures")
         if not isinstance(declared, (list, type(None))):
-            raise ValueError(f"{folder / 'config.json'}: architectures is a list of names, not {declared!r}")
+            raise ValueError(f"{folder / 'config.json'}: architectures is a list of names, not {brief(declared)}")
         architecture = declared[0] if declared else BertForSequenceClassification.__name__
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES)
     return ARCHITECTURES[architecture](config)
 
@@ -85,8 +85,7 @@ def load_pretrained(
     """
     folder = Path(folder)
     model = architecture(dataclasses.replace(BertConfig.from_folder(folder), **changes))
-    fresh = init_params(model, seed)
-    params = read_params(folder / "model.safetensors", fresh, fresh=fresh)
+    params = read_params(folder / "model.safetensors", param_shapes(model), fresh=lambda: init_params(model, seed))
     return LoadedModel(model, params, load_tokenizer(folder), folder)
 
 

@@ -339,17 +339,24 @@ class Cluster(Parties):
         )
 
     def bundle(self, name: str, model: m.Model) -> bytes:
-        """What clients need of a model in the clear. SecureError: it is not what all parties have."""
+        """What clients need of a model in the clear. SecureError: it is not what all parties have, or too large."""
         import grpc
 
         from flaxmpc.secure.deploy import messages as m
         from flaxmpc.secure.deploy import rpc
 
+        most = self.cluster.limits.max_request_bytes
+        if model.bundle_bytes > most:
+            raise SecureError(f"the bundle of {name!r} has {model.bundle_bytes} bytes; max_request_bytes is {most}")
+        content = bytearray()
         try:
-            stream = self._peers[0].receive("bundle", m.Names(self._session, [name]))
-            content = b"".join(piece.content for piece in stream)
+            for piece in self._peers[0].receive("bundle", m.Names(self._session, [name])):
+                content += piece.content
+                if len(content) > model.bundle_bytes:
+                    break
         except grpc.RpcError as error:
             raise SecureError(rpc.describe(self.cluster.party[0], error)) from error
+        content = bytes(content)
         if m.digest(content) != model.bundle:
             raise SecureError(f"party 0 sent another bundle of {name!r} than the parties agreed on")
         return content

@@ -217,10 +217,10 @@ def test_a_program_of_the_owners_own_making_ends_the_session_at_most(mortal):
         held = owner.put(X)
         program = secure.jit(lambda x: x * 2, parties=owner).compile(held).code
         bad = program.replace(b"    return", b"    %i = pphlo.iota dim = -1 : tensor<4xi32>\n    return", 1)
-        message = m.Run(owner.session, secrets.token_hex(16), bad, held.names, ["y"])
+        header = m.Run(owner.session, owner._lease, secrets.token_hex(16), held.names, ["y"])
         start = time.monotonic()
         with pytest.raises(secure.SecureError, match=r"party \d"):
-            owner._run("run", [message] * 3)
+            owner._run("run", header, [streams.of_contents([bad]) for _ in range(3)])
         assert time.monotonic() - start < 4 * SHORT + 10
     check_served(mortal)
 

@@ -105,7 +105,7 @@ def test_bundles_that_nobody_reads_and_one_message_that_asks_for_many(parties, o
             unread = [channel.unary_stream("/flaxmpc.Party/bundle")(asked) for channel in channels for _ in range(10)]
             time.sleep(1)
             others_are_answered(client)
-            refused = [each for each in unread if each.done()]
+            refused = [each for each in unread if each.done()]  # pyright: ignore[reportAttributeAccessIssue]
             for each in refused:
                 assert each.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert "'client.alice' has 2 calls of 'bundle' under way, which is the limit" in each.details()
