@@ -162,7 +162,7 @@ def test_a_model_keeps_its_weights_and_a_request_those_that_it_began_with(held, 
     held.end("lease")
     held.sweep()
     assert set(worker) == {"o.a", "o.b", "o.both"}
-    running = turns.named(["r"])
+    running = turns.named([request.key], [])
     held.sweep()
     assert set(worker) == {"o.a", "o.b", "o.both"}
     turns.end(running, m.Answer())
