@@ -182,6 +182,30 @@ def test_an_owner_that_is_killed_leaves_nothing(settled, owner, client):
     assert client.session == session
 
 
+FROZEN = """
+import sys, time
+import numpy as np
+from flaxmpc import secure
+owner = secure.Cluster(sys.argv[1], "owner")
+value = owner.put(np.ones(3, np.float32))
+print("holds", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+def test_an_owner_that_is_frozen_is_noticed(settled):
+    before = values(settled)
+    command = [sys.executable, "-c", FROZEN, str(settled.cluster.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holds\n"
+        process.send_signal(signal.SIGSTOP)
+        assert values(settled) == {rank: count + 1 for rank, count in before.items()}
+        level(settled, before, 4 * TIMEOUT)
+        process.kill()
+
+
 @pytest.mark.slow
 def test_an_owner_that_computes_for_long_keeps_what_it_holds(mortal):
     with mortal.connect() as owner:
