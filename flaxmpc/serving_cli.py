@@ -16,6 +16,9 @@ import tyro
 from flaxmpc.convert.data import Text
 from flaxmpc.results import Asked
 
+# It says on standard error what a peer does wrong, without end; what matters is raised. It looks when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 Cluster = Annotated[Path, tyro.conf.arg(metavar="PATH")]
 Flag = tyro.conf.FlagCreatePairsOff
 
@@ -84,7 +87,6 @@ def party(
         rank: which of its parties this is.
         allow_insecure_dealer: run SEMI2K, which hides nothing from party 0.
     """
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it logs what others send, without end, and reads this when loaded
     from flaxmpc.secure.deploy.cluster import ClusterFile
     from flaxmpc.secure.deploy.host import Host
     from flaxmpc.secure.deploy.process import hide_memory

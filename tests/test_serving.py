@@ -26,19 +26,19 @@ TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "g
 # Runs in the parties: keeps all that comes in, after TLS.
 CAPTURE = """
 import sys
-import flaxmpc.secure.deploy.rpc as rpc, flaxmpc.secure.deploy.tunnel as tunnel
+import flaxmpc.secure.deploy.rpc as rpc, flaxmpc.secure.deploy.connection as connection
 seen = open({path!r}, 'ab', buffering=0)
 decode = rpc.decode
 def decode_and_keep(content, kind):
     seen.write(content)
     return decode(content, kind)
 rpc.decode = decode_and_keep
-read = tunnel.asyncio.StreamReader.read
-async def read_and_keep(self, size=-1):
-    content = await read(self, size)
+read = connection.Secure.read
+async def read_and_keep(self):
+    content = await read(self)
     seen.write(content)
     return content
-tunnel.asyncio.StreamReader.read = read_and_keep
+connection.Secure.read = read_and_keep
 """
 
 

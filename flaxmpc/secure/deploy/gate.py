@@ -254,9 +254,10 @@ class Gate:
                 del self._open[caller.name]
 
     async def _go_on(self, end: Secure, caller: Caller) -> None:
-        if end.application is None or end.application not in self._ways:
+        way = self._ways.get(end.application or "")
+        if way is None:
             raise _Refused(f"{end.application!r} is not spoken here")
-        async with self._ways[end.application](caller) as behind:
+        async with way(caller) as behind:
             with contextlib.suppress(asyncio.TimeoutError):  # a connection ends with its certificate
                 await asyncio.wait_for(relay(end, behind), caller.expires - time.time())
 

@@ -246,13 +246,28 @@ def test_when_no_more_files_can_be_opened_nothing_spins(monkeypatch):
     assert tries[-1] - tries[1] > 0.25
 
 
-def test_a_connection_to_a_host_of_several_addresses():
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_a_host_may_be_a_name_or_a_number_of_either_kind(host):
     async def reach() -> None:
-        (listener,) = await gates.listen("127.0.0.1", 0)
-        with listener:
-            address = f"localhost:{listener.getsockname()[1]}"
+        try:
+            listeners = await gates.listen(host, 0)
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        with contextlib.ExitStack() as stack:
+            for listener in listeners:
+                stack.enter_context(listener)
+            address = f"{host}:{listeners[0].getsockname()[1]}"
             (await connect(address)).close()
-        with pytest.raises(OSError, match="Connect call failed"):
+        with pytest.raises(OSError, match=r"[Cc]onnect"):
             await connect(address)
 
     asyncio.run(reach())
+
+
+def test_a_port_that_is_taken_is_not_shared():
+    async def twice() -> None:
+        (listener,) = await gates.listen("127.0.0.1", 0)
+        with listener, pytest.raises(OSError, match="in use"):
+            await gates.listen("localhost", listener.getsockname()[1])
+
+    asyncio.run(twice())
