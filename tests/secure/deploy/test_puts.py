@@ -45,19 +45,22 @@ def cut(stream, pieces):
 def act(where, method, *numbers):
     send_later, ask_later = rpc.Peer.send_later, rpc.Peer.ask_later
 
-    def send(self, asked, message, stream):
-        at = where == "in" and (asked, str(self.entry.rank)) == (method, numbers[0])
-        return send_later(self, asked, message, cut(stream, int(numbers[1])) if at else stream)
-
-    def ask(self, asked, message, timeout=None):
+    def around(call, peer, asked, *arguments):
         if (where, method) == ("before", asked):
             stop()
-        future = ask_later(self, asked, message, timeout)
+        future = call(peer, asked, *arguments)
         if (where, method) == ("after", asked):
-            if self.entry.rank == int(numbers[0]):
+            if peer.entry.rank == int(numbers[0]):
                 time.sleep(float(numbers[1]))
                 stop()
         return future
+
+    def send(self, asked, message, stream):
+        at = where == "in" and (asked, str(self.entry.rank)) == (method, numbers[0])
+        return around(send_later, self, asked, message, cut(stream, int(numbers[1])) if at else stream)
+
+    def ask(self, asked, message, timeout=None):
+        return around(ask_later, self, asked, message, timeout)
 
     rpc.Peer.send_later, rpc.Peer.ask_later = send, ask
     owner = secure.Cluster(sys.argv[1], "owner")
