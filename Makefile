@@ -12,6 +12,9 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3 python; do \
 # No file but those that the lock file has the hashes of, and no code of theirs: wheels alone.
 LOCKED := --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes
 
+# Two processes: most tests of parties wait, most others compute.
+TOGETHER := --numprocesses 2 --dist loadgroup
+
 .PHONY: help setup demo test test-slow test-next wheel-test lint lock audit bench bench-layer
 
 help: ## this list
@@ -36,14 +39,14 @@ lint: setup ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 test: setup lint ## lint and tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(TOGETHER)
 
 test-slow: setup ## accuracy over whole test sets: minutes
 	$(BIN)/python -m pytest -m slow
 
 test-next: ## the same tests on the SPU pre-release
 	$(MAKE) setup VENV=.venv-next LOCK=requirements/spu-next.txt
-	.venv-next/bin/python -m pytest -m "not slow"
+	.venv-next/bin/python -m pytest -m "not slow" $(TOGETHER)
 
 # Outside of the repository, and with what pip itself chooses: in a minute, and on a busy machine within the limit.
 wheel-test: setup ## builds the wheel, installs it afresh with pip, and asks its model: needs the package index
