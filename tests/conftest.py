@@ -29,6 +29,7 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Which tests stay together where two processes share them: those of a file, and all that share the clusters."""
     for item in items:
