@@ -29,14 +29,6 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Which tests stay together where two processes share them: those of a file, and all that share the clusters."""
-    for item in items:
-        group = "deploy" if item.path.parent.name == "deploy" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def program_cache(tmp_path_factory):
     """Where compiled secure programs go: a directory of the session."""
