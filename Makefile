@@ -9,7 +9,10 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3.10 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup demo test test-slow test-next wheel-test lint lock bench bench-layer
+# No file but those that the lock file has the hashes of, and no code of theirs: wheels alone.
+LOCKED := --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes
+
+.PHONY: help setup demo test test-slow test-next wheel-test lint lock audit bench bench-layer
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,8 +25,8 @@ ifeq ($(PYTHON),)
 	@echo "flaxmpc needs Python 3.11 or 3.10: SPU, which runs the secret computation, has no wheels for others." >&2; exit 1
 endif
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m pip install $(LOCKED) -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: setup ## a real sentence, classified by a BERT that nobody sees
@@ -61,8 +64,18 @@ bench: setup ## all benchmarks of costs, an hour on 2 cores; QUICK=1 for 5 minut
 		echo "$${entry%:*}.py$(if $(QUICK),, (about $${entry#*:} minutes))"; \
 		$(BIN)/python benchmarks/$${entry%:*}.py $(if $(QUICK),--quick) || exit 1; done
 
-lock: ## pins anew, within what pyproject.toml allows: needs uv
-	uv pip compile --universal --python-version 3.10 --extra dev --override requirements/overrides.txt \
-		--no-header --no-annotate --output-file requirements/stable.txt pyproject.toml
-	uv pip compile --universal --python-version 3.11 --extra dev --override requirements/overrides.txt \
-		--override requirements/spu-next.in --no-header --no-annotate --output-file requirements/spu-next.txt pyproject.toml
+COMPILE := uv pip compile --universal --generate-hashes --no-header --no-annotate
+lock: ## pins what pyproject.toml asks for, with hashes: needs uv; what is pinned stays if it can
+	$(COMPILE) --python-version 3.10 --extra dev --override requirements/overrides.txt \
+		--output-file requirements/stable.txt pyproject.toml
+	$(COMPILE) --python-version 3.11 --extra dev --override requirements/overrides.txt \
+		--override requirements/spu-next.in --output-file requirements/spu-next.txt pyproject.toml
+	$(COMPILE) --python-version 3.10 \
+		--output-file requirements/audit.txt requirements/audit.in
+
+# With an environment of its own: what pip-audit needs is none of flaxmpc's business.
+audit: ## asks for known vulnerabilities in what is locked: needs the network
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install $(LOCKED) -r requirements/audit.txt
+	for lock in stable spu-next audit; do \
+		.venv-audit/bin/pip-audit --require-hashes --disable-pip -r requirements/$$lock.txt || exit 1; done

@@ -14,7 +14,7 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 
 import flaxmpc
-from flaxmpc import convert_cli, infer_cli, serving_cli
+from flaxmpc import convert_cli, files, infer_cli, serving_cli
 from flaxmpc.errors import unknown
 from flaxmpc.infer_cli import Json
 from flaxmpc.models import zoo
@@ -85,7 +85,9 @@ def zoo_(
         card = zoo.find(model or zoo.DEFAULT) / "README.md"
         if not card.is_file():
             raise ValueError(f"{card.parent} has no card (README.md)")
-        Console().print(Markdown(card.read_text("utf-8")))
+        text = files.read(card, files.JSON_BYTES).decode("utf-8", "replace")
+        # What a terminal would obey is left out.
+        Console().print(Markdown("".join(c for c in text if c.isprintable() or c in "\n\t")))
         return
     if model is not None:
         raise ValueError(f"zoo list takes no model: zoo show {model} shows its card")
@@ -116,6 +118,7 @@ _COMMANDS = {
     "cluster": serving_cli.cluster,
     "party": serving_cli.party,
     "put": serving_cli.put,
+    "approve": serving_cli.approve,
 }
 
 
@@ -138,5 +141,6 @@ def main(arguments: list[str] | None = None) -> None:
         raise
     except (ValueError, OSError, FloatingPointError, SecureError) as error:
         message = " ".join(str(error).split())
-        print(f"flaxmpc: {message}", file=sys.stderr)
+        # What a terminal would obey is shown: parts of a message may be of a file, or of a party.
+        print("flaxmpc:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message), file=sys.stderr)
         raise SystemExit(2) from error

@@ -1,24 +1,26 @@
 """What a trained model does under MPC, on a whole test set: beside what it does in the clear."""
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import track
 
-from flaxmpc import secure
+from flaxmpc import files, secure
 from flaxmpc.client import buckets
 from flaxmpc.convert import card, metrics, tasks
 from flaxmpc.convert.data import Split, collate, plan
 from flaxmpc.convert.finetune import predict
 from flaxmpc.convert.lengths import bucketed, repeated
 from flaxmpc.convert.matching import matched
+from flaxmpc.convert.runs import claimed
+from flaxmpc.errors import brief
 from flaxmpc.inference import SecureClassifier, check_encoded
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
+from flaxmpc.models.config import MOST_POSITIONS
 
 
 def secure_logits(
@@ -60,44 +62,63 @@ def evaluate(
 
     Raises:
         FileNotFoundError: the folder has no recipe.json.
+        ValueError: another run writes to the folder, a file in it is damaged, or a recipe that does not say which
+            data; see `flaxmpc.models.folder.load`, `tasks.load`.
         FloatingPointError: a logit is not finite for texts of the shortest bucket already.
         secure.OverflowRisk: fewer than 2 bits are left between the model's numbers and the fixed point's largest.
     """
-    path = folder / "recipe.json"
+    recipe = _recipe(folder / "recipe.json")
+    with claimed(folder):
+        loaded = folders.load(folder)
+        results = zoo.results(folder)
+        measured, results["lengths"] = _at_every_length(
+            loaded, _task(loaded, recipe, recipe["max_length"]).test, recipe["max_length"], teacher
+        )
+        loaded = _answering(loaded, _longest(folder, results["lengths"]))
+        task = _task(loaded, recipe, loaded.model.config.longest)
+        results |= _margin(loaded, task.validation)
+        for protocol, count in (("REF2K", ref2k_sentences), ("ABY3", aby3_sentences)):
+            rows = spread(len(task.test), count)
+            if not len(rows):
+                continue
+            split = task.test[rows]
+            classifier = SecureClassifier(loaded, secure.InProcess(protocol))
+            secret, plain, cost = secure_logits(classifier, split, batch_size, protocol)
+            key = protocol.lower()
+            results[f"{key}_sentences"] = len(rows)
+            results |= {f"{key}_{name}": value for name, value in _figures(task.metrics, secret, split).items()}
+            results[f"{key}_agreement"] = metrics.agreement(secret, plain)
+            results[f"{key}_max_logit_difference"] = _largest_difference(secret, plain)
+            results |= {"versions": cost.versions, "machine": cost.machine, "date": cost.date}
+            if protocol == "REF2K":
+                for record in results["lengths"]:
+                    if record["length"] <= loaded.model.config.longest:
+                        rows = measured[record["length"]]
+                        rows = rows[spread(len(rows), 2 * batch_size)]
+                        secret, plain, _ = secure_logits(classifier, rows, batch_size, f"{record['length']} tokens")
+                        record |= {"ref2k_rows": len(rows), "ref2k_agreement": metrics.agreement(secret, plain)}
+        files.write_json(folder / "results.json", results)
+        card.write(folder)
+        return results
+
+
+# Of a recipe, what says which texts are measured on.
+_OF_DATA: Mapping[str, Callable[[Any], bool]] = {
+    "data": lambda value: isinstance(value, str),
+    "label_column": lambda value: isinstance(value, str),
+    "text_columns": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "max_length": lambda value: isinstance(value, int) and 0 < value <= MOST_POSITIONS,
+}
+
+
+def _recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: it says which data the model is measured on")
-    recipe = json.loads(path.read_text("utf-8"))
-    loaded = folders.load(folder)
-    results = zoo.results(folder)
-    measured, results["lengths"] = _at_every_length(
-        loaded, _task(loaded, recipe, recipe["max_length"]).test, recipe["max_length"], teacher
-    )
-    loaded = _answering(loaded, _longest(folder, results["lengths"]))
-    task = _task(loaded, recipe, loaded.model.config.longest)
-    results |= _margin(loaded, task.validation)
-    for protocol, count in (("REF2K", ref2k_sentences), ("ABY3", aby3_sentences)):
-        rows = spread(len(task.test), count)
-        if not len(rows):
-            continue
-        split = task.test[rows]
-        classifier = SecureClassifier(loaded, secure.InProcess(protocol))
-        secret, plain, cost = secure_logits(classifier, split, batch_size, protocol)
-        key = protocol.lower()
-        results[f"{key}_sentences"] = len(rows)
-        results |= {f"{key}_{name}": value for name, value in _figures(task.metrics, secret, split).items()}
-        results[f"{key}_agreement"] = metrics.agreement(secret, plain)
-        results[f"{key}_max_logit_difference"] = _largest_difference(secret, plain)
-        results |= {"versions": cost.versions, "machine": cost.machine, "date": cost.date}
-        if protocol == "REF2K":
-            for record in results["lengths"]:
-                if record["length"] <= loaded.model.config.longest:
-                    rows = measured[record["length"]]
-                    rows = rows[spread(len(rows), 2 * batch_size)]
-                    secret, plain, _ = secure_logits(classifier, rows, batch_size, f"{record['length']} tokens")
-                    record |= {"ref2k_rows": len(rows), "ref2k_agreement": metrics.agreement(secret, plain)}
-    (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", "utf-8")
-    card.write(folder)
-    return results
+    recipe = files.read_object(path)
+    for field, right in _OF_DATA.items():
+        if not right(recipe.get(field)):
+            raise ValueError(f"{path} has {field} {brief(recipe.get(field))}, as no recipe of `flaxmpc convert` has")
+    return recipe
 
 
 def _task(loaded: folders.LoadedModel, recipe: dict[str, Any], max_length: int) -> tasks.Task:
@@ -151,9 +172,9 @@ def _answering(loaded: folders.LoadedModel, longest: int) -> folders.LoadedModel
     """The model with another `model_max_length`, in its folder too."""
     config = dataclasses.replace(loaded.model.config, model_max_length=longest)
     path = loaded.folder / "config.json"
-    stored = json.loads(path.read_text("utf-8"))
+    stored = files.read_object(path)
     if stored.get("model_max_length") != longest:
-        path.write_text(json.dumps({**stored, "model_max_length": longest}, indent=2) + "\n", "utf-8")
+        files.write_json(path, {**stored, "model_max_length": longest})
     return loaded._replace(model=type(loaded.model)(config))
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from flaxmpc import secure
 from flaxmpc.client import Classifier, Client, Run, limit
 from flaxmpc.convert.data import Text
-from flaxmpc.convert.fold import fold
+from flaxmpc.convert.fold import fold, fold_config
 from flaxmpc.models import folder as folders
-from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.nn.attention import Keys
 from flaxmpc.nn.normalization import square_mean_by_product
 
@@ -76,13 +76,32 @@ class _Folded(NamedTuple):
     secret_params: dict[str, Any]
 
 
+def sequence_classifier(model: Any, folder: Path) -> BertForSequenceClassification:
+    """The model that a folder holds. ValueError: it is another."""
+    if not isinstance(model, BertForSequenceClassification):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, not a sequence classifier")
+    return model
+
+
 def _folded(loaded: folders.LoadedModel, *, grouped_heads: bool = True) -> _Folded:
     """ValueError: the model is no sequence classifier."""
-    if not isinstance(loaded.model, BertForSequenceClassification):
-        raise ValueError(f"{loaded.folder} holds a {type(loaded.model).__name__}, not a sequence classifier")
-    params, config = fold(loaded.params, loaded.model.config)
+    params, config = fold(loaded.params, sequence_classifier(loaded.model, loaded.folder).config)
     model = BertForSequenceClassification(dataclasses.replace(config, grouped_heads=grouped_heads))
     return _Folded(model, *split_at_shares(model, params))
+
+
+def plan(
+    trained: BertForSequenceClassification, *, grouped_heads: bool
+) -> tuple[BertForSequenceClassification, dict[str, Any], secure.Planned]:
+    """What programs are compiled for where a model's weights are not at hand.
+
+    Returns:
+        The model as it runs on shares, zeros in place of the client's params, and what its weights will be.
+    """
+    model = BertForSequenceClassification(dataclasses.replace(fold_config(trained.config), grouped_heads=grouped_heads))
+    _, client_params, secret_params = split_at_shares(model, param_shapes(model))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), client_params)
+    return model, zeros, secure.Planned(secret_params)
 
 
 def check(

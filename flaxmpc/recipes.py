@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flaxmpc import files
 from flaxmpc.convert import card, hosts
 from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
 from flaxmpc.evaluation import evaluate
@@ -30,7 +31,7 @@ def make(config: FineTuning | Conversion) -> dict[str, Any]:
         if not hosts.first():
             return {}
         if own.notes:
-            (own.out / "notes.md").write_text(own.notes.strip() + "\n", "utf-8")
+            files.write(own.out / "notes.md", own.notes.strip() + "\n")
         return evaluate(
             own.out, teacher=own.teacher, ref2k_sentences=own.ref2k_sentences, aby3_sentences=own.aby3_sentences
         )

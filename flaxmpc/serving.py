@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import secrets
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 
 from flaxmpc import secure
-from flaxmpc.client import Classifier, Run, buckets, limit
-from flaxmpc.inference import SecureClassifier, logits_and_size, secure_function
+from flaxmpc.answers import Inference
+from flaxmpc.client import Classifier, Client, Run, buckets, limit
+from flaxmpc.convert.data import Text
+from flaxmpc.errors import brief
+from flaxmpc.inference import SecureClassifier, logits_and_size, plan, secure_function, sequence_classifier
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.models.tokenizer import save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
+from flaxmpc.secure import cache
 from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.programs import Approved, compile_program
+
+if TYPE_CHECKING:
+    from flaxmpc.secure.deploy.cluster import Limits
 
 # Of `logits_and_size`; a calibrated LayerNorm leaves 1 within some hundredths.
 _SIZE_TOLERANCE = 0.5
@@ -59,30 +67,80 @@ def put(
         ValueError: no sequence classifier, or a length that is none of its buckets.
         secure.SecureError: a party refuses, or can't be reached.
     """
-    known = buckets(loaded.model.config.longest)
-    if lengths is None:
-        lengths = [length for length in known if length <= 64] or known
-    if not lengths or set(lengths) - set(known):
-        of = ", ".join(map(str, known))
-        raise ValueError(f"lengths {list(lengths)}: this model has {of}; a text may have {limit(loaded.model.config)}")
-    if not batches or min(batches) < 1:
-        raise ValueError(f"batches are numbers of texts, not {list(batches)}")
+    sizes = _sizes(loaded.model.config, lengths, batches)
     name = name or loaded.folder.resolve().name
     classifier = SecureClassifier(loaded, parties)
-    programs = {
-        f"{batch}x{length}": _program(classifier, parties, batch, length)
-        for batch in sorted(set(batches))
-        for length in sorted(set(lengths))
-    }
+    programs = _programs(classifier, classifier.model, classifier.weights, parties.cluster, sizes)
     parties.publish(name, classifier.weights, programs, _bundle(classifier))
     return parties.find(name)[1]
 
 
-def _program(classifier: SecureClassifier, parties: secure.Cluster, batch: int, length: int) -> m.Program:
-    ids = np.zeros((batch, length), np.int32)
-    inputs = classifier.share(ids, np.ones_like(ids))
-    function = secure_function(classifier.model, logits_and_size)
-    return parties.program(function, classifier.weights, *inputs, length=length)
+def approve(
+    folder: str | Path,
+    cluster: ClusterFile,
+    *,
+    name: str | None = None,
+    lengths: Sequence[int] | None = None,
+    batches: Sequence[int] = (1,),
+) -> dict[str, m.Program]:
+    """Compiles the programs that `put` would, and adds their digests to those that a party takes.
+
+    Args:
+        folder: with a model's config.json; who runs a party need not have its weights.
+        cluster: the party's.
+        name: of the model, a remark; by default the folder's.
+        lengths, batches: see `put`.
+
+    Returns:
+        The programs by name.
+
+    Raises:
+        ValueError: no sequence classifier, a length that is none of its buckets, or no file for the digests.
+        OSError: a file can't be read or written.
+    """
+    approved = Approved.of(cluster)
+    if approved is None:
+        raise ValueError(
+            f"{cluster.path} does not say where approved programs are to stand: add the line "
+            'programs = "programs.txt" above its first [table]; the party then takes no others'
+        )
+    folder = Path(folder)
+    trained = sequence_classifier(folders.read_model(folder), folder)
+    sizes = _sizes(trained.config, lengths, batches)
+    model, client_params, weights = plan(trained, grouped_heads=cluster.config.grouped_products)
+    programs = _programs(Client(model, None, client_params), model, weights, cluster, sizes)
+    approved.add(name or folder.resolve().name, programs)
+    return programs
+
+
+def _sizes(config: BertConfig, lengths: Sequence[int] | None, batches: Sequence[int]) -> list[tuple[int, int]]:
+    """Batches and lengths of the programs. ValueError: a length that is none of the model's buckets, or no number."""
+    known = buckets(config.longest)
+    if lengths is None:
+        lengths = [length for length in known if length <= 64] or known
+    if not lengths or set(lengths) - set(known):
+        of = ", ".join(map(str, known))
+        raise ValueError(f"lengths {list(lengths)}: this model has {of}; a text may have {limit(config)}")
+    if not batches or min(batches) < 1:
+        raise ValueError(f"batches are numbers of texts, not {list(batches)}")
+    return [(batch, length) for batch in sorted(set(batches)) for length in sorted(set(lengths))]
+
+
+def _programs(
+    client: Client,
+    model: BertForSequenceClassification,
+    weights: secure.Planned,
+    cluster: ClusterFile,
+    sizes: Sequence[tuple[int, int]],
+) -> dict[str, m.Program]:
+    """The programs of a folded model, by the sizes of what the client shares."""
+    function = secure_function(model, logits_and_size)
+    programs = {}
+    for batch, length in sizes:
+        ids = np.zeros((batch, length), np.int32)
+        inputs = client.share(ids, np.ones_like(ids))
+        programs[f"{batch}x{length}"] = compile_program(cluster, function, weights, *inputs, length=length)
+    return programs
 
 
 def _bundle(classifier: SecureClassifier) -> bytes:
@@ -96,24 +154,60 @@ def _bundle(classifier: SecureClassifier) -> bytes:
         return msgspec.msgpack.encode({name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))})
 
 
+def _fetched(parties: secure.Cluster, name: str, model: m.Model) -> bytes:
+    """The bundle of a model: from the cache folder, where it is kept under its hash, or from a party."""
+    folder = secure.cache_dir()
+    path = None if folder is None else folder / "bundles" / f"{model.bundle}.bundle"
+    if path is not None and (content := cache.read(path)) is not None and m.digest(content) == model.bundle:
+        return content
+    content = parties.bundle(name, model)
+    if path is not None:
+        cache.write(path, content)
+    return content
+
+
 def _unpack(bundle: bytes, folder: Path) -> None:
-    """Writes a bundle's files; ValueError if it is none."""
+    """Writes a bundle's files into a folder; ValueError if it is none."""
     try:
-        files = msgspec.msgpack.decode(bundle, type=dict[str, bytes])
+        contents = msgspec.msgpack.decode(bundle, type=dict[str, bytes])
     except msgspec.MsgspecError as error:
-        raise ValueError(f"the model's bundle can't be read: {error}") from error
-    if strange := sorted(set(files) - _BUNDLE_FILES):
-        raise ValueError(f"the model's bundle holds a file {strange[0]!r}")
-    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}")  # not by tempfile: others may read a cache
-    temporary.mkdir(parents=True)
-    try:
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        os.rename(temporary, folder)
-    except OSError:
-        shutil.rmtree(temporary)
-        if not folder.is_dir():  # else another process was faster
-            raise
+        raise ValueError(f"it can't be read: {error}") from error
+    if strange := sorted(set(contents) - _BUNDLE_FILES):
+        raise ValueError(f"it holds a file {brief(strange[0])}; it may have {', '.join(sorted(_BUNDLE_FILES))}")
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+
+
+class _Bundle(NamedTuple):
+    """What a client needs of a model: the model, the embedding's parameters (if it embeds) and the tokenizer."""
+
+    model: BertForSequenceClassification
+    params: dict[str, Any]
+    tokenizer: Any
+
+    @classmethod
+    def read(cls, bundle: bytes) -> _Bundle:
+        """From the owner's bytes, which may be anything.
+
+        Raises:
+            ValueError: they are no bundle, or ask for more than any model does.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory)
+            try:
+                _unpack(bundle, folder)
+                model = BertForSequenceClassification(BertConfig.from_folder(folder))
+                params: dict[str, Any] = {}
+                if model.config.embedding.client_embeds:
+                    shapes = {"bert": {"embeddings": param_shapes(model)["bert"]["embeddings"]}}
+                    params = read_params(folder / _TABLE, shapes)
+                return cls(model, params, folders.load_tokenizer(folder))
+            except (ValueError, OSError) as error:
+                reason = " ".join(str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "it").split())
+                raise ValueError(f"the model's bundle: {reason}") from error
+
+
+T = TypeVar("T")
 
 
 class RemoteClassifier(Classifier):
@@ -128,30 +222,45 @@ class RemoteClassifier(Classifier):
 
         Raises:
             secure.SecureError: no such model, or a party can't be reached.
-            ValueError: a damaged bundle.
+            ValueError: a damaged bundle, or one that asks for more than any model does or this client's cluster.toml
+                allows.
         """
         self.parties = parties
         self.name, self.model = parties.find(model)
-        with tempfile.TemporaryDirectory() as own:
-            folder = (secure.cache_dir() or Path(own)) / "bundles" / self.model.bundle
-            if not folder.is_dir():
-                bundle = parties.bundle(self.name, self.model)
-                try:
-                    _unpack(bundle, folder)
-                except OSError:  # a cache that can't be written to is no reason to fail
-                    folder = Path(own) / "bundle"
-                    _unpack(bundle, folder)
-            config = BertConfig.from_folder(folder)
-            model_ = BertForSequenceClassification(config)
-            params: dict[str, Any] = {}
-            if config.embedding.client_embeds:
-                shapes = {"bert": {"embeddings": param_shapes(model_)["bert"]["embeddings"]}}
-                params = read_params(folder / _TABLE, shapes)
-            tokenizer = folders.load_tokenizer(folder)
+        self._loaded = ""
+        self._follow(lambda: None)
+
+    def _follow(self, action: Callable[[], T]) -> T:
+        """What `action` gives with the model that the parties hold; again, where another was put meanwhile."""
+        while True:
+            put = self.model.hash
+            try:
+                if self._loaded != put:
+                    self._load()
+                return action()
+            except secure.SecureError:
+                with contextlib.suppress(secure.SecureError):
+                    self.name, self.model = self.parties.find(self.name)
+                if self.model.hash == put:
+                    raise
+
+    def _load(self) -> None:
+        """What a client needs of the model."""
         self._sizes: dict[int, list[int]] = {}
-        for program in self.model.programs.values():
+        for name, program in self.model.programs.items():
+            _check_size(name, program, self.parties.cluster.limits)
             self._sizes[program.length] = sorted({*self._sizes.get(program.length, ()), program.batch})
+        if not self._sizes:
+            raise ValueError(f"model {self.name!r} has no program: the owner puts it again with `flaxmpc put`")
+        model_, params, tokenizer = _Bundle.read(_fetched(self.parties, self.name, self.model))
         super().__init__(model_, tokenizer, params, list(self._sizes))
+        _check_shares(self.model.programs, self.config, self.parties.cluster.limits)
+        self._loaded = self.model.hash
+
+    def classify(self, texts: Sequence[Text], progress: Callable[[list[Run]], Iterable[Run]] = list) -> Inference:
+        """See `Classifier.classify`. All texts are answered by one put of the model."""
+        ask = super().classify
+        return self._follow(lambda: ask(texts, progress))
 
     def sizes(self, length: int) -> Sequence[int]:
         """Those that the model was put for."""
@@ -170,3 +279,25 @@ class RemoteClassifier(Classifier):
         logits, size = outputs
         diverged = np.abs(size - 1) > _SIZE_TOLERANCE
         return np.where(diverged[:, None], np.nan, logits), None, cost
+
+
+def _check_size(name: str, program: m.Signature, limits: Limits) -> None:
+    """ValueError: a program that this client's cluster.toml does not allow."""
+    fits = 1 <= program.batch <= limits.max_batch and 1 <= program.length <= limits.max_length
+    if not fits or name != f"{program.batch}x{program.length}":
+        raise ValueError(
+            f"program {brief(name)} is for {program.batch} x {program.length}; cluster.toml allows "
+            f"{limits.max_batch} x {limits.max_length}"
+        )
+
+
+def _check_shares(programs: Mapping[str, m.Signature], config: BertConfig, limits: Limits) -> None:
+    """ValueError: a run whose shares are larger than this client's cluster.toml allows: they are made at once."""
+    of_token = config.hidden_size if config.embedding.client_embeds else config.vocab_size + config.type_vocab_size
+    for name, program in programs.items():
+        size = 8 * program.batch * program.length * of_token  # at least: a number of the ring, for each party
+        if size > limits.max_request_bytes:
+            raise ValueError(
+                f"program {name} takes {size} bytes of shares; max_request_bytes in cluster.toml is "
+                f"{limits.max_request_bytes}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import tyro
 
 from flaxmpc.convert.data import Text
 from flaxmpc.results import Asked
+
+# It says on standard error what a peer does wrong, without end; what matters is raised. It looks when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 Cluster = Annotated[Path, tyro.conf.arg(metavar="PATH")]
 Flag = tyro.conf.FlagCreatePairsOff
@@ -41,7 +45,9 @@ def cluster(
         name: certificate: the client's; letters, digits, "_" and "-".
     """
     from flaxmpc.secure.deploy.cluster import ClusterFile, issue_client, write_local
+    from flaxmpc.secure.deploy.process import hide_memory
 
+    hide_memory()
     if action == "init":
         written = write_local(folder, protocol, timeout_seconds=timeout, allow_insecure_dealer=allow_insecure_dealer)
         print(
@@ -83,8 +89,10 @@ def party(
     """
     from flaxmpc.secure.deploy.cluster import ClusterFile
     from flaxmpc.secure.deploy.host import Host
+    from flaxmpc.secure.deploy.process import hide_memory
     from flaxmpc.secure.deploy.service import serve
 
+    hide_memory()
     serve(Host(ClusterFile.read(cluster), rank, allow_insecure_dealer=allow_insecure_dealer))
 
 
@@ -107,7 +115,9 @@ def put(
     """
     from flaxmpc import secure, serving
     from flaxmpc.models import folder, zoo
+    from flaxmpc.secure.deploy.process import hide_memory
 
+    hide_memory()
     loaded = folder.load(zoo.with_weights(model))
     start = time.perf_counter()
     with secure.Cluster(cluster, "owner") as parties:
@@ -120,10 +130,39 @@ def put(
     )
 
 
+def approve(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FOLDER")],
+    /,
+    cluster: Cluster,
+    name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
+    lengths: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: those up to 64)")] = (),
+    batches: tuple[int, ...] = (1,),
+) -> None:
+    """Who runs a party approves a model's programs: their digests go to the file that cluster.toml names, `programs`.
+
+    Args:
+        model: a name of the zoo or a folder with the model's config.json; its weights are not needed.
+        cluster: cluster.toml, or its folder.
+        name: of the model, a remark in the file; by default the folder's.
+        lengths: as the owner puts them.
+        batches: as the owner puts them.
+    """
+    from flaxmpc import serving
+    from flaxmpc.models import zoo
+    from flaxmpc.secure.deploy.cluster import ClusterFile
+
+    read = ClusterFile.read(cluster)
+    programs = serving.approve(zoo.find(model), read, name=name, lengths=lengths or None, batches=batches)
+    for size, program in programs.items():
+        print(f"approved {size}: {program.digest}")
+
+
 def ask(cluster: Path, model: str | None, texts: Sequence[Text], progress: Callable[..., Any]) -> Asked:
     """Asks a model on a cluster; what is answered was opened here and is known to nobody else."""
     from flaxmpc import secure, serving
+    from flaxmpc.secure.deploy.process import hide_memory
 
+    hide_memory()
     with secure.Cluster(cluster, "client") as parties:
         classifier = serving.RemoteClassifier(parties, model)
         before = parties.bytes_sent

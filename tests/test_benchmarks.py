@@ -16,6 +16,7 @@ SCRIPTS = {
         "num_tokens",
         "num_layers",
         "embedding",
+        "shared_reciprocal",
         "compile_cached_seconds",
         "time_ratio",
         "bytes_ratio",
@@ -30,6 +31,7 @@ SCRIPTS = {
     "embedding": {"variant", "num_layers", "client_bytes"},
     "network": {"network", "modelled_seconds", "measured_seconds", "relative_error"},
     "pareto": {
+        "shared_reciprocal",
         "model",
         "attention",
         "activation",

@@ -390,6 +390,19 @@ def test_zoo_show_prints_the_card(run, model):
     assert run("zoo", "show", model)[0] == 2
 
 
+def test_what_a_terminal_would_obey_is_not_printed(run, refused, model):
+    """A folder, its card, or a party's error may be anybody's."""
+    (model / "README.md").write_text("# A card\x1b]0;title\x07 with *colours* \x1b[31m\n")
+    code, out, _ = run("zoo", "show", model)
+    assert code == 0
+    assert "A card" in out
+    assert not {"\x1b", "\x07"} & set(out)
+    assert refused("cost", model / "\x1b[31mred") == f"{model}/\\x1b[31mred is no folder"
+    (model / "README.md").unlink()
+    (model / "README.md").symlink_to("/etc/passwd")
+    assert refused("zoo", "show", model).startswith(f"{model}/README.md is a link to /etc/passwd")
+
+
 def test_check_prints_the_worst_operations_and_the_margin(run, tmp_path):
     code, out, err = run("check", "movie-tiny", "--sentences", 3)
     assert (code, err) == (0, "")

@@ -66,3 +66,19 @@ def test_the_largest_difference_is_of_finite_rows():
 
     plain = np.array([[1.0, 2.0], [np.nan, 0.0], [np.inf, 0.0]])
     assert _largest_difference(plain + 0.25, plain) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_length": 10**9}, "recipe.json has max_length 1000000000, as no recipe of `flaxmpc convert` has"),
+        ({"data": ["a"]}, r"recipe.json has data \['a'\]"),
+        ({"text_columns": "text"}, "recipe.json has text_columns 'text'"),
+        ({"label_column": None}, "recipe.json has label_column None"),
+    ],
+)
+def test_a_recipe_that_convert_did_not_write_is_refused(fields, message, tmp_path):
+    recipe = {"data": "movie", "max_length": 64, "text_columns": [], "label_column": "label", **fields}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path)

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from flaxmpc import cli
+from flaxmpc.secure.deploy.cluster import write_local
 
 
 @pytest.fixture
@@ -60,3 +64,21 @@ def test_the_four_lines(start, write_classifier, tmp_path):
     assert up.returncode == 0
     assert sum(json.loads(line)["event"] == "stopped" for line in log.splitlines()) == 3
     assert "gripping" not in log
+
+
+def test_who_runs_a_party_approves_a_model(write_classifier, tmp_path, capsys):
+    model = write_classifier(tmp_path / "made", num_hidden_layers=1).rename(tmp_path / "tiny")
+    (model / "model.safetensors").unlink()
+    path = write_local(tmp_path / "c").path
+    command = ["approve", str(model), "--cluster", str(path), "--lengths", "16"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(command)
+    assert 'add the line programs = "programs.txt" above its first [table]' in capsys.readouterr().err
+    text = path.read_text()
+    path.write_text(text.replace('# programs = "programs.txt"', 'programs = "programs.txt"'))
+    assert path.read_text() != text
+    for _ in range(2):
+        cli.main(command)
+        found = re.fullmatch(r"approved 1x16: ([0-9a-f]{64})\n", capsys.readouterr().out)
+        assert found
+        assert (path.parent / "programs.txt").read_text() == f"{found[1]}  tiny 1x16\n"

@@ -18,13 +18,13 @@ CPU runtime make a step faster (stable jax on Linux):
 """
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from flaxmpc import files
 from flaxmpc.convert import card
 from flaxmpc.convert.conversion import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
@@ -96,8 +96,8 @@ def _publish(name: str, out: Path) -> None:
     folder = ZOO / (TEACHER if entry == "teacher" else f"{TEACHER}-{entry}")
     if variant:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        record = {part: json.loads((out / f"{part}.json").read_text("utf-8")) for part in ("recipe", "results")}
-        (folder / "runs" / f"{variant}.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        record = {part: files.read_object(out / f"{part}.json") for part in ("recipe", "results")}
+        files.write_json(folder / "runs" / f"{variant}.json", record)
         return
     folder.mkdir(parents=True, exist_ok=True)
     weights = ("model.safetensors", *TOKENIZER_FILES) if entry in SHIPPED else ()
@@ -105,7 +105,7 @@ def _publish(name: str, out: Path) -> None:
         if (out / file).is_file():
             shutil.copy(out / file, folder / file)
     results = zoo.results(folder) | {"made_by": f"train/movie.py {entry}"}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    files.write_json(folder / "results.json", results)
     card.write(folder)
 
 

@@ -1,10 +1,10 @@
 """The card of a zoo entry: README.md, written from what its folder holds."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flaxmpc import files
 from flaxmpc.convert.metrics import METRICS
 from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.normalization import EXACT
@@ -21,14 +21,13 @@ sentence decides about its split: 8,470 train, 1,116 validation, 1,019 test.""",
 
 def write(folder: Path) -> None:
     """Writes README.md of a folder with config.json, recipe.json and results.json; notes.md, if there, goes into it."""
-    (folder / "README.md").write_text(text(folder), "utf-8")
+    files.write(folder / "README.md", text(folder))
 
 
 def text(folder: Path) -> str:
     """The card as Markdown."""
     config = BertConfig.from_folder(folder)
-    recipe = json.loads((folder / "recipe.json").read_text("utf-8"))
-    results = json.loads((folder / "results.json").read_text("utf-8"))
+    recipe, results = files.read_object(folder / "recipe.json"), files.read_object(folder / "results.json")
     notes = folder / "notes.md"
     parts = [
         f"# {folder.resolve().name}",
@@ -44,7 +43,7 @@ def text(folder: Path) -> str:
         _DATA.get(recipe["data"], f"`{recipe['data']}`."),
         "## How it was made",
         _method(recipe),
-        *((notes.read_text("utf-8").strip(),) if notes.is_file() else ()),
+        *((files.read(notes, files.JSON_BYTES).decode("utf-8").strip(),) if notes.is_file() else ()),
         _machine(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,13 +1,13 @@
 """A whole conversion: from a pre-trained encoder to a teacher, and from a teacher to a zoo folder."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
+from flaxmpc import files
 from flaxmpc.convert import calibrate, contents, hosts, tasks
 from flaxmpc.convert.data import SPLITS, Split, batches
 from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
@@ -16,7 +16,7 @@ from flaxmpc.convert.fit import Schedule
 from flaxmpc.convert.matching import matched, named, refuse_other_order
 from flaxmpc.convert.metrics import agreement, correct, evaluate, paired_difference
 from flaxmpc.convert.pieces import pieces
-from flaxmpc.convert.runs import done, recipe, run_folder
+from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
@@ -144,10 +144,7 @@ def _bits(hits: np.ndarray) -> str:
     return "".join("01"[int(hit)] for hit in hits)
 
 
-def _write(out: Path, name: str, record: dict[str, Any]) -> None:
-    (out / name).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", "utf-8")
-
-
+@alone
 def finetune_encoder(config: FineTuning) -> dict[str, Any]:
     """Makes the teacher, writes its folder with results.json and recipe.json, and returns the results.
 
@@ -181,13 +178,14 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         seed=config.seed,
     )
     kept = dataclasses.replace(base.model.config, embedding=_embedding(config.train_embeddings, encoder))
+    unfinished(config)
     folders.save(config.out, BertForSequenceClassification(kept), params, config.encoder)
     logits = predict(base.model, params, task.test)
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, logits)}
     if not task.regression:
         results["correct"] = _bits(correct(logits, task.test.labels))
-    _write(config.out, "results.json", results)
-    _write(config.out, "recipe.json", recipe(config, inputs))
+    files.write_json(config.out / "results.json", results)
+    files.write_json(config.out / "recipe.json", recipe(config, inputs))
     return results
 
 
@@ -267,6 +265,7 @@ def _teacher(config: Conversion) -> folders.LoadedModel:
     return teacher._replace(model=looking_up(teacher.model))
 
 
+@alone
 def convert(config: Conversion) -> dict[str, Any]:
     """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
 
@@ -299,7 +298,8 @@ def convert(config: Conversion) -> dict[str, Any]:
         everything += more
         inputs["unlabelled texts"] = contents.of_split(more)
     if hosts.from_first(np.bool_(done(config, hosts.agreed(inputs)))):
-        return json.loads((config.out / "results.json").read_text("utf-8")) if hosts.first() else {}
+        again = "remove it, and the model is finished again from its checkpoints"
+        return files.read_object(config.out / "results.json", mend=again) if hosts.first() else {}
     run = run_folder(config, inputs)
     teacher_logits = predict(teacher.model, teacher.params, task.test)
     if not (task.regression or (named(own.id2label) and named(loaded.id2label))):
@@ -351,9 +351,10 @@ def convert(config: Conversion) -> dict[str, Any]:
 
     mode = _embedding(config.train_embeddings, BertConfig.from_folder(config.teacher))
     kept = BertForSequenceClassification(dataclasses.replace(student.config, embedding=mode))
+    unfinished(config)
     folders.save(config.out, kept, params, config.teacher, **bits)
     stored = folders.load(config.out).params
     results |= _beside_teacher(student, stored, teacher, teacher_logits, task)
-    _write(config.out, "results.json", results)
-    _write(config.out, "recipe.json", recipe(config, inputs))
+    files.write_json(config.out / "results.json", results)
+    files.write_json(config.out / "recipe.json", recipe(config, inputs))
     return results

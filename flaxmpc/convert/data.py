@@ -13,6 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from flaxmpc.models.tokenizer import failing_as
+
 Text: TypeAlias = str | tuple[str, str]
 """A sentence, or a pair of sentences."""
 
@@ -132,7 +134,7 @@ def encode(tokenizer: Any, texts: Sequence[Text], max_length: int) -> Encoded:
         texts: all sentences, or all pairs.
 
     Raises:
-        ValueError: `max_length` leaves no place for a token of each sentence.
+        ValueError: `max_length` leaves no place for a token of each sentence, or the tokenizer fails.
     """
     pairs = bool(texts) and not isinstance(texts[0], str)
     least = tokenizer.num_special_tokens_to_add(pairs) + 1 + pairs
@@ -145,7 +147,8 @@ def encode(tokenizer: Any, texts: Sequence[Text], max_length: int) -> Encoded:
     err = Console(stderr=True)  # standard output may be a command's JSON
     for start in track(starts, "tokenizing", console=err, transient=True, disable=len(starts) < 4):
         columns = zip(*texts[start : start + chunk], strict=True) if pairs else [texts[start : start + chunk]]
-        output = tokenizer(*map(list, columns), truncation=True, max_length=max_length, return_token_type_ids=pairs)
+        with failing_as("the tokenizer cannot encode these texts"):
+            output = tokenizer(*map(list, columns), truncation=True, max_length=max_length, return_token_type_ids=pairs)
         encoded.input_ids.extend(np.asarray(row, np.int32) for row in output["input_ids"])
         if encoded.token_type_ids is not None:
             encoded.token_type_ids.extend(np.asarray(row, np.int8) for row in output["token_type_ids"])

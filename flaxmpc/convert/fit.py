@@ -4,6 +4,7 @@ Of several hosts (`jax.distributed`) the first keeps checkpoints and metrics, an
 they need no common folder.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flaxmpc.convert.checkpoint import Checkpoints
 from flaxmpc.convert.data import Batch
 from flaxmpc.convert.log import TrainingLog
+from flaxmpc.convert.runs import claimed
 from flaxmpc.models.params import flatten, unflatten
 
 Params = Mapping[str, Any]
@@ -192,7 +194,8 @@ def fit(
         locate: says where in the model a loss that is not finite comes from.
 
     Raises:
-        ValueError: a batch size that the devices do not divide.
+        ValueError: a batch size that the devices do not divide; another run in the folder, see `claimed`; checkpoints
+            or metrics that are damaged, see `Checkpoints`.
         FloatingPointError: the loss is not finite or has diverged; says at which step and in which layer.
     """
     if schedule.epochs == 0:
@@ -215,22 +218,28 @@ def fit(
             f"longer warm-up than {schedule.warmup:g} may do. The last checkpoint is in {folder}"
         )
 
-    latest = Checkpoints(folder / "checkpoints", max_to_keep=2)
-    best = Checkpoints(folder / "best", max_to_keep=1, best_fn=lambda figures: figures[str(choose_by)], best_mode="max")
-    done = max(0, latest.latest_step())
-    if done:
-        state = devices.everywhere(latest.restore(done, state))
-    divergence = _Divergence()
-    log = TrainingLog(
-        folder,
-        name,
-        epochs=schedule.epochs,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=schedule.batch_size,
-        done=done,
-    )
-
-    with latest, best, log:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claimed(folder))
+        latest = stack.enter_context(Checkpoints(folder / "checkpoints"))
+        best = None if choose_by is None else stack.enter_context(Checkpoints(folder / "best", best=choose_by))
+        done = max(0, latest.latest_step())
+        if done:
+            state = devices.everywhere(latest.restore(done, state))
+        if best is not None and done >= steps_per_epoch and best.best_step() < 0:
+            raise ValueError(
+                f"{folder / 'best'} lacks the parameters of the best epoch, which was trained: remove {folder}, and it "
+                "is trained anew"
+            )
+        divergence = _Divergence()
+        log = TrainingLog(
+            folder,
+            name,
+            epochs=schedule.epochs,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=schedule.batch_size,
+            done=done,
+        )
+        stack.enter_context(log)
         for epoch in range(done // steps_per_epoch, schedule.epochs):
             for number, batch in enumerate(epoch_batches(epoch), epoch * steps_per_epoch):
                 if number < done:
@@ -245,10 +254,10 @@ def fit(
                 if (number + 1) % schedule.checkpoint_every == 0 and (number + 1) % steps_per_epoch:
                     latest.save(number + 1, state)
             figures = {} if evaluate is None else evaluate(jax.device_get(merge(state["params"], fixed)))
-            if choose_by is not None:
+            if best is not None:
                 best.save(epoch, state["params"], {**figures, "epoch": epoch}, wait=True)
             log.epoch(epoch + 1, figures)
             # Not before: what goes on from the end of an epoch goes on with the next.
             latest.save((epoch + 1) * steps_per_epoch, state)
-        chosen = state["params"] if choose_by is None else best.restore(best.best_step(), state["params"])
+        chosen = state["params"] if best is None else best.restore(best.best_step(), state["params"])
     return jax.device_get(merge(chosen, fixed))

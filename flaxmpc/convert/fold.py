@@ -127,8 +127,12 @@ def fold(params: Mapping[str, Any], config: BertConfig) -> tuple[dict[str, Any],
     types = flat["bert/embeddings/token_type_embeddings"]
     flat["bert/embeddings/position_embeddings"] += types[0]
     flat["bert/embeddings/token_type_embeddings"] = types - types[0]
+    return unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()}), fold_config(config)
+
+
+def fold_config(config: BertConfig) -> BertConfig:
+    """The config of what `fold` makes: with it a model's parameters have the shapes of the folded ones."""
     activations = [config.hidden_act_of(index) for index in range(config.num_hidden_layers)]
     activations = [act if act.square_form is None else ACTIVATIONS["square"] for act in activations]
     uniform = activations[0] if len(set(activations)) == 1 else tuple(activations)
-    single = {path: leaf.astype(np.float32) for path, leaf in flat.items()}
-    return unflatten(single), dataclasses.replace(config, hidden_act=uniform, folded=True)
+    return dataclasses.replace(config, hidden_act=uniform, folded=True)

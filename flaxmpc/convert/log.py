@@ -2,9 +2,12 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flaxmpc import files
 
 
 class TrainingLog:
@@ -19,16 +22,18 @@ class TrainingLog:
             epochs, steps_per_epoch: of the whole run.
             batch_size: sentences a step.
             done: steps that are in the last checkpoint.
+
+        Raises:
+            ValueError: a line of metrics.jsonl is damaged.
         """
         from tensorboardX import SummaryWriter
 
         self._name, self._batch_size = name, batch_size
         self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
-        path = folder / "metrics.jsonl"
+        self._path = folder / "metrics.jsonl"
         # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= done // steps_per_epoch))
-        self._file = path.open("a")
+        self._lines = [line for epoch, line in _logged(self._path) if epoch <= done // steps_per_epoch]
+        self._write()
         # Events files are named by the second: the suffix keeps a run that goes on at once from writing over the last.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None, filename_suffix=f".{done}")
         self._progress = Progress(
@@ -48,7 +53,9 @@ class TrainingLog:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         self._board.close()
-        self._file.close()
+
+    def _write(self) -> None:
+        files.write(self._path, "".join(f"{line}\n" for line in self._lines))
 
     def _start_epoch(self) -> None:
         self._totals: dict[str, float] = {}
@@ -75,9 +82,21 @@ class TrainingLog:
         record = {"name": self._name, "epoch": epoch, **seconds, **self._means(), **figures}
         for figure, value in figures.items():
             self._board.add_scalar(figure, value, epoch * self._steps_per_epoch)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._lines.append(json.dumps(record))
+        self._write()
         shown = ", ".join(f"{figure} {value:.4f}" for figure, value in {**self._means(), **figures}.items())
         line = f"{self._name}, epoch {epoch} of {self._epochs}: {shown}, {self._seconds:.1f} s"
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._start_epoch()
+
+
+def _logged(path: Path) -> Iterator[tuple[int, str]]:
+    """The epoch, and the line, of each that is logged."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            yield int(json.loads(line)["epoch"]), line.decode()
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is damaged: remove the line; nothing but people reads it"
+            ) from error

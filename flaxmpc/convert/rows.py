@@ -13,6 +13,8 @@ from typing import Any
 
 from flaxmpc.errors import brief
 
+_MOST_BYTES = 512 << 20  # what is read of it takes several times as much memory
+
 _ENCODINGS = {  # by the mark at the start; that of UTF-32 starts with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -23,6 +25,8 @@ _ENCODINGS = {  # by the mark at the start; that of UTF-32 starts with that of U
 
 def read_text(file: Path) -> str:
     """The text of a file, without the mark that some programs put before UTF-8."""
+    if (size := file.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{file} has {size} bytes; at most {_MOST_BYTES} are read")
     data = file.read_bytes()
     for mark, encoding in _ENCODINGS.items():
         if data.startswith(mark):

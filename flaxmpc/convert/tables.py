@@ -6,7 +6,10 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxmpc import files
+from flaxmpc.convert import columnar
 from flaxmpc.convert.rows import csv_rows, json_rows, jsonl_rows, read_text, tsv_rows, twice
+from flaxmpc.errors import brief
 
 ALL = ""
 """In place of the name of a split: a table that is not split yet."""
@@ -81,15 +84,17 @@ def read(path: str | Path, splits: Container[str] | None = None, unnamed: Sequen
             f"{path} has neither files of data ({', '.join(sorted(_READERS))}) nor what datasets.save_to_disk writes"
         )
     tables = {}
-    for split, files in sorted(found.items()):
+    for split, parts in sorted(found.items()):
         if splits is not None and split not in splits:
             continue
-        names = ", ".join(file.name for file in files)
-        if len(files) > 1 and {file.suffix.lower() for file in files} != {".parquet"}:
-            raise ValueError(f"{path} has {len(files)} files for the split {split}: {names}; one is needed")
-        if not _whole(files):
+        names = ", ".join(part.name for part in parts)
+        if len(parts) > 1 and {part.suffix.lower() for part in parts} != {".parquet"}:
+            raise ValueError(f"{path} has {len(parts)} files for the split {split}: {names}; one is needed")
+        if not _whole(parts):
             raise ValueError(f"{path} has not one file, or every shard once, for the split {split}: {names}")
-        tables[split] = _read_file(files[0], unnamed) if len(files) == 1 else _read_parquet(files)
+        for part in parts:
+            files.inside(part, path)
+        tables[split] = _read_file(parts[0], unnamed) if len(parts) == 1 else _read_parquet(parts)
     if not tables:
         raise FileNotFoundError(f"{path} has no file that is named as a split, such as train.csv: {', '.join(found)}")
     return tables
@@ -107,11 +112,11 @@ def _by_split(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _whole(files: Sequence[Path]) -> bool:
+def _whole(parts: Sequence[Path]) -> bool:
     """Whether a split's files are one file, or each of its shards once."""
-    shards = [match.groups() for file in files if (match := _SHARD.search(file.stem))]
+    shards = [match.groups() for part in parts if (match := _SHARD.search(part.stem))]
     numbers = sorted((int(number), int(count)) for number, count in shards)
-    return numbers == [(number, len(files)) for number in range(len(files))] or (len(files) == 1 and not shards)
+    return numbers == [(number, len(parts)) for number in range(len(parts))] or (len(parts) == 1 and not shards)
 
 
 def _read_file(file: Path, unnamed: Sequence[str]) -> Table:
@@ -137,6 +142,9 @@ def _fields(file: Path, rows: Iterable[tuple[int, list[str]]], unnamed: Sequence
     return Table(str(file), dict(zip(names, columns, strict=True)), list(lines))
 
 
+_MOST_COLUMNS = 1_000
+
+
 def _objects(file: Path, rows: Iterable[tuple[int, Any]]) -> Table:
     """The table of JSON objects; what an object lacks is None."""
     names: dict[str, None] = {}
@@ -145,6 +153,8 @@ def _objects(file: Path, rows: Iterable[tuple[int, Any]]) -> Table:
         if not isinstance(row, dict):
             raise ValueError(f"{file}, line {line}: not a JSON object with the columns as keys")
         names.update(dict.fromkeys(row))
+        if len(names) > _MOST_COLUMNS:  # every row has all
+            raise ValueError(f"{file}, line {line}: more than {_MOST_COLUMNS} columns")
         found.append(row)
         lines.append(line)
     return Table(str(file), {name: [row.get(name) for row in found] for name in names}, lines)
@@ -157,43 +167,52 @@ def _read_json(file: Path) -> Table:
     return _objects(file, rows(file, text))
 
 
-def _read_parquet(files: Sequence[Path]) -> Table:
+def _read_parquet(parts: Sequence[Path]) -> Table:
     """The table of a file, or of all shards of a split."""
-    import datasets
-    import pyarrow.parquet as pq
-    from datasets.table import InMemoryTable
-
-    shards: list[datasets.Dataset] = []
-    for file in files:
-        try:
-            table = pq.ParquetFile(file).read()  # read_table makes a column a of a folder named a=b
-            table.validate(full=True)
-            shards.append(datasets.Dataset(InMemoryTable(table)))
-        except Exception as error:  # whatever pyarrow, datasets or JSON raise on a damaged file
-            raise ValueError(f"{file} cannot be read as Parquet: {_one_line(error)}") from error
-        here, first = shards[-1].features, shards[0].features
-        if here != first:
-            raise ValueError(f"{file} has other columns than {files[0].name}: {here}, not {first}")
-    source = str(files[0]) if len(files) == 1 else f"{files[0]} and shards"
-    return from_dataset(datasets.concatenate_datasets(shards), source)
+    source = str(parts[0]) if len(parts) == 1 else f"{parts[0]} and shards"
+    found = columnar.read("parquet", parts)
+    return Table(source, found.columns, class_names=found.class_names)
 
 
 def _read_saved(folder: Path) -> dict[str, Table]:
-    """What `datasets.save_to_disk` wrote; mapped into memory, not copied."""
-    import datasets
-
+    """What `datasets.save_to_disk` wrote."""
     try:
-        saved: Any = datasets.load_from_disk(str(folder))
-        splits = saved if isinstance(saved, datasets.DatasetDict) else {ALL: saved}
-        for dataset in splits.values():
-            dataset.data.validate(full=True)
-    except Exception as error:  # whatever datasets, pyarrow or JSON raise on a damaged folder
-        raise ValueError(f"{folder} cannot be read as a folder of datasets.save_to_disk: {_one_line(error)}") from error
-    return {str(split): from_dataset(dataset, str(folder / str(split))) for split, dataset in splits.items()}
+        splits = ("",)
+        if (folder / "dataset_dict.json").is_file():
+            splits = _names(files.read_object(folder / "dataset_dict.json").get("splits"))
+        return {split: _read_split(folder, folder / split) for split in splits}
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} cannot be read as a folder of datasets.save_to_disk: {reason}") from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _read_split(folder: Path, split: Path) -> Table:
+    """A split of it: the Arrow files that its state names, and the names of classes of its features."""
+    from flaxmpc.convert import decoder
+
+    state = files.read_object(split / "state.json", root=folder)
+    named = state.get("_data_files")
+    data: list[Any] = named if isinstance(named, list) else [None]
+    if not all(isinstance(each, dict) for each in data) or state.get("_indices_data_files"):
+        raise ValueError(f"{split / 'state.json'} names no data files, or an order of their rows: save it anew")
+    parts = [files.inside(split / name, folder) for name in _names([each.get("filename") for each in data])]
+    features = files.read_object(split / "dataset_info.json", root=folder).get("features")
+    try:
+        names = decoder.class_names(features)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{split / 'dataset_info.json'}: features are {brief(features)}") from error
+    found = columnar.read("arrow", parts)
+    return Table(str(split), found.columns, class_names={name: tuple(of) for name, of in names.items()})
+
+
+def _names(names: Any) -> list[str]:
+    """ValueError: no list of names of what stands in the folder itself."""
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{brief(names)} is no list of names")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"it names {brief(name)}: all of it stands in its folder")
+    return names
 
 
 _READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {

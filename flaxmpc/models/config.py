@@ -1,7 +1,6 @@
 """BertConfig: HF's field names, plus the parts."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +9,8 @@ from typing import Any
 
 from jax import Array
 
-from flaxmpc.errors import unknown
+from flaxmpc import files
+from flaxmpc.errors import brief, unknown
 from flaxmpc.nn.activation import ACTIVATIONS, Activation
 from flaxmpc.nn.attention import ATTENTION, AttentionPart, Keys, PerHead, common
 from flaxmpc.nn.embedding import EMBEDDINGS
@@ -22,15 +22,22 @@ _HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # Fields of HF's config.json that say something this model cannot do when they have another value.
 _HF_REQUIRED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
-_LARGEST = 2**31 - 1
-_MOST_LAYERS, _MOST_LABELS = 1_000, 1_000_000
+MOST_TOKENS, MOST_POSITIONS = 1_000_000, 65_536
+"""Of a vocabulary, and of a text. The limits here are beyond any published BERT; they bound what a file may ask for."""
+
+_MOST_PARAMETERS = 1_000_000_000  # of a model without its head
+_MOST_LABELS = 1_000_000
 
 # What the fields that are no part may be: whole numbers in a range, numbers from 0 to below one, true or false.
 _WHOLE = {
-    **dict.fromkeys(("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"), (1, _LARGEST)),
-    **dict.fromkeys(("max_position_embeddings", "type_vocab_size", "model_max_length"), (1, _LARGEST)),
-    "num_hidden_layers": (0, _MOST_LAYERS),
-    "pad_token_id": (0, _LARGEST),
+    "vocab_size": (1, MOST_TOKENS),
+    "hidden_size": (1, 16_384),
+    "num_hidden_layers": (0, 128),
+    "num_attention_heads": (1, 256),
+    "intermediate_size": (1, 65_536),
+    **dict.fromkeys(("max_position_embeddings", "model_max_length"), (1, MOST_POSITIONS)),
+    "type_vocab_size": (1, 1_024),
+    "pad_token_id": (0, MOST_TOKENS - 1),
 }
 _BELOW = {
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 1.0),
@@ -66,7 +73,7 @@ def _layer_norms(spec: Any) -> Any:
     """One for both LayerNorms of a layer, or a pair: after attention, after the feed-forward."""
     if isinstance(spec, (list, tuple)):
         if len(spec) != 2:
-            raise ValueError(f"a layer has two LayerNorms, not {len(spec)}: {spec!r}")
+            raise ValueError(f"a layer has two LayerNorms, not {len(spec)}: {brief(spec)}")
         return tuple(NORMALIZATIONS.resolve(part) for part in spec)
     return NORMALIZATIONS.resolve(spec)
 
@@ -92,7 +99,7 @@ def _check(field: str, value: Any) -> None:
         names = isinstance(value, (tuple, list)) and value and all(isinstance(name, str) for name in value)
         right, allowed = bool(names), "a tuple of names, one for each label"
     if not right:
-        raise ValueError(f"{field} {value!r} is not {allowed}")
+        raise ValueError(f"{field} {brief(value)} is not {allowed}")
 
 
 def _labels(id2label: Any, count: Any) -> tuple[str, ...]:
@@ -102,24 +109,25 @@ def _labels(id2label: Any, count: Any) -> tuple[str, ...]:
         ValueError: ids with a gap, which HF meets when it answers; what contradicts itself, or has another type.
     """
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_LABELS):
-        raise ValueError(f"num_labels {count!r} is not a whole number in 1..{_MOST_LABELS}")
+        raise ValueError(f"num_labels {brief(count)} is not a whole number in 1..{_MOST_LABELS}")
     if id2label is None:
         return tuple(f"LABEL_{i}" for i in range(2 if count is None else count))
     if isinstance(id2label, (list, tuple)):
         id2label = dict(enumerate(id2label))
     if not isinstance(id2label, Mapping):
-        raise ValueError(f"id2label {id2label!r} is not an object of names by id")
+        raise ValueError(f"id2label {brief(id2label)} is not an object of names by id")
     try:
         by_id = {int(key): name for key, name in id2label.items()}
     except (ValueError, TypeError) as error:
-        raise ValueError(f"id2label {id2label!r} has a key that is no id") from error
+        raise ValueError(f"id2label {brief(id2label)} has a key that is no id") from error
     if sorted(by_id) != list(range(len(id2label))) or not by_id:
-        raise ValueError(f"id2label has the ids {list(id2label)}: they are 0, 1, 2, ... without gaps, at least one")
+        ids = brief(list(id2label))
+        raise ValueError(f"id2label has the ids {ids}: they are 0, 1, 2, ... without gaps, at least one")
     for name in by_id.values():
         if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise ValueError(f"id2label names a label {name!r}, which is neither text nor a whole number")
+            raise ValueError(f"id2label names a label {brief(name)}, which is neither text nor a whole number")
     if count is not None and count != len(by_id):
-        raise ValueError(f"num_labels is {count}, but id2label names {len(by_id)}: {list(by_id.values())}")
+        raise ValueError(f"num_labels is {count}, but id2label names {len(by_id)}: {brief(list(by_id.values()))}")
     return tuple(str(by_id[i]) for i in range(len(by_id)))
 
 
@@ -192,6 +200,8 @@ class BertConfig:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
+        if self._num_parameters > _MOST_PARAMETERS:
+            raise ValueError(f"a model of {self._num_parameters} parameters; at most {_MOST_PARAMETERS} are supported")
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise unknown("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.pad_token_id >= self.vocab_size:
@@ -201,7 +211,7 @@ class BertConfig:
                 f"model_max_length {self.model_max_length} is not in 1..{self.max_position_embeddings}, the positions"
             )
         if self.num_texts not in (None, 1, 2):
-            raise ValueError(f"num_texts is 1, or 2 for pairs, not {self.num_texts!r}")
+            raise ValueError(f"num_texts is 1, or 2 for pairs, not {brief(self.num_texts)}")
         self._resolve("attention", _attention)
         if isinstance(self.attention, PerHead):  # on its own it would be written as a list, and read as one per layer
             object.__setattr__(self, "attention", (self.attention,) * self.num_hidden_layers)
@@ -224,6 +234,13 @@ class BertConfig:
             object.__setattr__(self, field, tuple(resolve(part) for part in spec))
         else:
             object.__setattr__(self, field, resolve(spec))
+
+    @property
+    def _num_parameters(self) -> int:
+        """Those of the matrices, without the head."""
+        tables = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        layer = 4 * self.hidden_size + 2 * self.intermediate_size
+        return self.hidden_size * (tables + self.num_hidden_layers * layer)
 
     @property
     def num_labels(self) -> int:
@@ -280,7 +297,7 @@ class BertConfig:
             raise ValueError(f"a config is a JSON object, not {type(fields).__name__}")
         for name, allowed in _HF_REQUIRED.items():
             if fields.get(name, allowed) != allowed:
-                raise ValueError(f"config.json has {name}={fields[name]!r}; only {allowed!r} is supported")
+                raise ValueError(f"config.json has {name}={brief(fields[name])}; only {allowed!r} is supported")
         own = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in fields.items() if name in own}
         if isinstance(values.get("hidden_act"), str):
@@ -303,8 +320,9 @@ class BertConfig:
             raise no_model_folder(path.parent)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json and model.safetensors")
+        fields = files.read_object(path)
         try:
-            return cls.from_dict(json.loads(path.read_text("utf-8")))
+            return cls.from_dict(fields)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 

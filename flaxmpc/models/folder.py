@@ -1,12 +1,12 @@
 """A model folder: config.json, model.safetensors and the tokenizer's files. HF's folders and ours are one format."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flaxmpc.errors import unknown
+from flaxmpc import files
+from flaxmpc.errors import brief, unknown
 from flaxmpc.models.bert import ARCHITECTURES, BertForSequenceClassification, init_params, param_shapes
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.tokenizer import load_tokenizer, save_tokenizer
@@ -38,21 +38,31 @@ def load(folder: str | Path, architecture: str | None = None) -> LoadedModel:
 
     Raises:
         FileNotFoundError: the folder, its config.json, weights or tokenizer do not exist.
-        ValueError: an unknown architecture or part, or a damaged file.
+        ValueError: an unknown architecture or part, or a file that is damaged, a link (see `flaxmpc.files.inside`), or
+            asks for more than any published model.
         WeightsError: the weights do not fit, with the list of misfits.
     """
     folder = Path(folder)
-    config = BertConfig.from_folder(folder)
-    if architecture is None:
-        declared = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
-        if not isinstance(declared, (list, type(None))):
-            raise ValueError(f"{folder / 'config.json'}: architectures is a list of names, not {declared!r}")
-        architecture = declared[0] if declared else BertForSequenceClassification.__name__
-    if architecture not in ARCHITECTURES:
-        raise unknown("architecture", architecture, ARCHITECTURES)
-    model = ARCHITECTURES[architecture](config)
+    model = read_model(folder, architecture)
     params = read_params(folder / "model.safetensors", param_shapes(model))
     return LoadedModel(model, params, load_tokenizer(folder), folder)
+
+
+def read_model(folder: Path, architecture: str | None = None) -> Any:
+    """A model without its parameters, as config.json describes it.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load`.
+    """
+    config = BertConfig.from_folder(folder)
+    if architecture is None:
+        declared = files.read_object(folder / "config.json").get("architectures")
+        if not isinstance(declared, (list, type(None))):
+            raise ValueError(f"{folder / 'config.json'}: architectures is a list of names, not {brief(declared)}")
+        architecture = declared[0] if declared else BertForSequenceClassification.__name__
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise unknown("architecture", architecture, ARCHITECTURES)
+    return ARCHITECTURES[architecture](config)
 
 
 def load_pretrained(
@@ -75,8 +85,7 @@ def load_pretrained(
     """
     folder = Path(folder)
     model = architecture(dataclasses.replace(BertConfig.from_folder(folder), **changes))
-    fresh = init_params(model, seed)
-    params = read_params(folder / "model.safetensors", fresh, fresh=fresh)
+    params = read_params(folder / "model.safetensors", param_shapes(model), fresh=lambda: init_params(model, seed))
     return LoadedModel(model, params, load_tokenizer(folder), folder)
 
 
@@ -89,7 +98,9 @@ def save(
     word_embedding_bits: int = 32,
     matrix_bits: int = 32,
 ) -> Path:
-    """Writes config.json, model.safetensors (see `write_params` for the bits) and the tokenizer's files.
+    """Writes model.safetensors (see `write_params` for the bits), the tokenizer's files and config.json.
+
+    A save that is killed leaves a folder without config.json, which is no model: never parts of two.
 
     Args:
         tokenizer_from: the folder whose tokenizer it is.
@@ -102,7 +113,8 @@ def save(
         raise ValueError("a folded model is not stored: store the model itself, it is folded when it is loaded to run")
     folder, tokenizer = Path(folder), load_tokenizer(tokenizer_from)
     config = {"architectures": [type(model).__name__], **model.config.to_dict()}
+    (folder / "config.json").unlink(missing_ok=True)
     write_params(folder / "model.safetensors", params, word_embedding_bits=word_embedding_bits, matrix_bits=matrix_bits)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_tokenizer(tokenizer, folder)
+    files.write_json(folder / "config.json", config)
     return folder

@@ -1,17 +1,37 @@
-"""The tokenizer of a model folder: read as transformers' AutoTokenizer reads it, and written as it writes it."""
+"""The tokenizer of a model folder: read as transformers' AutoTokenizer reads it, and written as it writes it.
 
+transformers follows what the files of a folder say: to other files, into its own constructors. So it is given a folder
+of our own, with those files and fields that decide about the ids of a text, checked.
+"""
+
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flaxmpc.models.config import no_model_folder
+from flaxmpc import files
+from flaxmpc.errors import brief, unknown
+from flaxmpc.models.config import MOST_TOKENS, no_model_folder
+from flaxmpc.models.tokenizer_file import MOST_ADDED, MOST_SPECIAL, check_id, check_text, checked, checked_model
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """What `save_tokenizer` writes, and all that a tokenizer is."""
 
-# Files that hold a vocabulary: one of them makes a tokenizer.
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+# The files of a vocabulary without tokenizer.json.
+_VOCABULARIES = (("vocab.txt",), ("vocab.json", "merges.txt"))
+
+_MOST_BYTES = 32 << 20  # of a vocabulary: a quarter of a million tokens, indented, are 17 MB
+
+# Those whose fields are known, see `_FIELDS`; each also with "Fast".
+_CLASSES = (
+    *("AlbertTokenizer", "BartTokenizer", "BertTokenizer", "CamembertTokenizer", "ConvBertTokenizer"),
+    *("DistilBertTokenizer", "ElectraTokenizer", "GPT2Tokenizer", "LayoutLMTokenizer", "MPNetTokenizer"),
+    *("MobileBertTokenizer", "PreTrainedTokenizer", "RobertaTokenizer", "SqueezeBertTokenizer", "TokenizersBackend"),
+    "XLMRobertaTokenizer",
+)
 
 # What BertTokenizerFast is told about its normalizer, by the names in tokenizer.json.
 _NORMALIZER = {
@@ -30,35 +50,42 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: no such folder, or no tokenizer in it.
-        ValueError: a file is damaged, names files elsewhere, or asks for a tokenizer that transformers does not have.
+        ValueError: a file is damaged, a link or too large, names files elsewhere, asks for a tokenizer that is not
+            known, or for one that takes more memory or time than any published one.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise no_model_folder(folder)
-    vocabulary = next((folder / name for name in _VOCABULARIES if (folder / name).is_file()), None)
-    if vocabulary is None:
-        raise FileNotFoundError(f"{folder} has no tokenizer: tokenizer.json or vocab.txt is needed")
-    said = _fields(folder / "tokenizer_config.json")
-    _refuse_paths(folder, said)
-    whole = _fields(folder / "tokenizer.json")
-    named = said.get("tokenizer_class") or _fields(folder / "config.json").get("tokenizer_class")
+    whole = _read(folder / "tokenizer.json", checked)
+    vocabularies = {} if whole else _vocabularies(folder)
+    said = _read(folder / "tokenizer_config.json", _checked_fields)
+    # transformers would take any field from here, such as vocab_file.
+    special = _read(folder / "special_tokens_map.json", _checked_tokens)
+    added = _read(folder / "added_tokens.json", _checked_added)
+    # One that names no class is BERT's, unless tokenizer.json says it all.
+    named = said.get("tokenizer_class") or (_class_of_config(folder) or ("" if whole else "BertTokenizer"))
+    said["tokenizer_class"] = named or "PreTrainedTokenizerFast"
+    if named:
+        said = {**_normalizer(whole), **said}
     # Without torch, transformers says that it has only tokenizers; that is all it is here for.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
-    try:
-        if whole and not named:
-            return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    with tempfile.TemporaryDirectory() as directory, failing_as(f"{folder} cannot be read as a tokenizer"):
+        own = Path(directory)
+        contents = {"tokenizer.json": whole, "tokenizer_config.json": said}
+        contents |= {"special_tokens_map.json": special, "added_tokens.json": added}
+        for name, fields in contents.items():
+            if fields:
+                (own / name).write_text(json.dumps(fields), "utf-8")
+        for name, content in vocabularies.items():
+            (own / name).write_bytes(content)
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-            folder,
-            config=transformers.BertConfig(tokenizer_class=named),  # else it asks the hub where there is no config.json
+            own,
+            config=transformers.BertConfig(),  # else it looks for the class of a config.json, and asks the hub for one
             local_files_only=True,
             trust_remote_code=False,  # else it asks on the terminal
-            **_unsaid(said, whole),
         )
-    except Exception as error:  # tokenizers raises Exception itself
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{vocabulary} cannot be read as a tokenizer: {reason}") from error
     if not tokenizer.is_fast:
         raise ValueError(
             f"{folder} has a {type(tokenizer).__name__}; only fast tokenizers (tokenizer.json) are supported"
@@ -79,34 +106,156 @@ def as_text(tokenizer: Any) -> str:
     return tokenizer.backend_tokenizer.to_str()
 
 
-def _fields(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
+@contextlib.contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Whatever a tokenizer raises becomes a ValueError of one line: `tokenizers` raises Exception, and panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what}: {reason}") from error
+
+
+def _read(path: Path, check: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
+    """What is kept of a JSON file; empty if there is no such file."""
     if not path.is_file():
         return {}
+    large = path.name in ("tokenizer.json", "vocab.json")
+    fields = files.read_object(path, _MOST_BYTES if large else files.JSON_BYTES)
     try:
-        fields = json.loads(path.read_text("utf-8"))
+        return dict(check(fields))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return fields
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _refuse_paths(folder: Path, said: dict[str, Any]) -> None:
-    """Of a folder that somebody gave, no other file is read than its own: transformers would."""
-    for field, value in said.items():
-        names = value if field.endswith("_files") and isinstance(value, list) else [value]
-        # The place of the special tokens when it was saved stands in many published configs; nothing reads it.
-        elsewhere = field.endswith("_file") and field != "special_tokens_map_file" and value is not None
-        if elsewhere or (field.endswith("_files") and any(Path(str(name)).name != name for name in names)):
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'} has {field}={value!r}: a tokenizer's files stand in its folder "
-                "under their own names; remove the field"
-            )
+def _vocabularies(folder: Path) -> dict[str, bytes]:
+    """The files of a vocabulary. FileNotFoundError: there are none."""
+    names = next((names for names in _VOCABULARIES if (folder / names[0]).is_file()), None)
+    if names is None:
+        raise FileNotFoundError(f"{folder} has no tokenizer: tokenizer.json or vocab.txt is needed")
+    contents = {name: files.read(folder / name, _MOST_BYTES) for name in names}
+    for name, content in contents.items():
+        if (lines := content.count(b"\n")) > MOST_TOKENS:
+            raise ValueError(f"{folder / name} has {lines} lines; at most {MOST_TOKENS} are allowed")
+        if name == "vocab.json":
+            _read(folder / name, lambda vocabulary: checked_model({"vocab": vocabulary}))
+    return contents
 
 
-def _unsaid(said: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+def _class_of_config(folder: Path) -> str | None:
+    path = folder / "config.json"
+    return _class(files.read_object(path).get("tokenizer_class")) if path.is_file() else None
+
+
+def _normalizer(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What tokenizer.json says of BERT's normalizer."""
     normalizer = whole.get("normalizer") or {}
     if normalizer.get("type") != "BertNormalizer":
         return {}
-    return {ours: normalizer[theirs] for ours, theirs in _NORMALIZER.items() if ours not in said}
+    return {ours: normalizer[theirs] for ours, theirs in _NORMALIZER.items() if theirs in normalizer}
+
+
+# ------------------------------------------------------------------------------------------ the fields that are kept
+
+
+def _class(name: Any) -> str | None:
+    """ValueError: a tokenizer_class that is not known."""
+    if name is not None and (not isinstance(name, str) or name.removesuffix("Fast") not in _CLASSES):
+        raise unknown("tokenizer_class", name, _CLASSES)
+    return name
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, type(None))):
+        raise ValueError(f"{name} is {brief(value)}, not true, false or null")
+
+
+def _number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float, type(None))):
+        raise ValueError(f"{name} is {brief(value)}, not a number")
+
+
+def _side(name: str, value: Any) -> None:
+    if value not in ("left", "right"):
+        raise ValueError(f"{name} is {brief(value)}, neither 'left' nor 'right'")
+
+
+def _token(name: str, value: Any) -> None:
+    """A string, or an object of one with flags: how spaces around it are taken, and so on."""
+    if value is None:
+        return
+    if isinstance(value, dict):
+        for field, flag in value.items():
+            if field not in ("content", "__type"):
+                _flag(f"{name} {brief(field)}", flag)
+        value = value.get("content")
+    check_text(name, value)
+
+
+def _tokens(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, list) or len(value) > MOST_SPECIAL):
+        raise ValueError(f"{name} is {brief(value)}; a list of at most {MOST_SPECIAL} tokens is allowed")
+    for token in value or ():
+        _token(name, token)
+
+
+def _decoder(name: str, value: Any) -> None:
+    if not isinstance(value, dict) or len(value) > MOST_ADDED:
+        raise ValueError(f"{name} is {brief(value)}; an object of at most {MOST_ADDED} tokens by their ids is allowed")
+    for id_, token in value.items():
+        check_id(f"{name} id", int(id_) if id_.isdecimal() and len(id_) < 10 else id_)
+        if not isinstance(token, dict):
+            raise ValueError(f"{name} has {brief(token)}, not an object with content")
+        _token(name, token)
+
+
+_SPECIAL = {
+    **dict.fromkeys((f"{each}_token" for each in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")), _token),
+    "additional_special_tokens": _tokens,
+}
+
+# The fields of tokenizer_config.json that decide about ids, and what they may be. All else is left out: the bundle of a
+# model shows nothing that it does not need.
+_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys((*_NORMALIZER, "do_basic_tokenize", "add_prefix_space", "trim_offsets"), _flag),
+    **dict.fromkeys(("remove_space", "keep_accents", "split_special_tokens", "clean_up_tokenization_spaces"), _flag),
+    **dict.fromkeys(("padding_side", "truncation_side"), _side),
+    **_SPECIAL,
+    "added_tokens_decoder": _decoder,
+    "model_max_length": _number,
+    "tokenizer_class": lambda _, value: _class(value),
+}
+
+
+def _checked_fields(said: dict[str, Any]) -> dict[str, Any]:
+    for field, value in said.items():
+        # The place of the special tokens when it was saved stands in many published configs; nothing reads it.
+        if field.endswith(("_file", "_files")) and field != "special_tokens_map_file" and value:
+            raise ValueError(
+                f"has {field}={brief(value)}: a tokenizer's files stand in its folder under their own names; "
+                "remove the field"
+            )
+    return _kept(said, _FIELDS)
+
+
+def _checked_tokens(special: dict[str, Any]) -> dict[str, Any]:
+    if strange := sorted(set(special) - set(_SPECIAL)):
+        raise unknown("special token", strange[0], _SPECIAL)
+    return _kept(special, _SPECIAL)
+
+
+def _checked_added(added: dict[str, Any]) -> dict[str, Any]:
+    if len(added) > MOST_ADDED:
+        raise ValueError(f"has {len(added)} tokens; at most {MOST_ADDED} are allowed")
+    for token, id_ in added.items():
+        check_text("a token", token)
+        check_id(f"the id of {brief(token)}", id_)
+    return added
+
+
+def _kept(fields: Mapping[str, Any], checks: Mapping[str, Callable[[str, Any], Any]]) -> dict[str, Any]:
+    for field in checks.keys() & fields.keys():
+        checks[field](field, fields[field])
+    return {field: value for field, value in fields.items() if field in checks}

@@ -1,11 +1,11 @@
 """The zoo: a folder per trained model, found by name."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from flaxmpc.errors import unknown
+from flaxmpc import files
+from flaxmpc.errors import brief, unknown
 
 DEFAULT = "movie-minilm-l6-2quad-freediv"
 
@@ -56,6 +56,13 @@ def with_weights(name_or_folder: str | Path) -> Path:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """The measured results of an entry, empty where it has none."""
+    """The measured results of an entry, empty where it has none. ValueError: a damaged file, or other than figures."""
     path = folder / "results.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    found = files.read_object(path)
+    number, text = (int, float, type(None)), (str, type(None))
+    for key, kinds in {"accuracy": number, "ref2k_accuracy": number, "made_by": text}.items():
+        if not isinstance(found.get(key), kinds):
+            raise ValueError(f"{path} has {key} {brief(found[key])}, not {'a number' if kinds is number else 'text'}")
+    return found

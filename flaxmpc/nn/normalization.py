@@ -91,6 +91,9 @@ def _linear_start(low: float, high: float, steps: int) -> tuple[float, float]:
 # A step is 5.3 rounds in ABY3, so from 8 steps on (63 rounds a LayerNorm) the exact part takes fewer (60).
 _MOST_STEPS = 7
 
+# Of a part that somebody asks for: each is traced.
+_LARGEST_STEPS = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Newton:
@@ -113,8 +116,8 @@ class Newton:
     def __post_init__(self):
         if not 0.0 < self.low < self.high:
             raise ValueError(f"layer_norm_newton needs 0 < low < high, not low={self.low}, high={self.high}")
-        if self.steps < 1:
-            raise ValueError(f"layer_norm_newton needs at least one step, not {self.steps}")
+        if not 1 <= self.steps <= _LARGEST_STEPS:
+            raise ValueError(f"layer_norm_newton needs 1 to {_LARGEST_STEPS} steps, not {self.steps}")
 
     def __call__(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
         if unit is not None:

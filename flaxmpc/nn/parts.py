@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
-from flaxmpc.errors import unknown
+from flaxmpc.errors import brief, unknown
 from flaxmpc.nn.same import same
 
 P = TypeVar("P")
@@ -57,11 +57,17 @@ class Registry(Mapping[str, P], Generic[P]):
             for field in changes:
                 if field not in fields:
                     raise unknown(f"field of {self.kind} {spec['name']!r}", field, fields)
+            for field, value in changes.items():
+                if not _alike(getattr(part, field), value):
+                    raise ValueError(
+                        f"{field} of {self.kind} {spec['name']!r} is {brief(value)}; "
+                        f"one like {brief(getattr(part, field))} is needed"
+                    )
             changes = {field: tuple(value) if isinstance(value, list) else value for field, value in changes.items()}
             return dataclasses.replace(part, **changes)  # pyright: ignore[reportType]
         if isinstance(spec, self.part_type):
             return spec
-        raise TypeError(f"{self.kind} must be a name or a {self.part_type.__name__}, not {spec!r}")
+        raise TypeError(f"{self.kind} must be a name or a {self.part_type.__name__}, not {brief(spec)}")
 
     def spec(self, part: P) -> str | dict[str, Any]:
         """What `resolve` turns back into the part, ready for JSON: its name, or its name and the changed fields.
@@ -104,3 +110,13 @@ class Registry(Mapping[str, P], Generic[P]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+def _alike(known: Any, value: Any) -> bool:
+    """Whether a config may put a value in the place of another: text for text, numbers for numbers, or for none."""
+    if isinstance(known, tuple):
+        return isinstance(value, (list, tuple)) and len(value) == len(known) and all(map(_alike, known, value))
+    if isinstance(known, (str, bool)):
+        return type(value) is type(known)
+    kinds = int if isinstance(known, int) else (int, float, type(None)) if known is None else (int, float)
+    return isinstance(known, (int, float, type(None))) and isinstance(value, kinds) and not isinstance(value, bool)

@@ -4,13 +4,14 @@ Importing this does not import spu: it loads with the first function that is com
 """
 
 from flaxmpc.secure._spu import SecureError
+from flaxmpc.secure.cache import cache_dir
 from flaxmpc.secure.check import Margins, OverflowRisk, check
 from flaxmpc.secure.cost import Cost, OpCost
 from flaxmpc.secure.deploy.client import Cluster
-from flaxmpc.secure.jit import Program, Run, SecureFunction, cache_dir, jit
+from flaxmpc.secure.jit import Program, Run, SecureFunction, jit
 from flaxmpc.secure.magnitudes import OpMargin
 from flaxmpc.secure.network import LAN, WAN, Network
-from flaxmpc.secure.party import InProcess, Parties, Party, Resident
+from flaxmpc.secure.party import InProcess, Parties, Party, Planned, Resident
 from flaxmpc.secure.protocol import EXP_MODES, PROTOCOLS, Config, Protocol, get_protocol
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "OverflowRisk",
     "Parties",
     "Party",
+    "Planned",
     "Program",
     "Protocol",
     "Resident",

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from flaxmpc.secure import cache
 from flaxmpc.secure._spu import SecureError, compile_source, load_spu
+from flaxmpc.secure.cache import cache_dir
 from flaxmpc.secure.cost import Cost
 from flaxmpc.secure.lowering import lower
-from flaxmpc.secure.party import InProcess, Parties, Resident, check_visibility, to_arrays
+from flaxmpc.secure.party import InProcess, Parties, Planned, Resident, check_visibility, to_arrays
 from flaxmpc.secure.protocol import Config
 
 
@@ -178,7 +177,7 @@ class SecureFunction:
         return self.run(*jax.tree.map(_zeros, args)).cost
 
     def compile(self, *args: Any) -> Program:
-        """The compiled program, without running it; arguments as for `estimate`."""
+        """The compiled program, without running it; arguments as for `estimate`, or `Planned` values."""
         args = self._encodable(jax.tree.map(_zeros, args))
         return self._compiled(args, self._visibilities(args))[0]
 
@@ -188,7 +187,7 @@ class SecureFunction:
 
     def _encodable(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
-            arg if isinstance(arg, Resident) else to_arrays(arg, self.config, f"argument {i}")
+            arg if isinstance(arg, Planned) else to_arrays(arg, self.config, f"argument {i}")
             for i, arg in enumerate(args)
         )
 
@@ -196,15 +195,13 @@ class SecureFunction:
         given = (self._visibility,) * len(args) if isinstance(self._visibility, str) else self._visibility
         if len(given) != len(args):
             raise ValueError(f"{len(given)} visibilities were given for {len(args)} arguments")
-        return tuple(arg.visibility if isinstance(arg, Resident) else one for arg, one in zip(args, given, strict=True))
+        return tuple(arg.visibility if isinstance(arg, Planned) else one for arg, one in zip(args, given, strict=True))
 
     def _compiled(self, args: tuple[Any, ...], visibilities: tuple[str, ...]) -> tuple[Program, float]:
         """The program for such arguments, and the seconds that it took if it was not in memory yet."""
-        structs = tuple(arg.struct if isinstance(arg, Resident) else jax.tree.map(_struct, arg) for arg in args)
+        structs = tuple(arg.struct if isinstance(arg, Planned) else jax.tree.map(_struct, arg) for arg in args)
         leaves, treedef = jax.tree.flatten(structs)
-        once = tuple(
-            self.config.opens_once and isinstance(arg, Resident) and arg.visibility == "secret" for arg in args
-        )
+        once = tuple(self.config.opens_once and isinstance(arg, Planned) and arg.visibility == "secret" for arg in args)
         key = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves), visibilities, once)
         with self._lock:
             if key in self._programs:
@@ -260,9 +257,9 @@ def _compile(
     options = libspu.CompilerOptions()
     options.enable_optimize_denominator_with_broadcast = shared_reciprocal
     key = [spu.__version__, f"shared_reciprocal={shared_reciprocal}", *visibilities, text]
-    cache = cache_dir()
-    path = cache and cache / hashlib.sha256("\n".join(key).encode()).hexdigest()
-    code = path and _read(path)
+    folder = cache_dir()
+    path = folder and folder / hashlib.sha256("\n".join(key).encode()).hexdigest()
+    code = path and cache.read(path)
     if code is None:
         source = libspu.CompilationSource(
             libspu.SourceIRType.XLA,
@@ -271,7 +268,7 @@ def _compile(
         )
         code = compile_source(source, options)
         if path:
-            _write(path, code)
+            cache.write(path, code)
     return Program(code, output)
 
 
@@ -291,36 +288,3 @@ def _lower(fn: Callable[..., Any], structs: tuple[Any, ...], config: Config) -> 
             raise SecureError.wrap("compiling", error) from error
         finally:
             frontend._restore_jax_patch(before)
-
-
-def cache_dir() -> Path | None:
-    """$FLAXMPC_CACHE, or a folder in the user's cache; None for a user without a home: nothing is kept then."""
-    if own := os.environ.get("FLAXMPC_CACHE"):
-        return Path(own)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxmpc" / "programs"
-    except RuntimeError:
-        return None
-
-
-def _read(path: Path) -> bytes | None:
-    """The code in a cache file: its sha256, then itself. None if there is none or it is not whole."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = content[:32], content[32:]
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Keeps code on disk; a cache that can't be written to is no reason to fail."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")  # not by tempfile: others may read a cache
-        try:
-            temporary.write_bytes(hashlib.sha256(code).digest() + code)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

@@ -56,6 +56,10 @@ class Party:
         """This party's share of the value `name`."""
         return self._runtime.get_var(name)
 
+    def meta(self, name: str) -> bytes:
+        """What SPU says of the value `name`, as in its share."""
+        return self._runtime.get_var_meta(name).SerializeToString()
+
     def delete(self, names: Iterable[str]) -> None:
         """Frees the values `names`; those that are not held are passed over."""
         for name in self.names.intersection(names):
@@ -147,10 +151,30 @@ class Parties(abc.ABC):
 
     def open(self, name: str) -> np.ndarray:
         """The plain value `name`, from every party's share of it."""
-        return self._io.reconstruct(self.fetch(name))
+        return self._reconstruct(self.fetch(name))
+
+    def _reconstruct(self, shares: Sequence[Any]) -> np.ndarray:
+        """SecureError: the spu Shares do not belong together."""
+        try:
+            return self._io.reconstruct(shares)
+        except Exception as error:
+            raise SecureError.wrap("opening a result", error) from error
 
 
-class Resident:
+class Planned:
+    """A pytree of values that parties will hold shares of: programs can be compiled for it.
+
+    Attributes:
+        struct: a jax.ShapeDtypeStruct for each leaf.
+        visibility: "secret" or "public".
+    """
+
+    def __init__(self, struct: Any, visibility: str = "secret"):
+        self.struct = struct
+        self.visibility = visibility
+
+
+class Resident(Planned):
     """A pytree of values that the parties hold shares of; made by `Parties.put`.
 
     Pass it in place of an argument of a secure function on the same parties. The parties free the values on
@@ -159,15 +183,13 @@ class Resident:
     Attributes:
         parties: who holds it.
         names: of its values at the parties, in the order of its leaves.
-        struct: the same pytree with a jax.ShapeDtypeStruct for each leaf.
-        visibility: "secret" or "public".
+        struct, visibility: see Planned.
     """
 
     def __init__(self, parties: Parties, session: str, names: list[str], struct: Any, visibility: str):
+        super().__init__(struct, visibility)
         self.parties = parties
         self.names = names
-        self.struct = struct
-        self.visibility = visibility
         self._session = session
         self._free = weakref.finalize(self, parties.delete, names)
         self._free.atexit = False

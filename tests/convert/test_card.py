@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from flaxmpc.convert import card
 from flaxmpc.convert.conversion import Conversion
 from flaxmpc.convert.runs import resolve
@@ -76,3 +78,12 @@ def test_metrics_of_a_task_are_its_columns(tmp_path):
     text = written(tmp_path / "entry", both)
     assert "|  | accuracy | f1 |" in text
     assert "| teacher: exact, float32, in the clear | 81.0 % | 76.0 % |" in text
+
+
+def test_a_card_is_written_over_no_link(tmp_path):
+    written(tmp_path / "entry")
+    (tmp_path / "entry" / "README.md").unlink()
+    (tmp_path / "entry" / "README.md").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"entry/README.md is a link, so nothing is written there"):
+        card.write(tmp_path / "entry")
+    assert not (tmp_path / "mine").exists()

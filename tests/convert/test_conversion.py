@@ -14,10 +14,11 @@ import pytest
 from safetensors.numpy import load, load_file, save
 
 from flaxmpc.convert import conversion as conversion_module
-from flaxmpc.convert import fit
+from flaxmpc.convert import fit, runs
 from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.fit import Schedule
+from flaxmpc.evaluation import evaluate
 from flaxmpc.models import folder as folders
 
 TEACHER = Schedule(epochs=8, learning_rate=1e-2, batch_size=8)
@@ -233,6 +234,70 @@ def test_unlabelled_texts_are_inputs_too(teacher, data, tmp_path):
     more.write_text("sentence\na film of bad scenes\n")
     with pytest.raises(ValueError, match="the unlabelled texts changed since"):
         convert(config)
+
+
+def test_two_conversions_do_not_write_to_one_folder(teacher, data, tmp_path):
+    config = conversion(teacher, data, tmp_path / "out", **UNTRAINED)
+    for folder in ("out", "out.run"):
+        with runs.claimed(tmp_path / folder), pytest.raises(ValueError, match=rf"writes to .*/{folder}: wait"):
+            convert(config)
+    with runs.claimed(tmp_path / "out"), pytest.raises(ValueError, match=r"writes to .*/out: wait"):
+        finetune_encoder(FineTuning(teacher, str(data), tmp_path / "out", Schedule(0, 1e-3), max_length=16))
+    convert(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run"]
+    with runs.claimed(tmp_path / "out"), pytest.raises(ValueError, match=r"writes to .*/out: wait"):
+        evaluate(tmp_path / "out")
+
+
+def test_a_recipe_is_never_that_of_another_model(teacher, data, tmp_path, monkeypatch):
+    """Killed while the second of two models is written to one folder, the first is not there, and not done."""
+    first = conversion(teacher, data, tmp_path / "out", **UNTRAINED)
+    second = dataclasses.replace(first, activation="gelu", runs=tmp_path / "second")
+    convert(first)
+    before = weights(tmp_path / "out")
+    for killed in (folders.write_params, folders.save_tokenizer, folders.files.write_json):
+
+        def kill(*arguments, killed=killed, **options):
+            if Path(arguments[1] if killed is folders.save_tokenizer else arguments[0]).is_relative_to(
+                tmp_path / "out"
+            ):
+                raise KeyboardInterrupt
+            return killed(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            owner = folders.files if killed.__name__ == "write_json" else folders
+            patch.setattr(owner, killed.__name__, kill)
+            with pytest.raises(KeyboardInterrupt):
+                convert(second)
+        assert not (tmp_path / "out" / "recipe.json").exists()
+        with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+            folders.load(tmp_path / "out")
+    convert(first)
+    assert folders.load(tmp_path / "out").model.config.hidden_act.name == "quad"
+    assert all(np.array_equal(weights(tmp_path / "out")[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "results.json"])
+def test_a_damaged_record_of_a_model_is_named(name, teacher, data, tmp_path):
+    config = conversion(teacher, data, tmp_path / "out", **UNTRAINED)
+    expected = convert(config)
+    path = tmp_path / "out" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"out/{name} is damaged \(.*\): remove it"):
+        convert(config)
+    path.unlink()
+    assert convert(config) == expected
+
+
+def test_a_damaged_teacher_is_named(teacher, data, tmp_path):
+    def flip(content):
+        return content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]
+
+    with (
+        changed(teacher / "model.safetensors", flip),
+        pytest.raises(ValueError, match=r"teacher/model\.safetensors is damaged"),
+    ):
+        convert(conversion(teacher, data, tmp_path / "out"))
 
 
 def relabelled(teacher: Path, folder: Path, id2label: tuple[str, ...]) -> Path:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -136,6 +137,78 @@ def test_a_killed_run_goes_on_to_the_same_parameters(kill_at, run, tmp_path):
     assert len(steps) == 16 - kept[-1]
     assert same(params, run[1])
     assert [record["epoch"] for record in records(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_was_killed_at_any_moment_goes_on_to_the_same_parameters(run, tmp_path, monkeypatch):
+    """What a kill leaves is what the disk holds then: looked at before files are made whole, moved and removed."""
+    folder, seen, rng = tmp_path / "run", [], np.random.default_rng()
+
+    def watched(call):
+        def looked(what, *arguments, **options):
+            if rng.random() < (0.05 if call is fsync else 0.5):
+                copy = tmp_path / f"killed{rng.integers(1 << 60)}"
+                try:
+                    shutil.copytree(folder, copy)
+                    seen.append(copy)
+                except (shutil.Error, OSError):  # what a thread that goes on meanwhile took away: no moment of a kill
+                    pass
+            return call(what, *arguments, **options)
+
+        return looked
+
+    fsync = os.fsync
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree")):
+            patch.setattr(module, name, watched(getattr(module, name)))
+        params = train(folder, evaluate=third_weight, choose_by="third")
+    assert same(params, run[1])
+    assert len(seen) > 20
+    for copy in rng.choice(seen, 4, replace=False):
+        assert same(train(copy, evaluate=third_weight, choose_by="third"), run[1]), copy
+        assert [record["epoch"] for record in records(copy)] == [1, 2, 3, 4]
+
+
+def damage(step: Path) -> None:
+    path = max((path for path in (step / "default").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_trained_again_from_the_one_before(run, tmp_path, capsys):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    damage(folder / "checkpoints" / "16")
+    assert same(train(folder), run[1])
+    assert f"{folder}/checkpoints/16/default/" in capsys.readouterr().out
+    assert [record["epoch"] for record in records(folder)] == [1, 2, 3, 4]
+    for step in (folder / "checkpoints").iterdir():
+        damage(step)
+    with pytest.raises(
+        ValueError, match=rf"checkpoints/15/default/.* is not as it was written, .*: remove {folder}, and"
+    ):
+        train(folder)
+
+
+@pytest.mark.parametrize("lost", ["damaged", "removed"])
+def test_without_the_best_epoch_nothing_else_is_returned(lost, tmp_path):
+    options = {"evaluate": third_weight, "choose_by": "third"}
+    train(tmp_path, **options)
+    if lost == "damaged":
+        damage(tmp_path / "best" / "3")
+    else:
+        shutil.rmtree(tmp_path / "best" / "3")
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*: remove {tmp_path}, and"):
+        train(tmp_path, **options)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    def evaluate(params):
+        with pytest.raises(ValueError, match=f"^process {os.getpid()} on .* writes to {tmp_path / 'run'}: wait"):
+            train(tmp_path / "run")
+        return {}
+
+    train(tmp_path / "run", evaluate=evaluate)
+    assert not (tmp_path / "run.lock").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

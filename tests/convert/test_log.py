@@ -58,3 +58,14 @@ def test_metrics_go_to_tensorboard(tmp_path):
     written = b"".join(path.read_bytes() for path in files)
     assert b"train/loss" in written
     assert b"accuracy" in written
+
+
+@pytest.mark.parametrize("line", ['{"name": "toy", "epo', '{"name": "toy"}', "[1]", '{"epoch": null}'])
+def test_a_damaged_line_is_named(line, tmp_path):
+    with log(tmp_path) as killed:
+        killed.step(0, {"loss": 1.0})
+        killed.epoch(1, {})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged: remove the line"):
+        log(tmp_path, done=2)

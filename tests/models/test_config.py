@@ -118,7 +118,7 @@ def test_labels_are_read_as_transformers_reads_them(fields):
         ({"hidden_size": -8}, "hidden_size -8 is not"),
         ({"vocab_size": True}, "vocab_size True is not"),
         ({"num_attention_heads": 0}, "num_attention_heads 0 is not"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not a whole number in 0..1000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not a whole number in 0..128"),
         ({"max_position_embeddings": 10**30}, "max_position_embeddings 10+ is not"),
         ({"type_vocab_size": 0}, "type_vocab_size 0 is not"),
         ({"pad_token_id": -1}, "pad_token_id -1 is not a whole number in 0.."),
@@ -130,6 +130,28 @@ def test_labels_are_read_as_transformers_reads_them(fields):
         ({"layer_norm_eps": "1e-12"}, "layer_norm_eps '1e-12' is not"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps nan is not"),
         ({"initializer_range": None}, "initializer_range None is not"),
+        ({"vocab_size": 2**31}, "vocab_size 2147483648 is not a whole number in 1..1000000"),
+        ({"hidden_size": 10**6}, "hidden_size 1000000 is not a whole number in 1..16384"),
+        (
+            {"hidden_size": 16384, "num_attention_heads": 1024},
+            "num_attention_heads 1024 is not a whole number in 1..256",
+        ),
+        (
+            {"hidden_size": 16128, "vocab_size": 10**6},
+            r"a model of \d{11} parameters; at most 1000000000 are supported",
+        ),
+        ({"hidden_act": "x" * 10**6}, r"unknown activation 'xxx.*\.\.\.x*'\. Known"),
+        ({"model_type": ["bert"] * 10**5}, "config.json has model_type="),
+        (
+            {"layer_norm": {"name": "layer_norm_newton", "steps": 10**9}},
+            "layer_norm_newton needs 1 to 32 steps, not 100",
+        ),
+        (
+            {"layer_norm": {"name": "layer_norm_newton", "steps": "5"}},
+            "steps of layer_norm 'layer_norm_newton' is '5'; on",
+        ),
+        ({"hidden_act": {"name": "gelu", "f": 3}}, "f of activation 'gelu' is 3; one like"),
+        ({"attention": {"name": "2quad", "shift": [1, 2]}}, r"shift of attention '2quad' is \[1, 2\]; one like 5"),
         ({"folded": "yes"}, "folded 'yes' is not true or false"),
         ({"problem_type": "ranking"}, "unknown problem_type 'ranking'"),
     ],
@@ -141,6 +163,7 @@ def test_a_value_that_a_field_cannot_have_is_named(fields, message, tmp_path):
         BertConfig.from_folder(tmp_path)
     assert "\n" not in str(error.value)
     assert "config.json" in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 def test_a_field_that_does_not_exist_gets_the_closest():
@@ -286,13 +309,13 @@ def test_a_config_can_be_a_key():
 )
 def test_a_bad_file_is_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json: "):
+    with pytest.raises(ValueError, match=r"config\.json(: | cannot be read as JSON: | holds no JSON object)"):
         BertConfig.from_folder(tmp_path)
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"hidden_act": "\xff"}')
-    with pytest.raises(ValueError, match=r"config\.json: "):
+    with pytest.raises(ValueError, match=r"config\.json cannot be read as JSON: 'utf-8' codec"):
         BertConfig.from_folder(tmp_path)
 
 
@@ -314,3 +337,21 @@ def test_how_many_texts_a_model_takes_is_kept_and_checked():
     assert written_and_read(dataclasses.replace(TINY, num_texts=2)).num_texts == 2
     with pytest.raises(ValueError, match="num_texts is 1, or 2 for pairs, not 3"):
         dataclasses.replace(TINY, num_texts=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "is nested more than 64 deep"),
+        ('{"a":' * 70 + "1" + "}" * 70, "is nested more than 64 deep"),
+        ('{"hidden_size": ' + "9" * 10_000 + "}", "cannot be read as JSON: Exceeds the limit"),
+        (" " * (5 << 20), "has more than 4194304 bytes"),
+        ('"text"', "holds no JSON object"),
+    ],
+    ids=["lists", "objects", "digits", "large", "text"],
+)
+def test_a_config_that_takes_long_to_read_is_refused(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json {message}") as error:
+        BertConfig.from_folder(tmp_path)
+    assert "\n" not in str(error.value)

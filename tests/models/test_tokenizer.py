@@ -1,6 +1,8 @@
 """The same ids before and after saving, and those of transformers' AutoTokenizer or of the file itself."""
 
 import json
+import pickle
+import sys
 
 import pytest
 import transformers
@@ -157,13 +159,43 @@ def test_what_was_cut_last_is_not_saved(tmp_path):
         ),
         ({"said": {"tokenizer_file": "tokenizer.json"}}, "has tokenizer_file="),
         ({"said": {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}}, "has fast_tokenizer_files="),
-        ({"said": {"tokenizer_class": "NoTokenizer"}}, "cannot be read as a tokenizer: .*NoTokenizer"),
-        ({"said": {"tokenizer_class": "BertJapaneseTokenizer"}}, "."),
+        (
+            {"said": {"tokenizer_class": "NoTokenizer"}},
+            r"tokenizer_config\.json: unknown tokenizer_class 'NoTokenizer'",
+        ),
+        ({"said": {"tokenizer_class": "BertJapaneseTokenizer"}}, "unknown tokenizer_class 'BertJapaneseTokenizer'"),
+        ({"said": {"tokenizer_class": "AutoModel"}}, "unknown tokenizer_class 'AutoModel'"),
+        ({"said": {"tokenizer_class": ["BertTokenizer"]}}, "unknown tokenizer_class"),
         ({"said": ["BertTokenizer"]}, r"tokenizer_config\.json holds no JSON object"),
         (
             {"said": {"auto_map": {"AutoTokenizer": ["x.Y", None]}, "tokenizer_class": "Y"}},
-            "cannot be read as a tokenizer",
+            "unknown tokenizer_class 'Y'",
         ),
+        ({"said": {"merges_file": "a"}}, "has merges_file='a'"),
+        ({"said": {"gguf_file": "a"}}, "has gguf_file='a'"),
+        (
+            {"special_tokens_map": {"vocab_file": "/etc/passwd"}},
+            r"special_tokens_map\.json: unknown special token 'voc",
+        ),
+        ({"special_tokens_map": {"cls_token": 3}}, "cls_token is 3, not a string of 1 to 1000 characters"),
+        ({"said": {"sep_token": {"content": "[SEP]", "lstrip": "x"}}}, "sep_token 'lstrip' is 'x', not true, false or"),
+        ({"said": {"do_lower_case": "no"}}, r"tokenizer_config\.json: do_lower_case is 'no', not true, false or null"),
+        ({"said": {"model_max_length": "9"}}, "model_max_length is '9', not a number"),
+        ({"said": {"truncation_side": "up"}}, "truncation_side is 'up', neither 'left' nor 'right'"),
+        (
+            {"said": {"additional_special_tokens": ["a"] * 1001}},
+            "additional_special_tokens is .*; a list of at most 1000",
+        ),
+        (
+            {"said": {"added_tokens_decoder": {"-1": {"content": "a"}}}},
+            "added_tokens_decoder id is '-1', not a whole n",
+        ),
+        ({"said": {"added_tokens_decoder": {"1": {"content": "a" * 1001}}}}, "is 'aaa.*', not a string of 1 to 1000"),
+        (
+            {"added_tokens": {"<film>": 10**9}},
+            r"added_tokens\.json: the id of '<film>' is 1000000000, not a whole number",
+        ),
+        ({"added_tokens": {f"{i}": i for i in range(20_001)}}, r"added_tokens\.json: has 20001 tokens; at most 20000"),
     ],
 )
 def test_what_cannot_be_loaded_is_said_in_one_line(fields, message, tmp_path):
@@ -177,6 +209,72 @@ def test_the_place_of_special_tokens_is_passed_over(tmp_path):
     """Many published folders name a cache of the machine that they were saved on."""
     said = {"special_tokens_map_file": "/home/user/.cache/x", "tokenizer_file": None}
     assert load_tokenizer(folder_of(tmp_path / "given", vocabulary=True, said=said))
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_no_file_of_another_place_becomes_a_tokenizer(name, tmp_path):
+    """As a folder that somebody else packed may have it: what a link leads to would be published with the model."""
+    folder = folder_of(tmp_path / "given", vocabulary=True, config=BERT, said={}, special_tokens_map={})
+    secret = tmp_path / "secret"
+    secret.write_bytes((folder / "vocab.txt").read_bytes() if name == "vocab.txt" else b"{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=rf"given/{name} is a link to .*/secret: of a folder only its own files"):
+        load_tokenizer(folder)
+
+
+def test_a_hub_cache_is_read_through_its_own_links(tmp_path):
+    """There the files of a snapshot are links to blobs, and nothing else may be."""
+    given = folder_of(tmp_path / "given", word_piece(True), config=BERT, said={"tokenizer_class": "BertTokenizer"})
+    repository = tmp_path / "models--someone--bert"
+    snapshot = repository / "snapshots" / "0123abcd"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(given.iterdir()):
+        path.rename(repository / "blobs" / f"{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (tmp_path / "linked").symlink_to(snapshot)  # the folder's own path is the user's
+    for folder in (snapshot, tmp_path / "linked"):
+        assert ids(load_tokenizer(folder))
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "special_tokens_map.json").symlink_to("../../../secret")
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json is a link to .*/secret"):
+        load_tokenizer(snapshot)
+
+
+def test_what_does_not_decide_about_ids_is_not_kept(tmp_path):
+    """What is kept of a folder is published to clients."""
+    said = {
+        "tokenizer_class": "BertTokenizer",
+        "auth_token": "SECRET",
+        "chat_template": "SECRET",
+        "init_inputs": ["SECRET"],
+    }
+    said |= {"name_or_path": "SECRET", "special_tokens_map_file": "SECRET", "from_slow": True}
+    folder = folder_of(tmp_path / "given", word_piece(True), config=BERT, said=said)
+    (folder / "chat_template.jinja").write_text("SECRET")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").write_text("SECRET")
+    tokenizer_file = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_file | {"comment": "SECRET"}))
+    save_tokenizer(load_tokenizer(folder), tmp_path / "saved")
+    saved = {path.name: path.read_text() for path in (tmp_path / "saved").iterdir()}
+    assert saved.keys() <= set(FILES)
+    assert not any("SECRET" in text or str(tmp_path) in text or "/tmp" in text for text in saved.values())
+
+
+def test_nothing_is_unpickled(tmp_path):
+    """Nor is code of the folder run. PyTorch's files, and an older tokenizer's vocabulary, are pickles."""
+    folder = folder_of(tmp_path / "given", word_piece(True), config=BERT | {"auto_map": {"AutoTokenizer": "evil.Evil"}})
+    (folder / "evil.py").write_text("raise SystemExit('run')")
+    found = []
+    sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
+    for name in ("vocab.pkl", "pytorch_model.bin", "vocab.bin", "training_args.bin"):
+        (folder / name).write_bytes(pickle.dumps(print))
+    pickle.loads(pickle.dumps(print))
+    assert len(found) == 1
+    load_tokenizer(folder)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": 3}'])

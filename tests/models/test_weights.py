@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from flaxmpc.models.bert import ARCHITECTURES, BertForMaskedLM, BertForSequenceClassification, param_shapes
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.params import flatten
-from flaxmpc.models.weights import WeightsError, hf_name, read_params, read_tensors, write_params
+from flaxmpc.models.weights import WeightsError, hf_name, read_params, write_params
 
 TINY = BertConfig(
     vocab_size=50,
@@ -179,9 +179,14 @@ def test_one_file_goes_before_shards(path, params):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: "{", r"index\.json cannot be read as an index"),
+        (lambda text: "{", r"index\.json cannot be read as JSON"),
         (lambda text: "{}", r"index\.json cannot be read as an index"),
         (lambda text: text.replace("model-00002", "../model-00002"), "names '../model-00002-of-00003.safetensors'"),
+        (
+            lambda text: text.replace('"model-00002-of-00003.safetensors"', "3"),
+            r"index\.json cannot be read as an index",
+        ),
+        (lambda text: json.dumps({"weight_map": {f"{i}": f"{i}" for i in range(2000)}}), "names 2000 shards; at most"),
         (lambda text: text.replace("model-00002", "model-00009"), "model-00009-of-00003.safetensors, which does not"),
     ],
 )
@@ -189,14 +194,14 @@ def test_a_bad_index_of_shards_is_named(change, message, path):
     index = sharded(path)
     index.write_text(change(index.read_text()))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read_tensors(path)
+        read_params(path, SHAPES)
 
 
 def test_a_damaged_shard_is_named(path):
     sharded(path)
     path.with_name("model-00002-of-00003.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors cannot be read"):
-        read_tensors(path)
+        read_params(path, SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,7 @@ def test_weights_in_another_format_are_told_how_to_convert(name, whose, argument
     (tmp_path / name).write_bytes(b"")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForTokenClassification"]}))
     with pytest.raises(FileNotFoundError) as error:
-        read_tensors(tmp_path / "model.safetensors")
+        read_params(tmp_path / "model.safetensors", SHAPES)
     message = str(error.value)
     assert f"{name}, {whose} format" in message
     assert f"BertForTokenClassification.from_pretrained('{tmp_path}" in message
@@ -278,7 +283,7 @@ def test_a_fresh_head_fills_what_only_a_head_may_lack(path, params, random_param
     encoder["classifier.weight"] = np.zeros((7, 64), np.float32)  # of another head
     save_file({**encoder, "cls.seq_relationship.bias": np.zeros(2, np.float32)}, path)
     fresh = random_params(MODEL, 1)
-    read = flatten(read_params(path, SHAPES, fresh=fresh))
+    read = flatten(read_params(path, SHAPES, fresh=lambda: fresh))
     flat_fresh, flat = (flatten(tree) for tree in (fresh, params))
     for name, value in read.items():
         head = name.startswith(("classifier/", "bert/pooler/")) or name.endswith(("/shift", "attention/scale"))
@@ -287,7 +292,7 @@ def test_a_fresh_head_fills_what_only_a_head_may_lack(path, params, random_param
     del encoder["bert.embeddings.LayerNorm.bias"]
     save_file(encoder, path)
     with pytest.raises(WeightsError, match=r"missing: bert\.embeddings\.LayerNorm\.bias"):
-        read_params(path, SHAPES, fresh=fresh)
+        read_params(path, SHAPES, fresh=lambda: fresh)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -307,12 +312,30 @@ def test_a_truncated_file_is_refused_by_name(path, keep):
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
-        read_tensors(path)
+        read_params(path, SHAPES)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_changed_bit_is_refused_by_name_or_changes_nothing(bits, tmp_path, params):
+    path = tmp_path / "model.safetensors"
+    write_params(path, params, word_embedding_bits=bits, matrix_bits=bits)
+    before, content = read_params(path, SHAPES), path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    rng = np.random.default_rng()
+    for place in (*rng.integers(8, header, 60), *rng.integers(header, len(content), 60)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.integers(8)]) + content[place + 1 :])
+        try:
+            found = read_params(path, SHAPES)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017  many are harmless
+        else:
+            assert place < header
+            chex.assert_trees_all_equal(found, before)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
-        read_tensors(tmp_path / "model.safetensors")
+        read_params(tmp_path / "model.safetensors", SHAPES)
 
 
 def test_an_unknown_parameter_has_no_name():
@@ -339,3 +362,94 @@ def test_matrices_are_stored_in_few_bits_and_vectors_whole(path, params, tmp_pat
     again = tmp_path / "again.safetensors"
     write_params(again, read, word_embedding_bits=4, matrix_bits=8)
     assert again.read_bytes() == small.read_bytes()
+
+
+def header(path, length, data=0):
+    """A file that says that so many bytes of header follow; it has them and the data, but on no disk."""
+    with path.open("wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(8 + length + data)
+
+
+def claim(path, tensors):
+    """A file whose header says that it has these tensors, by name: type and shape; all zeros, on no disk."""
+    end, entries = 0, {}
+    for name, (kind, shape) in tensors.items():
+        size = int(np.prod(shape, dtype=object)) * {"F32": 4, "F64": 8}.get(kind, 1)
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    content = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)
+
+
+def test_a_large_header_is_refused_unread(path):
+    header(path, 90_000_000)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors cannot be read .* 90000000 bytes; at most 4194304 are read"
+    ):
+        read_params(path, SHAPES)
+
+
+@pytest.mark.parametrize("fresh", [None, dict])
+def test_a_terabyte_that_does_not_fit_is_refused_unread(path, fresh):
+    claim(path, {"bert.embeddings.word_embeddings.weight": ("F32", [2**32, 64]), "more": ("F32", [2**30])})
+    with pytest.raises(
+        WeightsError, match=r"wrong shape: bert\.embeddings\.word_embeddings\.weight: \(4294967296, 64\)"
+    ):
+        read_params(path, SHAPES, fresh=fresh)
+
+
+def test_of_many_misfits_some_are_shown(path):
+    claim(path, {f"strange.{i}": ("F32", [1]) for i in range(1000)})
+    with pytest.raises(WeightsError, match="unexpected: 950 more") as error:
+        read_params(path, SHAPES)
+    assert len(error.value.unexpected) == 1000
+    assert len(str(error.value).splitlines()) < 120
+
+
+@pytest.mark.parametrize("kind", ["I64", "BOOL", "U16", "F8_E4M3", "F4"])
+def test_a_strange_type_is_named(path, kind):
+    def change(tensors):
+        entries = {name: ("F32", list(value.shape)) for name, value in tensors.items()}
+        return entries | {"bert.pooler.dense.bias": (kind, [64])}
+
+    entries = change(load_file(path))
+    claim(path, entries)
+    with pytest.raises(ValueError, match=rf"model\.safetensors.*({kind.lower()}; weights are|cannot be read)") as error:
+        read_params(path, SHAPES)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scales", [np.ones((64, 2), np.float16), np.ones((64, 1), np.float64), np.ones(1, np.float16)])
+def test_scales_that_do_not_fit_are_named(path, scales):
+    name = "bert.pooler.dense.weight"
+    few = {name: np.ones((64, 64), np.int8), f"{name}.quantization_scale": scales}
+    rewrite(path, lambda tensors: tensors | few)
+    with pytest.raises(ValueError, match=r"pooler\.dense\.weight is int8 \(64, 64\) with scales float"):
+        read_params(path, SHAPES)
+
+
+def test_weights_of_others_are_not_read_through_links(path, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "model.safetensors").symlink_to(path)
+    with pytest.raises(ValueError, match=r"own/model\.safetensors is a link to"):
+        read_params(own / "model.safetensors", SHAPES)
+    sharded(path)
+    (own / "model.safetensors").unlink()
+    for shard in tmp_path.glob("model*"):
+        (own / shard.name).symlink_to(shard) if "00002" in shard.name else (own / shard.name).write_bytes(
+            shard.read_bytes()
+        )
+    with pytest.raises(ValueError, match=r"own/model-00002-of-00003\.safetensors is a link to"):
+        read_params(own / "model.safetensors", SHAPES)
+
+
+def test_a_suggested_command_holds_no_text_of_the_folder(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ['X; import os; os.system("id")#']}))
+    with pytest.raises(FileNotFoundError, match=r"import BertModel; BertModel\.from_pretrained") as error:
+        read_params(tmp_path / "model.safetensors", SHAPES)
+    assert "os.system" not in str(error.value)

@@ -101,3 +101,18 @@ def test_every_entry_is_whole_small_and_measured(name):
         assert 0.5 < results["ref2k_accuracy"] <= 1
     else:
         assert "by recipe" in (folder / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"accuracy": "high"}', "results.json has accuracy 'high', not a number"),
+        ('{"made_by": 3}', "results.json has made_by 3, not text"),
+        ("[" * 1000, "results.json is nested more than 64 deep"),
+        ("[]", "results.json holds no JSON object"),
+    ],
+)
+def test_results_that_are_no_figures_are_refused(content, message, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        zoo.results(tmp_path)

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import datetime
-import os
+import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from flaxmpc.secure.deploy import disk
+
+if TYPE_CHECKING:
+    from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, PartyEntry
+
+CLIENT = r"client(\.[A-Za-z0-9_\-]{1,57})?"  # a common name has at most 64 characters
+
 _BACKDATED = datetime.timedelta(hours=1)  # hosts' clocks differ
+_USES = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "server": ExtendedKeyUsageOID.SERVER_AUTH}
+
+
+def role_of(name: str) -> str:
+    """The role of a common name: "owner"; "client" of itself and of "client.NAME"; "" of any other."""
+    if name == "owner":
+        return "owner"
+    return "client" if re.fullmatch(CLIENT, name) else ""
+
+
+def name_of(certificate: bytes) -> str:
+    """The common name of a certificate in DER; "" where it has none or several, or can't be read."""
+    try:
+        return _name(x509.load_der_x509_certificate(certificate))
+    except ValueError:
+        return ""
 
 
 class Authority:
@@ -34,19 +60,26 @@ class Authority:
 
     @classmethod
     def read(cls, directory: Path) -> Authority:
-        """The authority that `write` kept in ca.pem and ca.key; OSError or ValueError if they are not there or none."""
+        """The authority that `write` kept in ca.pem and ca.key. ValueError: they are not there, or not right."""
         self = cls.__new__(cls)
-        self.certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
-        key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError(f"{directory / 'ca.key'} is no key of an elliptic curve")
-        self._key = key
+        path, key_path = directory / "ca.pem", directory / "ca.key"
+        try:
+            content, key = disk.read(path), disk.read(key_path, secret=True)
+        except FileNotFoundError as error:
+            missing = Path(error.filename).name
+            reason = f"{directory} holds no authority: it has no {missing}, which `cluster init` makes"
+            raise ValueError(reason) from error
+        self.certificate = _parse(content, path)
+        _check_authority(self.certificate, path)
+        self._key = _parse_key(key, key_path, self.certificate, path)
+        if not isinstance(self._key, ec.EllipticCurvePrivateKey):
+            raise ValueError(f"{key_path} is no key of an elliptic curve")
         return self
 
     def write(self, directory: Path) -> None:
         """ca.pem, and ca.key readable by its owner only. FileExistsError rather than another authority's loss."""
-        _write_key(directory / "ca.key", self._key)
-        (directory / "ca.pem").write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
+        disk.write_new(directory / "ca.key", _pem(self._key), 0o600)
+        disk.write_new(directory / "ca.pem", self.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
     def issue(
         self, directory: Path, name: str, *, server: bool, valid: datetime.timedelta = datetime.timedelta(days=365)
@@ -60,7 +93,7 @@ class Authority:
             valid: from an hour ago on; negative makes one that has expired, for tests.
 
         Raises:
-            FileExistsError: the key exists.
+            FileExistsError: the key or the certificate exists.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         uses = [ExtendedKeyUsageOID.CLIENT_AUTH]
@@ -78,8 +111,8 @@ class Authority:
             )
             .sign(self._key, hashes.SHA256())
         )
-        _write_key(directory / f"{name}.key", key)
-        (directory / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        disk.write_new(directory / f"{name}.key", _pem(key), 0o600)
+        disk.write_new(directory / f"{name}.pem", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
 def _builder(
@@ -98,9 +131,129 @@ def _builder(
     )
 
 
-def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    content = key.private_bytes(
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
+
+
+def check_party(cluster: ClusterFile, rank: int) -> None:
+    """Whether the certificates of all parties, and this one's own key, are what they should be.
+
+    Raises:
+        ValueError: which file is not, and why, in one line.
+    """
+    ca = _authority(cluster)
+    holders: dict[bytes, str] = {}
+    for entry in cluster.party:
+        certificate = _issued(cluster, ca, entry.certificate, _USES)
+        path = cluster.file(entry.certificate)
+        if entry.name not in _dns_names(certificate):
+            raise ValueError(f"{path} is not the certificate of {entry.name}: it lacks the DNS name {entry.name!r}")
+        public = _public(certificate.public_key())
+        if public in holders:
+            raise ValueError(f"{path} has the key of {holders[public]}: each party has a key of its own")
+        holders[public] = entry.name
+        if entry.rank == rank:
+            _check_own(cluster, entry, certificate)
+
+
+def check_identity(cluster: ClusterFile, role: str) -> None:
+    """Whether certificate and key of the "owner" or "client" are what they should be; raises as `check_party`."""
+    identity = cluster.identity(role)
+    certificate = _issued(cluster, _authority(cluster), identity.certificate, ["client"])
+    if role_of(name := _name(certificate)) != role:
+        path = cluster.file(identity.certificate)
+        raise ValueError(f"{path} is the certificate of {name!r}, not of {'an' if role == 'owner' else 'a'} {role}")
+    _check_own(cluster, identity, certificate)
+
+
+def _authority(cluster: ClusterFile) -> x509.Certificate:
+    path = cluster.file(cluster.ca)
+    certificate = _parse(cluster.read_file(cluster.ca), path)
+    _check_authority(certificate, path)
+    return certificate
+
+
+def _check_authority(certificate: x509.Certificate, path: Path) -> None:
+    constraints = _extension(certificate, x509.BasicConstraints)
+    if constraints is None or not constraints.ca:
+        raise ValueError(f"{path} is no authority's certificate")
+    _check_time(certificate, path)
+
+
+def _issued(cluster: ClusterFile, ca: x509.Certificate, name: str, uses: Collection[str]) -> x509.Certificate:
+    """A certificate that the authority signed, for these uses."""
+    path = cluster.file(name)
+    certificate = _parse(cluster.read_file(name), path)
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+        raise ValueError(f"{path} was not signed by the authority {cluster.file(cluster.ca)}") from error
+    allowed = _extension(certificate, x509.ExtendedKeyUsage)
+    for use in uses:
+        if allowed is not None and _USES[use] not in allowed:
+            raise ValueError(f"{path} is not for the key usage TLS {use}")
+    return certificate
+
+
+def _check_own(cluster: ClusterFile, own: PartyEntry | Identity, certificate: x509.Certificate) -> None:
+    path = cluster.file(own.certificate)
+    _check_time(certificate, path)
+    _parse_key(cluster.read_file(own.key, secret=True), cluster.file(own.key), certificate, path)
+
+
+def _check_time(certificate: x509.Certificate, path: Path) -> None:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not first <= now <= last:
+        told = ", ".join(f"{moment:%Y-%m-%d %H:%M}" for moment in (first, last))
+        raise ValueError(f"{path} is valid in {told} UTC only; the time here is {now:%Y-%m-%d %H:%M}")
+
+
+def _parse(content: bytes, path: Path) -> x509.Certificate:
+    kinds = [kind.decode() for kind in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", content)]
+    if kinds != ["CERTIFICATE"]:
+        found = ", ".join(kinds).lower() or "no PEM"
+        raise ValueError(f"{path} must hold one certificate and nothing else; it holds {found}")
+    try:
+        certificate = x509.load_pem_x509_certificate(content)
+        _ = certificate.subject, certificate.extensions, certificate.public_key()  # which it reads only now
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm) as error:
+        raise ValueError(f"{path} holds no certificate that can be read") from error
+    return certificate
+
+
+def _parse_key(content: bytes, path: Path, certificate: x509.Certificate, certificate_path: Path) -> Any:
+    """The private key of a certificate."""
+    try:
+        key = serialization.load_pem_private_key(content, None)
+    except TypeError as error:
+        raise ValueError(f"{path} is encrypted, and there is nobody to ask for its password") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ValueError(f"{path} holds no private key that can be read") from error
+    if _public(key.public_key()) != _public(certificate.public_key()):
+        raise ValueError(f"{path} is not the key of the certificate {certificate_path}")
+    return key
+
+
+def _public(key: Any) -> bytes:
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _name(certificate: x509.Certificate) -> str:
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if len(names) == 1 else ""
+
+
+def _dns_names(certificate: x509.Certificate) -> list[str]:
+    names = _extension(certificate, x509.SubjectAlternativeName)
+    return [] if names is None else names.get_values_for_type(x509.DNSName)
+
+
+def _extension(certificate: x509.Certificate, kind: Any) -> Any:
+    """An extension's value, or None."""
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None

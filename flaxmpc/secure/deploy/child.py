@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,16 +22,21 @@ class WorkerLost(Exception):
 
 
 class WorkerProcess:
-    """A child process that holds SPU; commands take turns."""
+    """A child process that holds SPU; commands take turns.
 
-    def __init__(self, directory: str, parties: int):
-        """`directory`: of its files. `parties`: how many are on this machine, and share its cores."""
+    Its folder for files goes with it: `kill` removes it, and the worker itself where its supervisor was killed.
+    """
+
+    def __init__(self, parties: int):
+        """`parties`: how many are on this machine, and share its cores."""
         ours, theirs = socket.socketpair()
         package_root = Path(__file__).parents[3]
         paths = [str(package_root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._directory = tempfile.TemporaryDirectory(prefix="flaxmpc-party-", ignore_cleanup_errors=True)
+        arguments = [str(theirs.fileno()), self._directory.name]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "flaxmpc.secure.deploy.worker", str(theirs.fileno()), directory],
+                [sys.executable, "-W", "ignore", "-m", "flaxmpc.secure.deploy.worker", *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -69,3 +75,4 @@ class WorkerProcess:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._directory.cleanup()

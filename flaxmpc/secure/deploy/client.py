@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import queue
 import secrets
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,13 +18,15 @@ import numpy as np
 
 from flaxmpc.secure._spu import SecureError, load_spu
 from flaxmpc.secure.cost import Cost, Profile
-from flaxmpc.secure.deploy.joint import jointly
-from flaxmpc.secure.jit import jit
+from flaxmpc.secure.deploy.programs import compile_program
 from flaxmpc.secure.party import Parties, Resident, to_arrays
 
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy import messages as m
     from flaxmpc.secure.deploy.cluster import ClusterFile
+
+
+_POLL = 0.1  # seconds
 
 
 class Answer(NamedTuple):
@@ -46,23 +51,31 @@ class Cluster(Parties):
             role: "owner" may store values, run functions and publish models; "client" may ask models.
 
         Raises:
-            ValueError: the file says something that is not allowed, or names no certificate for the role.
+            ValueError: the file says something that is not allowed, names no certificate for the role, or one that is
+                not right.
             SecureError: a party can't be reached, or the group did not form, within the file's timeout_seconds.
         """
-        from flaxmpc.secure.deploy import rpc
+        from flaxmpc.secure.deploy import certificates, rpc
         from flaxmpc.secure.deploy.cluster import ClusterFile
 
         self.cluster = cluster if isinstance(cluster, ClusterFile) else ClusterFile.read(cluster)
         identity = self.cluster.identity(role)
+        certificates.check_identity(self.cluster, role)
         super().__init__(self.cluster.config)
         self._peers = [rpc.Peer(self.cluster, identity, entry) for entry in self.cluster.party]
         self._doomed: collections.deque[str] = collections.deque()
         self._session = ""
+        self._lease = secrets.token_hex(16)  # under which the parties hold what is stored
+        self._owns = role == "owner"
+        self._closed = threading.Event()
         try:
             self._wait_until_ready()
         except BaseException:
             self.close()
             raise
+        if self._owns:
+            period = self.cluster.timeout_seconds / 4
+            threading.Thread(target=_hold, args=(weakref.ref(self), self._closed, period), daemon=True).start()
 
     def __enter__(self) -> Cluster:
         return self
@@ -71,7 +84,13 @@ class Cluster(Parties):
         self.close()
 
     def close(self) -> None:
-        """Closes the connections; what was stored stays with the parties."""
+        """Closes the connections. The parties free the values that were stored, but for those of models."""
+        from flaxmpc.secure.deploy import messages as m
+
+        if not self._closed.is_set() and self._session and self._owns:
+            with contextlib.suppress(SecureError):  # else they do once the lease has run out
+                self._all("lease", self._same(m.Lease(self._session, self._lease, ends=True)), m.Empty)
+        self._closed.set()
         for peer in self._peers:
             peer.close()
 
@@ -184,13 +203,30 @@ class Cluster(Parties):
 
         self._sweep()
         each = [streams.of_shares({name: m.Share.pack(share)}) for share in shares]
-        self._send("store", m.Stored(self._session), each, m.Empty)
+        self._send("store", m.Stored(self._session, self._lease), each, m.Empty)
 
     def fetch(self, name: str) -> list[Any]:
         from flaxmpc.secure.deploy import messages as m
 
         answers = self._all("fetch", self._same(m.Names(self._session, [name])), m.Answer)
-        return [answer.shares[0].unpack() for answer in answers]
+        return self._results(answers, [None])[0]
+
+    def _results(self, answers: Sequence[m.Answer], arrays: Sequence[m.Array | None]) -> list[list[Any]]:
+        """The spu Shares of each result, as the parties sent them. SecureError: they sent something else."""
+        from flaxmpc.secure.deploy import shares
+
+        results = []
+        for rank, answer in enumerate(answers):
+            if len(answer.shares) != len(arrays):
+                raise SecureError(f"party {rank} sent {len(answer.shares)} results, not {len(arrays)}")
+        for i, array in enumerate(arrays):
+            sent = [answer.shares[i] for answer in answers]
+            try:
+                shares.check_result(sent, array, self.config)
+            except ValueError as error:
+                raise SecureError(f"result {i} can't be opened: {error}") from error
+            results.append([share.unpack() for share in sent])
+        return results
 
     def delete(self, names: Sequence[str]) -> None:
         self._doomed.extend(names)
@@ -202,7 +238,11 @@ class Cluster(Parties):
         self._sweep()
         code = executable.code if isinstance(executable.code, bytes) else executable.code.encode()
         header = m.Run(
-            self._session, secrets.token_hex(16), list(executable.input_names), list(executable.output_names)
+            self._session,
+            self._lease,
+            secrets.token_hex(16),
+            list(executable.input_names),
+            list(executable.output_names),
         )
         answers = self._run("run", header, [streams.of_contents([code]) for _ in self._peers])
         return max(answer.seconds for answer in answers), _profile(answers)
@@ -219,38 +259,14 @@ class Cluster(Parties):
     def program(
         self, fn: Callable[..., Any], weights: Resident, *inputs: Any, length: int, shared_reciprocal: bool = False
     ) -> m.Program:
-        """Compiles a function for `publish`, for one request and for 2, 4, 8, ... that wait at the same time.
-
-        Args:
-            fn: (weights, *inputs) -> output; the first axis of every array of inputs and output is the sentence, and
-                a sentence's output must not depend on the others.
-            weights: put on these parties.
-            inputs: pytrees of arrays of a request's shapes and dtypes, secret; their values are not used.
-            length: tokens of a sentence, for the parties' limits.
-            shared_reciprocal: see `secure.jit`.
-
-        Raises:
-            SecureError: SPU cannot compile the function.
-        """
-        from flaxmpc.secure.deploy import messages as m
-
-        arrays = jax.tree.leaves(inputs)
-        batch = arrays[0].shape[0]
-        most = self.cluster.limits.max_batch_sentences // batch
-        counts = [2**i for i in range(1, most.bit_length()) if 2**i <= most]
-        program = jit(fn, parties=self, shared_reciprocal=shared_reciprocal).compile(weights, *inputs)
-        together = jit(jointly(fn), parties=self, shared_reciprocal=shared_reciprocal)
-        return m.Program(
-            program.code,
-            tuple(m.Array(leaf.shape, leaf.dtype.name) for leaf in arrays),
-            tuple(m.Array(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(program.output)),
-            batch,
-            length,
-            {count: together.compile(weights, *[inputs] * count).code for count in counts},
-        )
+        """Compiles a function for `publish`; see `flaxmpc.secure.deploy.programs.compile_program`."""
+        return compile_program(self.cluster, fn, weights, *inputs, length=length, shared_reciprocal=shared_reciprocal)
 
     def publish(self, name: str, weights: Resident, programs: Mapping[str, m.Program], bundle: bytes) -> str:
         """Makes stored weights a model that clients may ask.
+
+        First every party keeps all of it, on disk too if it keeps shares. Only then it takes the place of the one
+        before, at all of them: a put that fails or is interrupted leaves that as it was.
 
         Args:
             name: of the model; one of that name is replaced.
@@ -262,7 +278,7 @@ class Cluster(Parties):
             The hash of this put.
 
         Raises:
-            SecureError: a party refuses: the name, or a program's size. Or it can't be reached.
+            SecureError: a party refuses: the name, a program's size, or its disk is full. Or it can't be reached.
             ValueError: `weights` are not held by these parties.
         """
         from flaxmpc.secure.deploy import messages as m
@@ -271,9 +287,20 @@ class Cluster(Parties):
         weights.check(self)
         salt = secrets.token_bytes(32)  # a plain hash of secret weights would tell whether they are some known ones
         hash_ = m.digest(salt, *(program.code for program in programs.values()), bundle)
-        model = m.Publish(self._session, name, hash_, weights.names, dict(programs))
+        model = m.Publish(self._session, self._lease, name, hash_, weights.names, dict(programs))
         header, contents = streams.of_model(model, bundle)
-        self._send("publish", header, [streams.of_contents(contents) for _ in self._peers], m.Empty)
+        futures = [peer.send_later("publish", header, streams.of_contents(contents)) for peer in self._peers]
+        for future in futures:
+            future.exception()  # until it has ended: a party that is still at it would keep the put later
+        try:
+            self._gather(futures, m.Empty)
+            self._gather([self._peers[0].ask_later("commit", m.Switch(self._session, hash_))], m.Empty)
+        except SecureError:
+            self._refresh()
+            self.delete([hash_])  # where it was kept
+            with contextlib.suppress(SecureError):
+                self._sweep()
+            raise
         return hash_
 
     def models(self) -> dict[str, m.Model]:
@@ -293,39 +320,43 @@ class Cluster(Parties):
 
     def find(self, name: str | None) -> tuple[str, m.Model]:
         """A model by name, or the only one. SecureError: there is no such, with those there are."""
-        from flaxmpc.secure.deploy import messages as m
-
-        each = self._models_of_each()
-        models = _alike(each)
-        if name is None and len(models) == 1:
-            return next(iter(models.items()))
-        if name is None or name not in models:
-            which = f"model {name!r}" if name else "one model only"
-            puts = [{"put": held[name].hash} if name in held else {} for held in each]
-            unlike = [rank for rank, put in enumerate(puts) if put != puts[0]]
-            reason = (
-                f"alike: party {unlike[0]} differs from party 0: {m.difference(puts[0], puts[unlike[0]])}"
-                if unlike
-                else f"(they have {', '.join(models) or 'none'})"
-            )
-            raise SecureError(
-                f"the parties do not hold {which} {reason}: "
-                "was a party restarted? The owner puts it again with `flaxmpc put`"
-            )
-        return name, models[name]
+        end = time.monotonic() + self.cluster.timeout_seconds
+        while True:
+            each = self._models_of_each()
+            models = _alike(each)
+            if name is None and len(models) == 1:
+                return next(iter(models.items()))
+            if name is not None and name in models:
+                return name, models[name]
+            unlike = _unlike(each, name)
+            if not unlike or time.monotonic() > end:
+                break
+            time.sleep(_POLL)  # they may be about to switch to another put
+        which = f"model {name!r}" if name else "one model only"
+        raise SecureError(
+            f"the parties do not hold {which} {unlike or '(they have ' + (', '.join(models) or 'none') + ')'}: "
+            "was a party restarted? The owner puts it again with `flaxmpc put`"
+        )
 
     def bundle(self, name: str, model: m.Model) -> bytes:
-        """What clients need of a model in the clear. SecureError: it is not what all parties have."""
+        """What clients need of a model in the clear. SecureError: it is not what all parties have, or too large."""
         import grpc
 
         from flaxmpc.secure.deploy import messages as m
         from flaxmpc.secure.deploy import rpc
 
+        most = self.cluster.limits.max_request_bytes
+        if model.bundle_bytes > most:
+            raise SecureError(f"the bundle of {name!r} has {model.bundle_bytes} bytes; max_request_bytes is {most}")
+        content = bytearray()
         try:
-            stream = self._peers[0].receive("bundle", m.Names(self._session, [name]))
-            content = b"".join(piece.content for piece in stream)
+            for piece in self._peers[0].receive("bundle", m.Names(self._session, [name])):
+                content += piece.content
+                if len(content) > model.bundle_bytes:
+                    break
         except grpc.RpcError as error:
             raise SecureError(rpc.describe(self.cluster.party[0], error)) from error
+        content = bytes(content)
         if m.digest(content) != model.bundle:
             raise SecureError(f"party 0 sent another bundle of {name!r} than the parties agreed on")
         return content
@@ -352,20 +383,17 @@ class Cluster(Parties):
         needed = [(each.shape, each.dtype) for each in signature.inputs]
         if given != needed:
             raise ValueError(f"program {program} takes {needed}, not {given}")
-        shares = [
-            self._io.make_shares(array, spu.parse_visibility(f"VIS_{each.visibility.upper()}"))
-            for array, each in zip(arrays, signature.inputs, strict=True)
-        ]
+        if any(each.visibility != "secret" for each in signature.inputs):
+            raise SecureError(f"program {program} would take inputs that every party may see")
+        shares = [self._io.make_shares(array, spu.Visibility.VIS_SECRET) for array in arrays]
         header = m.Infer(self._session, secrets.token_hex(16), name, model.hash, program)
         given = [
             {str(i): m.Share.pack(each[rank]) for i, each in enumerate(shares)} for rank in range(len(self._peers))
         ]
         answers = self._run("infer", header, [streams.of_shares(each) for each in given])
         outputs = [
-            np.asarray(self._io.reconstruct([answer.shares[i].unpack() for answer in answers]), each.dtype).reshape(
-                each.shape
-            )
-            for i, each in enumerate(signature.outputs)
+            np.asarray(self._reconstruct(result), each.dtype).reshape(each.shape)
+            for result, each in zip(self._results(answers, signature.outputs), signature.outputs, strict=True)
         ]
         seconds = max(answer.seconds for answer in answers)
         return Answer(outputs, Cost.from_profile(self.config, _profile(answers), seconds, 0.0))
@@ -375,6 +403,37 @@ def _alike(each: Sequence[Mapping[str, m.Model]]) -> dict[str, m.Model]:
     """Of what each party holds, that which all hold the same put of."""
     first, *others = each
     return {name: model for name, model in first.items() if all(held.get(name) == model for held in others)}
+
+
+def _unlike(each: Sequence[Mapping[str, m.Model]], name: str | None) -> str:
+    """Which put of a model, by default of any, one party holds and another does not; empty if there is no such."""
+    from flaxmpc.secure.deploy import messages as m
+
+    for name_ in [name] if name else sorted(set().union(*each)):
+        puts = [{"put": held[name_].hash} if name_ in held else {} for held in each]
+        for rank, put in enumerate(puts):
+            if put != puts[0]:
+                return f"alike: party {rank} differs from party 0: {m.difference(puts[0], put)}"
+    return ""
+
+
+def _hold(cluster: weakref.ref[Cluster], closed: threading.Event, period: float) -> None:
+    """Keeps a call at every party that holds an owner's lease, until the owner is closed or forgotten."""
+    import grpc
+
+    from flaxmpc.secure.deploy import messages as m
+
+    calls: dict[int, tuple[str, Any]] = {}
+    while (owner := cluster()) is not None:
+        for rank, peer in enumerate(owner._peers):
+            session, call = calls.get(rank, ("", None))
+            lost = call is None or (call.done() and call.code() is not grpc.StatusCode.ABORTED)  # it knows the session
+            if lost or session != owner.session:
+                with contextlib.suppress(ValueError):  # closed just now
+                    calls[rank] = owner.session, peer.ask_later("lease", m.Lease(owner.session, owner._lease))
+        del owner
+        if closed.wait(period):
+            return
 
 
 def _profile(answers: Sequence[m.Answer]) -> Profile:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import collections
 import functools
-import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
 
 from flaxmpc.secure import cost
+from flaxmpc.secure.deploy import certificates, monitor, rpc, shares, streams
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import monitor, rpc, streams
 from flaxmpc.secure.deploy.child import WorkerLost
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
+from flaxmpc.secure.deploy.held import Model
 from flaxmpc.secure.deploy.kept import KeptShares
 from flaxmpc.secure.deploy.leader import Leader
+from flaxmpc.secure.deploy.programs import Approved
 from flaxmpc.secure.deploy.rpc import Refused
-from flaxmpc.secure.deploy.session import Model, Session, Sessions
+from flaxmpc.secure.deploy.session import Session, Sessions
+from flaxmpc.secure.deploy.signature import check_program
 from flaxmpc.secure.deploy.tunnel import Tunnel
 from flaxmpc.secure.deploy.turns import Request, command
-from flaxmpc.secure.protocol import RING_BITS, get_protocol
+from flaxmpc.secure.protocol import get_protocol
 
 
 def versions() -> m.Facts:
@@ -70,12 +73,14 @@ class Host:
             "parties": str(len(cluster.party)),
             **versions(),
         }
+        certificates.check_party(cluster, rank)
         self._metrics: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTED, 0))
-        self.tunnel = Tunnel(cluster, rank, self.log)
-        self._kept = KeptShares.of(cluster, self.entry)
-        self.sessions = Sessions(
-            cluster, rank, self._facts, self.tunnel, self.log, self._metrics, self._load if self._kept else None
-        )
+        self.tunnel = Tunnel(cluster, rank, monitor.limited(self.log))
+        self._approved = Approved.of(cluster)
+        if self._approved is not None:
+            self._approved.digests()  # what can't be read is said at once
+        kept = KeptShares.of(cluster, self.entry)
+        self.sessions = Sessions(cluster, rank, self._facts, self.tunnel, self.log, self._metrics, kept, self._load)
         self.leader = Leader(cluster, self._facts, self.sessions, self._execute, self.log) if rank == 0 else None
         self._stopping = False
 
@@ -84,9 +89,10 @@ class Host:
         return "ready" if self.sessions.live() else self.sessions.state
 
     def metrics(self) -> dict[str, float]:
-        """What was counted since the start, and how many requests wait or run."""
+        """What was counted since the start, how many requests wait or run, and values of owners are held."""
         session = self.sessions.live()
-        return {"queue": len(session.turns) if session else 0, **self._metrics}
+        queue, values = (len(session.turns), len(session.held)) if session else (0, 0)
+        return {"queue": queue, "values": values, **self._metrics}
 
     def stop(self) -> None:
         """No more requests; blocks until the running one is finished."""
@@ -106,7 +112,7 @@ class Host:
 
     def status(self, message: m.Empty) -> m.Status:
         session = self.sessions.live()
-        models = {name: model.public for name, model in session.models.items()} if session else {}
+        models = {name: model.public for name, model in session.held.models.items()} if session else {}
         return m.Status(self.rank, session.id if session else "", self.state(), self._facts, models)
 
     # What the owner may ask.
@@ -114,44 +120,52 @@ class Host:
     def store(self, header: m.Stored, pieces: Iterator[m.Piece]) -> m.Empty:
         session = self.sessions.require(header.session)
         for value in streams.shares(pieces, lambda _: self.cluster.limits.max_request_bytes):
-            self.sessions.call(session, m.Put(f"o.{value.name}", value.share))
-            session.stored.add(f"o.{value.name}")
+            session.held.store(header.lease, f"o.{value.name}", value.share)
         return m.Empty()
 
     def fetch(self, message: m.Names) -> m.Answer:
         session = self.sessions.require(message.session)
-        shares = []
-        for name in message.names:
-            shares += self.sessions.call(session, m.Fetch(f"o.{name}")).shares
-        return m.Answer(shares=tuple(shares))
+        names = [f"o.{name}" for name in message.names]
+        session.held.require(names)
+        return m.Answer(shares=tuple(self.sessions.call(session, m.Fetch(name)).shares[0] for name in names))
 
     def delete(self, message: m.Names) -> m.Empty:
+        """Values by their names, and puts that were not committed by their hashes."""
         session = self.sessions.require(message.session)
-        kept = {name for model in session.models.values() for name in model.weights}
-        self._delete(session, [name for name in (f"o.{name}" for name in message.names) if name not in kept])
+        session.held.forget([*message.names, *(f"o.{name}" for name in message.names)])
         return m.Empty()
 
-    def _delete(self, session: Session, names: list[str]) -> None:
-        self.sessions.call(session, m.Delete(names))
-        session.stored.difference_update(names)
+    def lease(self, message: m.Lease, context: grpc.ServicerContext) -> m.Empty:
+        """An owner holds its values while it waits here: its connection lasts, however busy its process is."""
+        held = self.sessions.require(message.session).held
+        if message.ends:
+            held.end(message.lease)
+            return m.Empty()
+        gone = threading.Event()
+        with held.attached(message.lease):
+            if context.add_callback(gone.set):
+                while not gone.wait(1.0) and not held.closed:
+                    pass
+        return m.Empty()
 
     def publish(self, header: m.Publish, pieces: Iterator[m.Piece]) -> m.Empty:
         session = self.sessions.require(header.session)
         self._check_allowed(header)
         header, bundle = streams.model(header, pieces, self.cluster.limits.max_request_bytes)
-        gone = session.hold(header, bundle)
-        if self._kept is not None:
-            weights = (
-                m.Put(name, self.sessions.call(session, m.Fetch(f"o.{name}")).shares[0]) for name in header.weights
-            )
-            try:
-                self._kept.write(header, bundle, weights)
-            except OSError as error:
-                reason = f"party {self.rank} could not keep its shares: {error}"
-                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason) from error
-        if gone:
-            self._delete(session, gone)
-        self.log("model", name=header.name, hash=header.hash[:16], programs=sorted(header.programs))
+        self._check_programs(header)
+        try:
+            session.held.stage(header, bundle)
+        except OSError as error:
+            reason = f"party {self.rank} could not keep its shares: {error}"
+            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason) from error
+        return m.Empty()
+
+    def commit(self, message: m.Switch) -> m.Empty:
+        """A put that all parties hold takes the place of the one before at all of them."""
+        session = self.sessions.require(message.session)
+        if self.leader is None or message.hash is None:
+            raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f"party {self.rank} commits no put: party 0 does")
+        self.leader.commit(session, message.hash)
         return m.Empty()
 
     def _check_allowed(self, header: m.Publish) -> None:
@@ -176,40 +190,62 @@ class Host:
                     f"the limit is max_batch_sentences {limits.max_batch_sentences}",
                 )
 
-    def _load(self, session: Session) -> None:
-        """Stores in a session what the disk holds; a model that is not whole, or not allowed any more, is left out."""
-        assert self._kept is not None
-        for path in self._kept.paths():
-            try:
-                header, bundle, weights = self._kept.read(path)
-                self._check_allowed(header)
-                for weight in weights:
-                    self.sessions.call(session, m.Put(f"o.{weight.name}", weight.share))
-                    session.stored.add(f"o.{weight.name}")
-                session.hold(header, bundle)
-            except (ValueError, OSError, Refused) as error:
-                self.log("kept_shares_left_out", file=path.name, reason=str(error))
-            else:
-                self.log("kept_shares", name=header.name, hash=header.hash[:16])
+    def _check(self, header: m.Publish) -> None:
+        self._check_allowed(header)
+        self._check_programs(header)
 
-    def run(self, message: m.Run, pieces: Iterator[m.Piece], context: grpc.ServicerContext) -> m.Answer:
+    def _check_programs(self, header: m.Publish) -> None:
+        """That they are what they say, and approved."""
+        digests, most_bytes = None, self.cluster.limits.max_request_bytes
+        if self._approved is not None:
+            try:
+                digests = self._approved.digests()
+            except ValueError as error:
+                reason = f"party {self.rank} takes no model: {error}"
+                raise Refused(grpc.StatusCode.FAILED_PRECONDITION, reason) from error
+        for name, program in header.programs.items():
+            if digests is not None and program.digest not in digests:
+                raise Refused(
+                    grpc.StatusCode.PERMISSION_DENIED,
+                    f"party {self.rank} has not approved program {name} of model {header.name!r} "
+                    f"({program.digest[:16]}): who runs it says `flaxmpc approve` on the model's folder, or its "
+                    "config.json alone, with the same --lengths, --batches, [limits] and versions",
+                )
+            try:
+                check_program(program, len(header.weights), most_bytes, self.cluster.config)
+            except ValueError as error:
+                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"program {name}: {error}") from error
+
+    def _load(self, session: Session, chosen: Mapping[str, str], kept: KeptShares) -> None:
+        """Serves the `chosen` puts in a session; one that is not whole, or not allowed any more, is left out."""
+        for name in kept.models.keys() - chosen.keys():
+            self.log("kept_shares_left_out", name=name, reason="party 0 keeps none of this model")
+        for name, hash_ in chosen.items():
+            try:
+                session.held.load(name, hash_, self._check)
+            except (ValueError, OSError, Refused) as error:
+                self.log("kept_shares_left_out", name=name, hash=hash_[:16], reason=str(error))
+            else:
+                self.log("kept_shares", name=name, hash=hash_[:16])
+        kept.sweep()
+
+    def run(self, message: m.Run, pieces: Iterator[m.Piece], context: rpc.Call) -> m.Answer:
         session = self.sessions.require(message.session)
         (code,) = streams.contents(pieces, 1, self.cluster.limits.max_request_bytes, "the program")
         inputs, outputs = ([f"o.{name}" for name in names] for names in (message.inputs, message.outputs))
-        request = Request(message.id, "run", "", {1: code}, inputs, outputs)
-        answer = self._await(session, request, context)
-        if answer.error is None:
-            session.stored.update(outputs)
-        return answer
+        key = m.Key(rpc.caller_of(context), message.id)
+        request = Request(key, "run", "", {1: code}, inputs, outputs)
+        session.held.expect(message.lease, outputs)
+        return self._await(session, request, context)
 
     # What a client may ask.
 
     def bundle(self, message: m.Names) -> Iterator[m.Piece]:
         session = self.sessions.require(message.session)
-        for name in message.names:
+        for name in dict.fromkeys(message.names):  # each once
             yield from rpc.pieces(name, self._model(session, name).bundle)
 
-    def infer(self, message: m.Infer, pieces: Iterator[m.Piece], context: grpc.ServicerContext) -> m.Answer:
+    def infer(self, message: m.Infer, pieces: Iterator[m.Piece], context: rpc.Call) -> m.Answer:
         session = self.sessions.require(message.session)
         model = self._model(session, message.model)
         if message.hash != model.public.hash:
@@ -226,21 +262,23 @@ class Host:
             )
         given = self._given(program, pieces)
         request = Request(
-            message.id,
+            m.Key(rpc.caller_of(context), message.id),
             f"{message.model}/{message.program}",
             model.public.hash,
             {1: program.code, **program.joint},
             model.weights,
-            [f"r.{message.id}.o{i}" for i in range(len(program.outputs))],
+            [f"o{i}" for i in range(len(program.outputs))],
             given,
+            program.inputs,
+            program.outputs,
         )
         return self._await(session, request, context)
 
     def _given(self, program: m.Program, pieces: Iterator[m.Piece]) -> list[m.Share]:
         """The shares of a program's inputs; no more is read than they can have."""
-        width, limits = RING_BITS[self.cluster.ring] // 8, self.cluster.limits
-        # No protocol keeps more than two parts of a number at one party.
-        most = {str(i): 2 * width * math.prod(array.shape) for i, array in enumerate(program.inputs)}
+        limits = self.cluster.limits
+        sizes = [shares.num_bytes(array, self.cluster.config) for array in program.inputs]
+        most = {str(i): size + streams.frame_bytes(size) for i, size in enumerate(sizes)}
         if sum(most.values()) > limits.max_request_bytes:
             reason = (
                 f"a request has {sum(most.values())} bytes, the limit is max_request_bytes {limits.max_request_bytes}"
@@ -258,30 +296,48 @@ class Host:
             given[put.name] = put.share
         if len(given) != len(most):
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"{len(given)} inputs, {len(most)} are needed")
+        for name, array in zip(most, program.inputs, strict=True):
+            try:
+                shares.check(given[name], array, self.cluster.config)
+            except ValueError as error:
+                raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"input {name}: {error}") from error
         return [given[name] for name in most]
 
     def _model(self, session: Session, name: str) -> Model:
-        if name not in session.models:
-            known = ", ".join(session.models) or "none"
+        if name not in session.held.models:
+            known = ", ".join(session.held.models) or "none"
             raise Refused(
                 grpc.StatusCode.NOT_FOUND,
                 f"party {self.rank} holds no shares of model {name!r} (it has {known}): was a party restarted? "
                 "The owner puts it again",
             )
-        return session.models[name]
+        return session.held.models[name]
 
-    def _await(self, session: Session, request: Request, context: grpc.ServicerContext) -> m.Answer:
+    def _await(self, session: Session, request: Request, context: rpc.Call) -> m.Answer:
         """Queues a request and waits for its end, or for its caller to go away."""
 
         def gone() -> None:
             session.turns.abandon(request, "the caller went away")
+            if request.given is None and session.turns.runs(request):
+                # An owner's program may take for ever, and nobody waits for it.
+                timer = threading.Timer(self.cluster.timeout_seconds, end_run)
+                timer.daemon = True
+                timer.start()
+
+        def end_run() -> None:
+            if session.turns.runs(request):
+                self.sessions.drop(session, "an owner went away during its run")
 
         session.turns.add(request)
-        if not context.add_callback(gone):
-            gone()
-        if self.leader is not None:
-            self.leader.announce(session, request)
-        answer = request.answer.result()
+        try:
+            session.held.require(request.inputs)  # after it was added: from now on they are kept for it
+            if not context.add_callback(gone):
+                gone()
+            if self.leader is not None:
+                self.leader.announce(session, request)
+            answer = session.turns.wait(request)
+        finally:
+            gone()  # whatever went wrong, it waits no longer
         self._metrics["requests_total"] += 1
         self._metrics["failures_total"] += answer.error is not None
         return answer
@@ -295,22 +351,46 @@ class Host:
             raise Refused(grpc.StatusCode.FAILED_PRECONDITION, reason)
         if self._stopping:
             raise Refused(grpc.StatusCode.UNAVAILABLE, f"party {self.rank} is stopping")
-        self.sessions.start(message.session)
+        self.sessions.start(message.session, message.models)
         return m.Empty()
 
-    def has(self, message: m.Turn) -> m.Empty:
+    def promise(self, message: m.Switch) -> m.Empty:
+        """Party 0 is about to switch to a put: this party keeps it until it hears more."""
+        self.sessions.require(message.session).held.promise(message.hash)
+        return m.Empty()
+
+    def switch(self, message: m.Switch) -> m.Empty:
+        """Party 0 has switched to a put, and so does this party."""
+        session = self.sessions.require(message.session)
+        try:
+            model = session.held.switch(message.hash)
+        except OSError as error:
+            reason = f"party {self.rank} could not switch to a put on its disk: {error}"
+            raise Refused(grpc.StatusCode.INTERNAL, reason) from error
+        self.log("model", name=model.name, hash=model.public.hash[:16], programs=sorted(model.programs))
+        return m.Empty()
+
+    def has(self, message: m.Turn, context: rpc.Call) -> m.Empty:
         """Party 0 asks whether requests came here too: a caller sends to all parties at the same time."""
         session = self.sessions.require(message.session)
+        gone = threading.Event()
+
+        def stop() -> None:
+            gone.set()
+            session.turns.wake()
+
+        if not context.add_callback(stop):
+            stop()
         end = time.monotonic() + self.cluster.timeout_seconds / 2
-        for id_ in message.ids:
-            if not session.turns.has(id_, max(0.0, end - time.monotonic())):
+        for key in message.requests:
+            if not session.turns.has(key, max(0.0, end - time.monotonic()), gone):
                 raise Refused(grpc.StatusCode.NOT_FOUND, f"party {self.rank} was not sent this request")
         return m.Empty()
 
     def step(self, message: m.Turn) -> m.Answer:
         """Party 0 says whose turn it is."""
         session = self.sessions.require(message.session)
-        requests = session.turns.named(message.ids)
+        requests = session.turns.named(message.requests, message.waiting)
         answer = self._execute(session, requests)
         if answer.error is not None and len(requests) > 1:
             session.turns.separate(requests)
@@ -322,11 +402,17 @@ class Host:
         """Runs requests together at this party, in step with the others; without any says so to them."""
         start = time.perf_counter()
         facts = {**self._facts, "session": session.id}
+        bound = self.cluster.limits.run_seconds
         try:
-            answer = session.worker.call(command(requests, facts) if requests else m.Execute(None))
+            answer = session.worker.call(command(requests, facts) if requests else m.Execute(None), bound)
         except WorkerLost as error:
-            self.sessions.drop(session, f"party {self.rank} lost its worker: {error}")
-            answer = m.Answer(error=f"party {self.rank}: {error}", in_step=False)
+            late = time.perf_counter() - start > bound
+            reason = f"the run took longer than run_seconds {bound}" if late else str(error)
+            self.sessions.drop(session, f"party {self.rank} lost its worker: {reason}")
+            answer = m.Answer(error=f"party {self.rank}: {reason}", in_step=False)
+        if answer.error is None:
+            # Here, and not where the owner is answered, who may be gone.
+            session.held.add(name for request in requests if request.given is None for name in request.outputs)
         if requests:
             seconds = time.perf_counter() - start
             counts: dict[str, Any] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import contextlib
 import functools
 import secrets
 import threading
@@ -19,6 +21,7 @@ from flaxmpc.secure.deploy.session import Session, Sessions
 from flaxmpc.secure.deploy.turns import Request
 
 _POLL = 1.0  # seconds between looks at the peers while nothing is asked
+_MOST_MISSED = 3  # looks in a row that a peer may miss
 
 
 class Leader:
@@ -42,6 +45,8 @@ class Leader:
         self._peers: Mapping[int, rpc.Peer] = {
             entry.rank: rpc.Peer(cluster, cluster.party[0], entry) for entry in cluster.party if entry.rank != 0
         }
+        self._missed: collections.Counter[int] = collections.Counter()
+        self._committing = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leader", daemon=True)
 
@@ -66,9 +71,47 @@ class Leader:
             else:
                 session.turns.abandon(request, rpc.describe(self._cluster.party[rank], error))
 
-        message = m.Turn(session.id, [request.id])
-        for rank, peer in self._peers.items():
-            peer.ask_later("has", message, self._timeout).add_done_callback(functools.partial(told, rank))
+        message = m.Turn(session.id, [request.key])
+        asked = {rank: peer.ask_later("has", message, self._timeout) for rank, peer in self._peers.items()}
+        for rank, future in asked.items():
+            future.add_done_callback(functools.partial(told, rank))
+        # Of one that was given up the peers need not say any more whether it came.
+        request.answer.add_done_callback(lambda _: [future.cancel() for future in asked.values()])
+
+    def commit(self, session: Session, hash_: str) -> None:
+        """A staged put takes the place of the one before, at all parties or at none.
+
+        Requests that were taken before keep their own put, so runs need not be waited for. First all parties promise to
+        keep it, with its owner or without. Then party 0's disk decides, ahead of the others: a session begins with what
+        that says, and all have it.
+
+        Raises:
+            Refused: a party does not hold it; or one was lost since party 0 decided, and with it the session.
+        """
+        with self._committing:
+            try:
+                session.held.promise(hash_)
+                self._ask_peers("promise", m.Switch(session.id, hash_))
+            except rpc.Refused:
+                with contextlib.suppress(rpc.Refused):
+                    session.held.promise(None)
+                    self._ask_peers("promise", m.Switch(session.id, None))
+                raise
+            try:
+                model = session.held.switch(hash_)
+                self._ask_peers("switch", m.Switch(session.id, hash_))
+            except (rpc.Refused, OSError) as error:
+                reason = f"a put was half-way: {error}"
+                self._sessions.drop(session, reason)
+                raise rpc.Refused(grpc.StatusCode.ABORTED, f"{reason}; {rpc.STARTED_ANEW}") from error
+            self._log("model", name=model.name, hash=hash_[:16], programs=sorted(model.programs))
+
+    def _ask_peers(self, method: str, message: m.Message) -> None:
+        """Asks all peers at the same time. Refused: one refused, or did not answer in time."""
+        asked = {rank: peer.ask_later(method, message, self._timeout) for rank, peer in self._peers.items()}
+        errors = {rank: error for rank, future in asked.items() if (error := future.exception()) is not None}
+        for rank, error in errors.items():  # once all have ended
+            raise rpc.Refused(error.code(), rpc.describe(self._cluster.party[rank], error))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -113,7 +156,7 @@ class Leader:
             session.turns.end(requests, m.Answer(error=f"{reason}; {rpc.STARTED_ANEW}"))
 
         lost: dict[int, str] = {}
-        message = m.Turn(session.id, [request.id for request in requests])
+        message = m.Turn(session.id, [request.key for request in requests], session.turns.keys())
         asked = {rank: peer.ask_later("step", message) for rank, peer in self._peers.items()}
         for rank, future in asked.items():
             future.add_done_callback(functools.partial(heard, rank))
@@ -137,8 +180,8 @@ class Leader:
                 failed += [theirs.error] if theirs.error else []
         if lost:
             fail(next(iter(lost.values())))
-        elif 0 < len(failed) <= len(self._peers):
-            # It failed at some parties and not at others: they hold different values now.
+        elif 0 < len(failed) <= len(self._peers) or len(set(failed)) > 1:
+            # It failed at some parties and not at others, or elsewhere: they hold different values now.
             fail(failed[0])
         elif failed and len(requests) > 1:
             session.turns.separate(requests)
@@ -157,11 +200,12 @@ class Leader:
                 self._sessions.wait_for(f"party {rank} differs from party 0: {difference}")
                 return
         session_id = secrets.token_hex(16)
-        message = m.Form(session_id, self._facts)
+        chosen = self._sessions.chosen()
+        message = m.Form(session_id, self._facts, dict(chosen))
         asked = {rank: peer.ask_later("form", message) for rank, peer in self._peers.items()}
         failures = []
         with concurrent.futures.ThreadPoolExecutor(1) as own:
-            joined = own.submit(self._sessions.start, session_id)
+            joined = own.submit(self._sessions.start, session_id, chosen)
             for rank, future in asked.items():
                 try:
                     future.result(timeout=self._timeout + 15)
@@ -180,12 +224,18 @@ class Leader:
             self._sessions.wait_for(failures[0])
 
     def _look_at_peers(self, session: Session) -> None:
+        """Drops a session whose peers say that they left it, or don't answer several times in a row."""
         for rank, peer in self._peers.items():
             try:
-                theirs = peer.ask("status", m.Empty(), m.Status, timeout=self._timeout)
+                theirs = peer.ask("status", m.Empty(), m.Status, timeout=self._timeout / 2)
             except grpc.RpcError as error:
-                self._sessions.drop(session, rpc.describe(self._cluster.party[rank], error))
-                return
-            if theirs.session != session.id:
-                self._sessions.drop(session, f"party {rank} lost its shares: {theirs.state}")
-                return
+                self._missed[rank] += 1
+                if self._missed[rank] >= _MOST_MISSED:
+                    self._missed.clear()
+                    self._sessions.drop(session, rpc.describe(self._cluster.party[rank], error))
+                    return
+            else:
+                self._missed[rank] = 0
+                if theirs.session != session.id:
+                    self._sessions.drop(session, f"party {rank} lost its shares: {theirs.state}")
+                    return

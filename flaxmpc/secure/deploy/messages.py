@@ -9,7 +9,9 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+$")]
+Positive = Annotated[int, Meta(ge=1)]
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+\Z")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Facts = dict[str, str]
 
 
@@ -87,9 +89,14 @@ class Program(Message, frozen=True):
     code: bytes
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
-    batch: int
-    length: int
-    joint: dict[int, bytes] = {}
+    batch: Positive
+    length: Positive
+    joint: dict[Annotated[int, Meta(ge=2)], bytes] = {}
+
+    @property
+    def digest(self) -> str:
+        """Of all of it: what a party approves. The code says what weights it takes."""
+        return digest(encode(self))
 
 
 class Signature(Message, frozen=True):
@@ -112,7 +119,7 @@ class Model(Message, frozen=True):
     """
 
     hash: str
-    bundle: str
+    bundle: Digest
     bundle_bytes: int
     programs: dict[str, Signature]
 
@@ -148,28 +155,46 @@ class Names(Message, frozen=True):
 
 
 class Stored(Message, frozen=True):
-    """Header of a stream of values."""
+    """Header of a stream of values, held for an owner's lease."""
 
     session: str
+    lease: Name
+
+
+class Lease(Message, frozen=True):
+    """The owner needs what it holds under this name as long as it waits for the answer; or, at its end, no more."""
+
+    session: str
+    lease: Name
+    ends: bool = False
 
 
 class Publish(Message, frozen=True):
-    """Makes stored values a model.
+    """Makes stored values a put of a model, which is served after `Switch`.
 
     It goes without the programs' code; that follows, and then the bundle, in a stream.
     """
 
     session: str
+    lease: Name
     name: Name
-    hash: str
+    hash: Name
     weights: list[Name]
     programs: dict[Name, Program]
 
 
-class Run(Message, frozen=True):
-    """The owner runs a program on what it stored, and keeps the outputs there; the code follows in a stream."""
+class Switch(Message, frozen=True):
+    """A put takes the place of the one before. The owner asks party 0, and that the others; none: not after all."""
 
     session: str
+    hash: Name | None
+
+
+class Run(Message, frozen=True):
+    """The owner runs a program on what it stored, and keeps the outputs there for its lease."""
+
+    session: str
+    lease: Name
     id: Name
     inputs: list[Name]
     outputs: list[Name]
@@ -212,17 +237,31 @@ class Answer(Message, frozen=True):
 
 
 class Form(Message, frozen=True):
-    """Party 0 asks the others to start a session."""
+    """Party 0 asks the others to start a session, and to serve these puts, by the model's name, from their disks."""
 
     session: str
     facts: Facts
+    models: dict[Name, Name]
+
+
+class Key(Message, frozen=True):
+    """Which request: an id is its caller's own.
+
+    Attributes:
+        caller: the common name of the certificate that it came with; every party reads that for itself.
+        id: what the caller calls it.
+    """
+
+    caller: str
+    id: Name
 
 
 class Turn(Message, frozen=True):
-    """Requests that party 0 asks for, or gives a turn, together."""
+    """Requests that party 0 asks for, or gives a turn, together; and those that still wait there."""
 
     session: str
-    ids: list[Name]
+    requests: list[Key]
+    waiting: list[Key] = []
 
 
 # To and from a party's worker process, over a pipe of its own.
@@ -257,7 +296,7 @@ class Execute(Message, frozen=True, tag=True):
     """Runs a program if all parties have the same facts; without facts this party has no such request.
 
     `given` are stored under the last of the input names and deleted after; with `answer`, the outputs are returned
-    and deleted too.
+    and deleted too. `takes` says what each that is given must be, and `gives`, with `answer`, what the outputs are.
     """
 
     facts: Facts | None
@@ -265,7 +304,9 @@ class Execute(Message, frozen=True, tag=True):
     inputs: Sequence[str] = ()
     outputs: Sequence[str] = ()
     given: Sequence[Share] = ()
+    takes: Sequence[Array] = ()
     answer: bool = False
+    gives: Sequence[Array] = ()
 
 
 Command = Join | Put | Fetch | Delete | Execute

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import http.server
 import json
+import socket
 import sys
 import threading
 import time
@@ -18,6 +20,39 @@ def log(event: str, **fields: Any) -> None:
     record = {"time": round(time.time(), 3), "event": event, **fields}
     sys.stderr.write(json.dumps(record, default=str) + "\n")  # in one: threads log at once
     sys.stderr.flush()
+
+
+def limited(log: Callable[..., None], most: int = 20, seconds: float = 60.0) -> Callable[..., None]:
+    """`log` for what others cause: of every event at most so many lines in so many seconds.
+
+    The first line after that says in `left_out` how many there were more.
+    """
+    lock = threading.Lock()
+    begun: dict[str, float] = {}
+    counts: collections.Counter[str] = collections.Counter()
+
+    def line(event: str, **fields: Any) -> None:
+        with lock:
+            now = time.monotonic()
+            if now - begun.get(event, -seconds) >= seconds:
+                if (left_out := counts[event] - most) > 0:
+                    fields["left_out"] = left_out
+                begun[event], counts[event] = now, 0
+            counts[event] += 1
+            if counts[event] > most:
+                return
+        log(event, **fields)
+
+    return line
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no more files can be opened: who asks waits, and nothing spins
+            time.sleep(1)
+            raise
 
 
 def serve_monitor(
@@ -37,6 +72,8 @@ def serve_monitor(
         return None
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 10  # seconds for what a client says
+
         def do_GET(self) -> None:
             now = state()
             if self.path == "/health":
@@ -59,8 +96,11 @@ def serve_monitor(
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
+    class Server(_Server):
+        address_family = socket.AF_INET6 if "[" in entry.metrics else socket.AF_INET
+
     try:
-        server = http.server.ThreadingHTTPServer(split(entry.metrics), Handler)
+        server = Server(split(entry.metrics), Handler)
     except OSError as error:
         raise OSError(f"party {entry.rank} can't listen on its metrics {entry.metrics}: {error.strerror}") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()

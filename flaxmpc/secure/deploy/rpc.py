@@ -1,48 +1,52 @@
-"""gRPC with mutual TLS between owner, clients and parties: who may ask what, and how errors read."""
+"""gRPC between owner, clients and parties: who may ask what, and how errors read. TLS is in front of it, see `Gate`."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import re
-import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import grpc
 import msgspec
 
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, PartyEntry, split
-from flaxmpc.secure.deploy.tunnel import fingerprints
+from flaxmpc.secure.deploy.calls import Call, Calls, Refused, Watch
+from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, PartyEntry
+from flaxmpc.secure.deploy.gate import Caller, Inner
 
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy.host import Host
 
 _SERVICE = "flaxmpc.Party"
 _PIECE = 1 << 20
-_HEADROOM = 1 << 20  # of a message, beside the shares in it
+_MESSAGE = 2 << 20  # the largest that a party takes; what is larger goes in pieces
+_HEADROOM = 1 << 20  # of an answer, beside the shares in it
+_QUEUED = 1024  # calls that wait to be looked at; they come and go faster than that
+_IDLE_MS = 600_000  # a connection without calls ends after; callers connect again
+_AGE_MS = 3_600_000  # and every other one: its certificate is looked at again
 
 STARTED_ANEW = "the parties started anew: shares that they don't keep on disk are gone: ask again, or put them again"
-
-
-class Refused(Exception):
-    """A call that is not served; the caller gets the code and the message."""
-
-    def __init__(self, code: grpc.StatusCode, message: str):
-        super().__init__(message)
-        self.code = code
 
 
 T = TypeVar("T", bound=m.Message)
 
 
 class Method(NamedTuple):
-    """Who may call it, and its messages. A stream follows the message where `stream` says "in" or "out"."""
+    """Who may call it, and its messages.
+
+    A stream follows the message where `stream` says "in" or "out". One that `waits` is given the Call. A caller may
+    have `most` of it at a time, where that is fewer than calls_per_client.
+    """
 
     roles: frozenset[str]
     message: type[m.Message]
     stream: str = ""
     waits: bool = False
+    most: int | None = None
 
 
 _ANY, _OWNER, _CLIENT, _LEADER = (
@@ -53,13 +57,17 @@ METHODS = {
     "store": Method(_OWNER, m.Stored, "in"),
     "fetch": Method(_OWNER, m.Names),
     "delete": Method(_OWNER, m.Names),
+    "lease": Method(_OWNER, m.Lease, waits=True),
     "publish": Method(_OWNER, m.Publish, "in"),
+    "commit": Method(_OWNER, m.Switch),
     "run": Method(_OWNER, m.Run, "in", waits=True),
-    "bundle": Method(_CLIENT, m.Names, "out"),
+    "bundle": Method(_CLIENT, m.Names, "out", most=2),
     "infer": Method(_CLIENT, m.Infer, "in", waits=True),
     "form": Method(_LEADER, m.Form),
-    "has": Method(_LEADER, m.Turn),
+    "has": Method(_LEADER, m.Turn, waits=True),
     "step": Method(_LEADER, m.Turn),
+    "promise": Method(_LEADER, m.Switch),
+    "switch": Method(_LEADER, m.Switch),
 }
 
 
@@ -74,12 +82,11 @@ def pieces(name: str, content: bytes, meta: bytes | None = None) -> Iterator[m.P
         yield m.Piece(name, content[start : start + _PIECE], meta if start == 0 else None)
 
 
-def _options(cluster: ClusterFile) -> list[tuple[str, Any]]:
-    largest = cluster.limits.max_request_bytes + _HEADROOM
+def _options(cluster: ClusterFile, largest_received: int) -> list[tuple[str, Any]]:
     alive = int(cluster.timeout_seconds * 1000 / 2)
     return [
-        ("grpc.max_receive_message_length", largest),
-        ("grpc.max_send_message_length", largest),
+        ("grpc.max_receive_message_length", largest_received),
+        ("grpc.max_send_message_length", _largest(cluster)),
         # A host that is frozen or gone does not say so.
         ("grpc.keepalive_time_ms", alive),
         ("grpc.keepalive_timeout_ms", alive),
@@ -96,17 +103,30 @@ def _options(cluster: ClusterFile) -> list[tuple[str, Any]]:
     ]
 
 
+def _largest(cluster: ClusterFile) -> int:
+    return cluster.limits.max_request_bytes + _HEADROOM
+
+
 class Peer:
-    """A party, as owner, client or another party reach it; the party proves with its certificate which one it is."""
+    """A party, as owner, client or another party reach it; the party proves with its certificate which one it is.
+
+    Other parties reach it at its link.
+    """
 
     def __init__(self, cluster: ClusterFile, identity: PartyEntry | Identity, entry: PartyEntry):
         """ValueError: a certificate or key is not there."""
         self.entry = entry
         credentials = grpc.ssl_channel_credentials(
-            cluster.read_file(cluster.ca), cluster.read_file(identity.key), cluster.read_file(identity.certificate)
+            cluster.read_file(cluster.ca),
+            cluster.read_file(identity.key, secret=True),
+            cluster.read_file(identity.certificate),
         )
-        options = [*_options(cluster), ("grpc.ssl_target_name_override", entry.name)]
-        self._channel = grpc.secure_channel(entry.control, credentials, options)
+        party = isinstance(identity, PartyEntry)
+        options = [
+            *_options(cluster, _MESSAGE if party else _largest(cluster)),
+            ("grpc.ssl_target_name_override", entry.name),
+        ]
+        self._channel = grpc.secure_channel(f"dns:///{entry.link if party else entry.control}", credentials, options)
         self.bytes_sent = 0
 
     def ask_later(self, method: str, message: m.Message, timeout: float | None = None) -> Any:
@@ -122,10 +142,10 @@ class Peer:
         """Sends a message and a stream; a grpc.Future of the answer's bytes."""
 
         def contents() -> Iterator[bytes]:
-            yield m.encode(message)
-            for piece in stream:
-                self.bytes_sent += len(piece.content)
-                yield m.encode(piece)
+            for each in itertools.chain([message], stream):
+                content = m.encode(each)
+                self.bytes_sent += len(content)
+                yield content
 
         return self._channel.stream_unary(f"/{_SERVICE}/{method}").future(contents())
 
@@ -149,97 +169,114 @@ def describe(entry: PartyEntry, error: BaseException) -> str:
             return details
         case grpc.StatusCode.UNAVAILABLE:
             reason = (
-                "its TLS certificate or ours is refused: " if re.search("SSL|handshak|erification", details) else ""
+                "its TLS certificate or ours is refused: "
+                if re.search("SSL|handshak|erification|Unwrap", details)
+                else ""
             )
             return f"{where} can't be reached: {reason}{details}"
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return f"{where} did not answer in time"
+        case grpc.StatusCode.CANCELLED:
+            return f"{where} ended the call, which stood still for too long: {details}"
         case _:
             return details if details.startswith("party") else f"{where}: {details}"
 
 
-def serve(host: Host) -> grpc.Server:
-    """Starts a party's server. OSError: the port is taken."""
+def caller_of(call: Call) -> str:
+    """The common name of the caller's certificate."""
+    return call.caller.name
+
+
+def _check(host: Host, caller: Caller | None, name: str, method: Method) -> Caller:
+    """Who calls. Refused: not this method, or not at all."""
+    cluster = host.cluster
+    role = caller.role if caller is not None else ""
+    if caller is None or role not in method.roles:
+        raise Refused(grpc.StatusCode.PERMISSION_DENIED, f"a {role or 'stranger'} may not ask for {name!r}")
+    if role == "client" and cluster.clients is not None and caller.name not in cluster.clients:
+        reason = f"{caller.name!r} is not one of the clients that {cluster.path.name} allows"
+        raise Refused(grpc.StatusCode.PERMISSION_DENIED, reason)
+    if caller.expires < time.time():
+        ended = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(caller.expires))
+        reason = f"the certificate of {caller.name!r} ended at {ended} by the clock of party {host.rank}"
+        raise Refused(grpc.StatusCode.UNAUTHENTICATED, reason)
+    return caller
+
+
+def serve(
+    host: Host, inner: Inner, calls: Calls, *, streams: int, threads: int, log: Callable[..., None]
+) -> grpc.Server:
+    """Starts one of a party's servers.
+
+    Args:
+        host: what is served.
+        inner: is told where, and knows who calls.
+        calls: how many at a time.
+        streams: calls of one connection at a time; more of them wait at the caller.
+        threads: as many as calls may wait, and some more to refuse others.
+        log: of what is refused, limited in rate.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
-    cluster, entry = host.cluster, host.entry
-    pinned = {der: rank for rank, der in fingerprints(cluster).items()}
+    watch = Watch(host.cluster.timeout_seconds)
 
-    def role(context: grpc.ServicerContext) -> str:
-        """By certificate: parties by the very one, owner and clients by its common name. Refused: a client shut out."""
-        auth: Mapping[str, Sequence[bytes]] = context.auth_context()  # pyright: ignore[reportAssignmentType]
-        pem = auth.get("x509_pem_cert", [b""])[0].decode("ascii")
-        rank = pinned.get(ssl.PEM_cert_to_DER_cert(pem.strip()))
-        if rank is not None:
-            return "leader" if rank == 0 else "party"
-        name = auth.get("x509_common_name", [b""])[0].decode("utf-8", "replace")
-        kind = name.partition(".")[0]
-        if kind == "client" and cluster.clients is not None and name not in cluster.clients:
-            reason = f"{name!r} is not one of the clients that {cluster.path.name} allows"
-            raise Refused(grpc.StatusCode.PERMISSION_DENIED, reason)
-        return kind if kind in ("owner", "client") else ""
-
-    def guarded(name: str, method: Method, context: grpc.ServicerContext, call: Callable[[], Any]) -> Any:
-        caller = ""
+    @contextlib.contextmanager
+    def guarded(name: str, method: Method, context: grpc.ServicerContext) -> Iterator[Call]:
+        caller = inner.caller(context.peer())
+        who = {"method": name, "caller": caller.name if caller else "", "role": caller.role if caller else ""}
         try:
-            caller = role(context)
-            if caller not in method.roles:
-                raise Refused(grpc.StatusCode.PERMISSION_DENIED, f"a {caller or 'stranger'} may not ask for {name!r}")
-            return call()
+            caller = _check(host, caller, name, method)
+            with calls.one(caller, name, method.most):
+                yield Call(caller, context)
         except Refused as error:
-            host.log("refused", method=name, role=caller, reason=str(error))
+            if context.is_active():
+                log("refused", **who, reason=str(error))
             context.abort(error.code, str(error))
         except msgspec.MsgspecError as error:
-            host.log("refused", method=name, role=caller, reason="not of the schema")
+            log("refused", **who, reason="not of the schema")
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not of the schema: {error}")
 
     def handler(name: str, method: Method) -> grpc.RpcMethodHandler:
         target = getattr(host, name)
 
-        def unary(content: bytes, context: grpc.ServicerContext) -> bytes:
-            def call() -> bytes:
-                return m.encode(target(decode(content, method.message)))
+        # A message by itself is taken as a stream of one: it is not read before it is known who sends it.
+        def answer(contents: Iterable[bytes], context: grpc.ServicerContext) -> bytes:
+            with guarded(name, method, context) as call:
+                received = watch.each(context, contents)
+                arguments: list[Any] = [decode(next(received, b""), method.message)]
+                if method.stream == "in":
+                    arguments.append(decode(content, m.Piece) for content in received)
+                if method.waits:
+                    arguments.append(call)
+                return m.encode(target(*arguments))
 
-            return guarded(name, method, context, call)
+        def stream(contents: Iterable[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            with guarded(name, method, context):
+                message = decode(next(watch.each(context, contents), b""), method.message)
+                for piece in target(message):
+                    with watch.over(context):
+                        yield m.encode(piece)
 
-        def stream_in(contents: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-            def call() -> bytes:
-                header = decode(next(contents, b""), method.message)
-                pieces = (decode(content, m.Piece) for content in contents)
-                return m.encode(target(header, pieces, context) if method.waits else target(header, pieces))
+        if method.stream == "out":
+            return grpc.stream_stream_rpc_method_handler(stream)
+        return grpc.stream_unary_rpc_method_handler(answer)
 
-            return guarded(name, method, context, call)
-
-        def stream_out(content: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-            def call() -> list[bytes]:
-                return [m.encode(piece) for piece in target(decode(content, method.message))]
-
-            yield from guarded(name, method, context, call)
-
-        match method.stream:
-            case "in":
-                return grpc.stream_unary_rpc_method_handler(stream_in)
-            case "out":
-                return grpc.unary_stream_rpc_method_handler(stream_out)
-            case _:
-                return grpc.unary_unary_rpc_method_handler(unary)
-
-    handlers = {name: handler(name, method) for name, method in METHODS.items()}
-    # Every request that waits has a thread, and so has party 0 that waits for it; some more are for what does not wait.
-    server = grpc.server(ThreadPoolExecutor(2 * cluster.limits.queue + 16), options=_options(cluster))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
-    credentials = grpc.ssl_server_credentials(
-        [(cluster.read_file(entry.key), cluster.read_file(entry.certificate))],
-        root_certificates=cluster.read_file(cluster.ca),
-        require_client_auth=True,
-    )
-    address, port = split(entry.control)
     logging.getLogger("grpc").setLevel(logging.CRITICAL)  # an aborted call is logged here already
-    try:
-        bound = server.add_secure_port(f"{entry.listen or address}:{port}", credentials)
-    except RuntimeError as error:
-        raise OSError(f"party {entry.rank} can't listen on its control {entry.control}: is the port taken?") from error
-    if not bound:
-        raise OSError(f"party {entry.rank} can't listen on its control {entry.control}: is the port taken?")
+    options = [
+        *_options(host.cluster, _MESSAGE),
+        ("grpc.max_concurrent_streams", streams),
+        ("grpc.http2.bdp_probe", 0),  # else a caller that sends fast is granted ever more that is sent unread
+        ("grpc.http2.lookahead_bytes", _MESSAGE),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message may inflate to a large one
+        ("grpc.server_handshake_timeout_ms", int(host.cluster.timeout_seconds * 1000)),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
+        ("grpc.max_connection_age_ms", _AGE_MS),
+        ("grpc.max_connection_age_grace_ms", _AGE_MS),
+    ]
+    most = threads + _QUEUED
+    server = grpc.server(ThreadPoolExecutor(threads), options=options, maximum_concurrent_rpcs=most)
+    handlers = {name: handler(name, method) for name, method in METHODS.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
+    inner.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"  # behind a gate
     server.start()
     return server

@@ -3,59 +3,32 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import socket
-import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import grpc
 
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.child import WorkerLost, WorkerProcess
 from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.held import Held
+from flaxmpc.secure.deploy.kept import KeptShares
 from flaxmpc.secure.deploy.rpc import STARTED_ANEW, Refused
 from flaxmpc.secure.deploy.tunnel import Tunnel
 from flaxmpc.secure.deploy.turns import Turns
 
-
-@dataclasses.dataclass
-class Model:
-    """A model that this party holds shares of."""
-
-    public: m.Model
-    bundle: bytes
-    weights: list[str]
-    programs: dict[str, m.Program]
+_POLL = 1.0  # seconds between sweeps while nothing asks for one
 
 
 class Session:
     """What lasts until a party is lost."""
 
-    def __init__(self, id_: str, worker: WorkerProcess, turns: Turns):
+    def __init__(self, id_: str, worker: WorkerProcess, turns: Turns, held: Held):
         self.id = id_
         self.worker = worker
         self.turns = turns
-        self.stored: set[str] = set()
-        self.models: dict[str, Model] = {}
-
-    def hold(self, header: m.Publish, bundle: bytes) -> list[str]:
-        """Makes stored weights a model, in place of one of that name; returns the names of values not needed now.
-
-        Raises:
-            Refused: weights that are not stored.
-        """
-        weights = [f"o.{name}" for name in header.weights]
-        if missing := set(weights) - self.stored:
-            raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f"{len(missing)} of the weights were not stored")
-        programs = {
-            name: m.Signature(program.inputs, program.outputs, program.batch, program.length)
-            for name, program in header.programs.items()
-        }
-        public = m.Model(header.hash, m.digest(bundle), len(bundle), programs)
-        old = self.models.get(header.name)
-        self.models[header.name] = Model(public, bundle, weights, dict(header.programs))
-        return [name for name in old.weights if name not in weights] if old else []
+        self.held = held
 
 
 class Sessions:
@@ -73,9 +46,10 @@ class Sessions:
         tunnel: Tunnel,
         log: Callable[..., None],
         metrics: collections.Counter[str],
-        load: Callable[[Session], None] | None,
+        kept: KeptShares | None,
+        load: Callable[[Session, Mapping[str, str], KeptShares], None],
     ):
-        """`load` stores in a new session what this party kept on disk."""
+        """`load` serves puts, by the model's name, in a new session from `kept`, this party's disk, if it has one."""
         self.state = "starting"
         self._cluster = cluster
         self._rank = rank
@@ -83,8 +57,8 @@ class Sessions:
         self._tunnel = tunnel
         self._log = log
         self._metrics = metrics
+        self._kept = kept
         self._load = load
-        self._directory = tempfile.TemporaryDirectory(prefix="flaxmpc-party-")
         self._lock = threading.Lock()
         self._forming = threading.Lock()
         self._joining: WorkerProcess | None = None
@@ -119,11 +93,16 @@ class Sessions:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, answer.error)
         return answer
 
+    def chosen(self) -> Mapping[str, str]:
+        """The puts that this party's disk says are served, by the model's name."""
+        return dict(self._kept.models) if self._kept is not None else {}
+
     def drop(self, session: Session, reason: str) -> None:
         """Ends a session: its worker, its shares and what waits for it."""
         with self._lock:
             if self._session is not session:
                 return
+            session.held.close()  # before a new session is chosen for: no put is switched to meanwhile
             self._session = None
             self.state = f"the group starts anew: {reason}"
         session.worker.kill()
@@ -131,8 +110,8 @@ class Sessions:
         self._metrics["sessions_lost_total"] += 1
         session.turns.close(Refused(grpc.StatusCode.ABORTED, f"{reason}; {STARTED_ANEW}"))
 
-    def start(self, session_id: str) -> None:
-        """A new worker joins the others' in a session. Refused: it can't."""
+    def start(self, session_id: str, chosen: Mapping[str, str]) -> None:
+        """A new worker joins the others' in a session that begins with the `chosen` puts. Refused: it can't."""
         self.abort_join()
         with self._forming:
             if self._session is not None:
@@ -141,7 +120,7 @@ class Sessions:
                 own = f"127.0.0.1:{free.getsockname()[1]}"
             addresses = tuple(self._tunnel.entrances.get(rank, own) for rank in range(len(self._cluster.party)))
             self._tunnel.link = own
-            worker = self._joining = WorkerProcess(self._directory.name, self._cluster.parties_beside(self._rank))
+            worker = self._joining = WorkerProcess(self._cluster.parties_beside(self._rank))
             if session_id == self._given_up:
                 worker.kill()
             config, timeout = self._cluster.config, self._cluster.timeout_seconds
@@ -160,14 +139,27 @@ class Sessions:
                 self.state = error
                 self._log("join_failed", reason=error)
                 raise Refused(grpc.StatusCode.UNAVAILABLE, f"party {self._rank} could not join the others: {error}")
-            session = Session(session_id, worker, Turns(self._cluster.limits.queue))
-            if self._load is not None:
-                self._load(session)
+            turns = Turns.of(self._cluster, self._rank)
+            held = Held(self._rank, lambda command: self.call(session, command), turns, self._kept, timeout)
+            session = Session(session_id, worker, turns, held)
+            if self._kept is not None:
+                self._load(session, chosen, self._kept)
             with self._lock:
                 self._session = session
                 self.state = "ready"
+            threading.Thread(target=self._sweep, args=(session,), name="sweep", daemon=True).start()
             self._metrics["sessions_total"] += 1
             self._log("session", session=session_id[:8], worker=worker.pid)
+
+    def _sweep(self, session: Session) -> None:
+        """Deletes what nothing needs, soon after, as long as the session lasts."""
+        while session is self._session:
+            session.held.wake.wait(_POLL)
+            session.held.wake.clear()
+            try:
+                session.held.sweep()
+            except Refused as error:
+                self._log("sweep_failed", reason=str(error))
 
     def give_up(self, session_id: str) -> None:
         """A session that is being started will not come about: ends its worker, or the one that is about to start."""
@@ -188,6 +180,6 @@ class Sessions:
 
     def close(self) -> None:
         """Ends the worker, without a word to anyone."""
-        if self._session is not None:
-            self._session.worker.kill()
-        self._directory.cleanup()
+        session, self._session = self._session, None
+        if session is not None:
+            session.worker.kill()

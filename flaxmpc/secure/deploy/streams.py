@@ -14,10 +14,15 @@ _MOST_CHUNKS = 64  # of a share; SPU's have 128 MiB
 _MOST_META = 4096  # bytes
 
 
+def frame_bytes(size: int) -> int:
+    """The most that SPU writes around a share of so many bytes."""
+    return 64 * (1 + size // (128 << 20))
+
+
 def of_shares(shares: Mapping[str, m.Share]) -> Iterator[m.Piece]:
-    """The pieces of shares, by name."""
+    """The pieces of shares, by name. That of an empty array has no chunks, and goes as an empty one."""
     for name, share in shares.items():
-        for chunk in share.chunks:
+        for chunk in share.chunks or [b""]:
             yield from pieces(name, chunk, share.meta)
 
 
@@ -41,7 +46,7 @@ def shares(stream: Iterable[m.Piece], most: Callable[[str], int]) -> Iterator[m.
     for piece in stream:
         if piece.name != name:
             if name is not None:
-                yield m.Put(name, m.Share(meta, [bytes(chunk) for chunk in chunks]))
+                yield m.Put(name, m.Share(meta, [bytes(chunk) for chunk in chunks if chunk]))
             limit = most(piece.name)
             name, meta, chunks = piece.name, b"", []
         if piece.meta is not None:
@@ -50,13 +55,14 @@ def shares(stream: Iterable[m.Piece], most: Callable[[str], int]) -> Iterator[m.
         if not chunks:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "a share must begin with its meta")
         if len(meta) > _MOST_META or len(chunks) > _MOST_CHUNKS:
-            reason = f"a share has at most {_MOST_META} bytes of meta and {_MOST_CHUNKS} chunks, not {len(meta)} and {len(chunks)}"
+            had = f"{len(meta)} bytes of meta and {len(chunks)} chunks"
+            reason = f"the share of {name!r} has {had}, more than {_MOST_META} or {_MOST_CHUNKS}"
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, reason)
         chunks[-1] += piece.content
         if sum(map(len, chunks)) > limit:
             raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the share of {name!r} is larger than {limit} bytes")
     if name is not None:
-        yield m.Put(name, m.Share(meta, [bytes(chunk) for chunk in chunks]))
+        yield m.Put(name, m.Share(meta, [bytes(chunk) for chunk in chunks if chunk]))
 
 
 def contents(stream: Iterable[m.Piece], count: int, most: int, what: str) -> list[bytes]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import grpc
 
 from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.rpc import Refused
 
 
@@ -19,25 +22,32 @@ class Request:
     """One party's part of what an owner or a client asks.
 
     Attributes:
-        id: the same at all parties.
+        key: the same at all parties; its caller is the one whose certificate the request came with.
         what: for the log.
         model: hash of the model's put; empty for an owner's run.
         codes: the program, by the number of requests that it serves at once.
         inputs: names of values that the party holds.
-        outputs: names of its outputs.
+        outputs: names of its outputs; where shares are `given`, of this request alone.
         given: shares of the rest of its inputs; they, and the outputs, are not kept but answered.
+        takes: what each that is given must be.
+        gives: what each output is, where they are answered.
         answer: how it ended, once it has.
     """
 
-    id: str
+    key: m.Key
     what: str
     model: str
     codes: Mapping[int, bytes]
     inputs: Sequence[str]
     outputs: Sequence[str]
     given: Sequence[m.Share] | None = None
+    takes: Sequence[m.Array] = ()
+    gives: Sequence[m.Array] = ()
     answer: concurrent.futures.Future[m.Answer] = dataclasses.field(default_factory=concurrent.futures.Future)
+    number: int = 0  # in the order in which they came
+    came: float = 0.0
     peers: set[int] = dataclasses.field(default_factory=set)  # that have it too; known to party 0 only
+    named: float | None = None  # when party 0 spoke of it last; known to the others only
     alone: bool = False
 
     @property
@@ -52,36 +62,84 @@ class Request:
 
 
 def command(requests: Sequence[Request], facts: m.Facts) -> m.Execute:
-    """What the worker runs for requests of one kind; all parties must have the same `facts`, and these requests."""
+    """What the worker runs for requests of one kind; all parties must have the same `facts`, and these requests.
+
+    What lasts as long as the run has names by the requests' places in it: nobody else's word is in them.
+    """
     first = requests[0]
     code = first.codes[len(requests)]
     facts = {
         **facts,
-        "request": " ".join(request.id for request in requests),
+        "request": " ".join(f"{request.key.caller}/{request.key.id}" for request in requests),
         "program": m.digest(code),
         "model": first.model,
     }
-    given = [(f"r.{each.id}.{i}", share) for each in requests for i, share in enumerate(each.given or ())]
+    inputs, outputs, given = list(first.inputs), [], []
+    for place, request in enumerate(requests):
+        shares = request.given or ()
+        inputs += [f"r.{place}.{i}" for i in range(len(shares))]
+        outputs += [f"r.{place}.{name}" if request.given is not None else name for name in request.outputs]
+        given += shares
     return m.Execute(
         facts,
         code,
-        [*first.inputs, *(name for name, _ in given)],
-        [name for request in requests for name in request.outputs],
-        [share for _, share in given],
+        inputs,
+        outputs,
+        given,
+        [array for request in requests for array in request.takes],
         answer=first.given is not None,
+        gives=[array for request in requests for array in request.gives],
     )
 
 
 class Turns:
-    """A session's requests, in the order in which they came."""
+    """A session's requests. Each of those who ask gets a turn after the other, however many requests each has."""
 
-    def __init__(self, limit: int):
-        """At most `limit` wait or run."""
+    def __init__(
+        self,
+        limit: int,
+        each: int,
+        *,
+        patience: float | None = None,
+        mixed: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """No request yet.
+
+        Args:
+            limit: the most that wait or run. Who has n of them is let in only while more than n places are free: there
+                is room for those who have none.
+            each: the most of one caller.
+            patience: seconds after which a request ends that party 0 does not name; None at party 0.
+            mixed: whether requests of several callers may run together.
+            clock: in seconds.
+        """
         self._limit = limit
+        self._each = each
+        self._patience = patience
+        self._mixed = mixed
+        self._clock = clock
         self._changed = threading.Condition()
-        self._waiting: dict[str, Request] = {}
+        self._waiting: dict[m.Key, Request] = {}
         self._running: list[Request] = []
         self._closed: Refused | None = None
+        self._came = 0
+        self._turn = 0
+        self._served: dict[str, int] = {}  # the last turn of each who had one
+        self._quiet = clock()  # since then no run goes on
+
+    @classmethod
+    def of(cls, cluster: ClusterFile, rank: int) -> Turns:
+        """Those of a party.
+
+        A program that gives one request's rows to another serves only whom it can't hurt, unless the party approved it.
+        """
+        return cls(
+            cluster.limits.queue,
+            cluster.limits.calls_per_client,
+            patience=cluster.timeout_seconds if rank else None,
+            mixed=cluster.programs is not None,
+        )
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
@@ -91,25 +149,47 @@ class Turns:
         with self._changed:
             if self._closed:
                 raise Refused(self._closed.code, str(self._closed))
-            if len(self) >= self._limit:
+            held = [each.key for each in (*self._waiting.values(), *self._running)]
+            if request.key in held:
+                raise Refused(grpc.StatusCode.ALREADY_EXISTS, f"request {request.key.id} is known already")
+            own = sum(key.caller == request.key.caller for key in held)
+            if own >= self._each:
+                reason = f"{request.key.caller} has {own} requests here, the most that one may have: ask again later"
+                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            if own >= self._limit - len(self):
                 raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{len(self)} requests wait: try again later")
-            if request.id in self._waiting or any(request.id == running.id for running in self._running):
-                raise Refused(grpc.StatusCode.ALREADY_EXISTS, f"request {request.id} is known already")
-            self._waiting[request.id] = request
+            self._came += 1
+            request.number, request.came = self._came, self._clock()
+            self._waiting[request.key] = request
             self._changed.notify_all()
+
+    def wait(self, request: Request) -> m.Answer:
+        """How a request ends."""
+        while True:
+            try:
+                return request.answer.result(self._patience)
+            except concurrent.futures.TimeoutError:
+                self.expire()
 
     def abandon(self, request: Request, reason: str) -> None:
         """It will not have a turn. If it runs already, so be it."""
         with self._changed:
-            self._waiting.pop(request.id, None)
+            if self._waiting.get(request.key) is request:
+                del self._waiting[request.key]
+            request.end(m.Answer(error=reason))
             self._changed.notify_all()
-        request.end(m.Answer(error=reason))
 
-    def has(self, request: str, timeout: float) -> bool:
-        """Whether a request came here within `timeout` seconds."""
+    def wake(self) -> None:
+        """Who waits here looks again whether to wait."""
         with self._changed:
-            self._changed.wait_for(lambda: request in self._waiting or self._closed, timeout)
-            return request in self._waiting
+            self._changed.notify_all()
+
+    def keys(self) -> list[m.Key]:
+        """Of the requests that wait."""
+        with self._changed:
+            return list(self._waiting)
+
+    # At party 0.
 
     def came(self, request: Request, rank: int) -> None:
         """Party `rank` has it too."""
@@ -121,66 +201,139 @@ class Turns:
         """The requests whose turn it is: the first that all peers have, and as many of its kind as can run with it."""
 
         def ready() -> list[Request]:
-            return [request for request in self._waiting.values() if len(request.peers) == num_peers]
+            return _by_turns((each for each in self._waiting.values() if len(each.peers) == num_peers), self._served)
 
         with self._changed:
             self._changed.wait_for(lambda: self._closed or ready(), timeout)
             if self._closed or not (waiting := ready()):
                 return []
             first = waiting[0]
-            same = [other for other in waiting if other.kind == first.kind and not other.alone]
+            same = [
+                other
+                for other in waiting
+                if other.kind == first.kind
+                and not other.alone
+                and (self._mixed or other.key.caller == first.key.caller)
+            ]
             count = 1 if first.alone else max(count for count in (1, *first.codes) if count <= len(same))
             return self._start([first] if first.alone else same[:count])
 
-    def named(self, ids: Sequence[str]) -> list[Request]:
-        """The same requests, as another party chose them; none if they are not all here, or can't run together."""
+    # At the others.
+
+    def has(self, key: m.Key, timeout: float, gone: threading.Event) -> bool:
+        """Whether a request came here within `timeout` seconds, and before party 0 was `gone`, see `wake`."""
         with self._changed:
-            found = [self._waiting[id_] for id_ in ids if id_ in self._waiting]
-            whole = len(found) == len(ids) and len({request.kind for request in found}) == 1
+            self._changed.wait_for(lambda: key in self._waiting or self._closed or gone.is_set(), timeout)
+            if key in self._waiting:
+                self._waiting[key].named = self._clock()
+            return key in self._waiting
+
+    def named(self, keys: Sequence[m.Key], waiting: Iterable[m.Key] = ()) -> list[Request]:
+        """The same requests, as party 0 chose them; none if they are not all here, or can't run together.
+
+        `waiting`: those that still wait at party 0. Others that it knew once have ended there, and end here too.
+        """
+        with self._changed:
+            now = self._clock()
+            for key in {*keys, *waiting} & self._waiting.keys():
+                self._waiting[key].named = now
+            self._end_unnamed(lambda each: now if each.named is None else each.named)
+            found = [self._waiting[key] for key in keys if key in self._waiting]
+            whole = len(found) == len(keys) and len({request.kind for request in found}) == 1
             return self._start(found) if whole and len(found) in found[0].codes else []
+
+    def expire(self) -> None:
+        """Ends requests that party 0 has not named for `patience` seconds.
+
+        It asks for a request when that came there, and says before every run what else waits. So one that it has asked
+        for is safe until the run is over.
+        """
+        with self._changed:
+            quiet = self._clock() if self._running else self._quiet
+            self._end_unnamed(lambda each: each.came if each.named is None else max(each.named, quiet))
+
+    def _end_unnamed(self, since: Callable[[Request], float]) -> None:
+        """Ends those that are unnamed `since` too long."""
+        if (patience := self._patience) is not None:
+            now = self._clock()
+            reason = f"party 0 has not asked for this request for {patience:g} s: was it sent there?"
+            self._end_waiting(lambda each: now - since(each) >= patience, reason)
+
+    # At all of them.
 
     def _start(self, requests: list[Request]) -> list[Request]:
         for request in requests:
-            del self._waiting[request.id]
+            del self._waiting[request.key]
         self._running += requests
         return requests
+
+    def _stop(self, requests: Sequence[Request]) -> None:
+        self._running = [request for request in self._running if request not in requests]
+        self._quiet = self._clock()
 
     def end(self, requests: Sequence[Request], answer: m.Answer) -> None:
         """Each gets its own part of the answer's shares; or the error, which is all of theirs."""
         each = len(answer.shares) // max(1, len(requests))
-        for i, request in enumerate(requests):
-            own = answer.shares[i * each : (i + 1) * each]
-            request.end(m.Answer(answer.error, answer.in_step, own, answer.seconds, answer.bytes_sent, answer.rounds,
-                                 answer.ops))  # fmt: skip
         with self._changed:
-            self._running = [request for request in self._running if request not in requests]
+            # First they make room: who has an answer may send the next request at once.
+            self._stop(requests)
+            self._turn += 1
+            self._served.update({request.key.caller: self._turn for request in requests})
+            for i, request in enumerate(requests):
+                own = answer.shares[i * each : (i + 1) * each]
+                request.end(m.Answer(answer.error, answer.in_step, own, answer.seconds, answer.bytes_sent,
+                                     answer.rounds, answer.ops))  # fmt: skip
             self._changed.notify_all()
 
     def separate(self, requests: Sequence[Request]) -> None:
-        """They did not run together: each gets a turn of its own, before all others."""
+        """They did not run together: each gets a turn of its own. That which they had counts for nothing."""
         with self._changed:
-            self._running = [request for request in self._running if request not in requests]
+            self._stop(requests)
             for request in requests:
                 request.alone = True
-            again = {request.id: request for request in requests if not request.answer.done()}
-            self._waiting = {**again, **self._waiting}
+                if not request.answer.done():
+                    self._waiting[request.key] = request
             if self._closed:
-                self._end_waiting(self._closed)
+                self._end_waiting(lambda _: True, str(self._closed))
             self._changed.notify_all()
+
+    def runs(self, request: Request) -> bool:
+        """Whether it has its turn now."""
+        with self._changed:
+            return request in self._running
+
+    def inputs(self) -> set[str]:
+        """Names of the values that the requests need."""
+        with self._changed:
+            return {name for request in (*self._waiting.values(), *self._running) for name in request.inputs}
 
     def close(self, reason: Refused) -> None:
         """Takes no more; ends those that wait, not those that run."""
         with self._changed:
             self._closed = self._closed or reason
-            self._end_waiting(self._closed)
+            self._end_waiting(lambda _: True, str(self._closed))
             self._changed.notify_all()
 
-    def _end_waiting(self, reason: Refused) -> None:
-        for request in self._waiting.values():
-            request.end(m.Answer(error=str(reason)))
-        self._waiting.clear()
+    def _end_waiting(self, which: Callable[[Request], bool], reason: str) -> None:
+        for request in [request for request in self._waiting.values() if which(request)]:
+            del self._waiting[request.key]
+            request.end(m.Answer(error=reason))
 
     def wait_until_idle(self) -> None:
         """Until none waits or runs."""
         with self._changed:
             self._changed.wait_for(lambda: not len(self))
+
+
+def _by_turns(requests: Iterable[Request], served: Mapping[str, int]) -> list[Request]:
+    """The first request of each caller, then the second of each, and so on.
+
+    Who had no turn for the longest time comes first. `served`: the number of each one's last.
+    """
+    earlier: collections.Counter[str] = collections.Counter()
+    ranked: list[tuple[int, int, int, Request]] = []
+    for request in sorted(requests, key=lambda each: each.number):
+        caller = request.key.caller
+        ranked.append((earlier[caller], served.get(caller, 0), request.number, request))
+        earlier[caller] += 1
+    return [request for *_, request in sorted(ranked, key=lambda each: each[:3])]

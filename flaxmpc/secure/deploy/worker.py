@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,6 +21,9 @@ import msgspec
 from flaxmpc.secure._spu import SecureError, load_spu, recorded_log
 from flaxmpc.secure.cost import Profile
 from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy import shares
+from flaxmpc.secure.deploy.process import hide_memory
+from flaxmpc.secure.deploy.signature import Signature, differing
 from flaxmpc.secure.party import Party
 from flaxmpc.secure.protocol import Config
 
@@ -27,6 +32,10 @@ _RETRY_MS = 500
 
 class Disagreement(SecureError):
     """The parties would not run the same thing; nothing was run, and they are still in step."""
+
+
+class OutOfStep(SecureError):
+    """The parties may be at different places now, and would take one message for another."""
 
 
 def make_link(join: m.Join) -> Any:
@@ -48,12 +57,20 @@ def make_link(join: m.Join) -> Any:
     return link.create_brpc(desc, join.rank)
 
 
-def agree(link: Any, facts: m.Facts | None) -> None:
-    """Compares facts with all other parties; Disagreement says what differs, at whom."""
-    everyone = [json.loads(text) for text in link.all_gather(json.dumps(facts, sort_keys=True))]
-    absent = [rank for rank, theirs in enumerate(everyone) if theirs is None]
-    if absent:
-        raise Disagreement(f"party {absent[0]} was not sent this request")
+def agree(link: Any, facts: m.Facts | str) -> None:
+    """Compares facts with all other parties; in place of them a party says why it can't go on.
+
+    Raises:
+        Disagreement: what differs, or what is said, by whom; the same at all parties.
+        OutOfStep: another party did not answer.
+    """
+    try:
+        everyone = [json.loads(text) for text in link.all_gather(json.dumps(facts, sort_keys=True))]
+    except Exception as error:
+        raise OutOfStep(str(SecureError.wrap("comparing what to run", error))) from error
+    for rank, theirs in enumerate(everyone):
+        if isinstance(theirs, str):
+            raise Disagreement(f"party {rank} {theirs}")
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             raise Disagreement(f"party {rank} differs from party 0: {m.difference(everyone[0], theirs)}")
@@ -65,12 +82,13 @@ class Worker:
     def __init__(self, join: m.Join):
         self._link = make_link(join)
         agree(self._link, join.facts)
-        self._party = Party(self._link, Config(join.protocol, join.ring, join.fraction_bits, exp_mode=join.exp_mode))
+        self._config = Config(join.protocol, join.ring, join.fraction_bits, exp_mode=join.exp_mode)
+        self._party = Party(self._link, self._config)
 
     def answer(self, command: m.Command) -> m.Answer:
         match command:
             case m.Put(name, share):
-                self._party.store(name, share.unpack())
+                self._store(name, share, None)
             case m.Fetch(name):
                 return m.Answer(shares=(m.Share.pack(self._party.fetch(name)),))
             case m.Delete(names):
@@ -82,44 +100,82 @@ class Worker:
         return m.Answer()
 
     def _execute(self, command: m.Execute) -> m.Answer:
-        facts, unreadable = command.facts, None
-        temporary = list(command.inputs[len(command.inputs) - len(command.given) :])
-        if command.answer:
-            temporary += command.outputs
+        given = list(zip(command.inputs[len(command.inputs) - len(command.given) :], command.given, strict=True))
+        temporary = [*(name for name, _ in given), *(command.outputs if command.answer else ())]
         try:
-            try:
-                for name, share in zip(temporary, command.given, strict=False):
-                    self._party.store(name, share.unpack())
-            except Exception as error:
-                unreadable = error
-            if facts is not None:
-                # A client that sends one party something else must not cost the others the session.
-                shapes = m.digest(*(share.meta for share in command.given))
-                facts = facts | {"shares": "unreadable" if unreadable else shapes}
-            agree(self._link, facts)
-            if unreadable:
-                raise unreadable
+            if command.facts is None:
+                agree(self._link, "was not sent this request")
+            else:
+                try:
+                    facts = command.facts | {"inputs": self._take(command, given)}
+                except ValueError as error:
+                    facts = f"can't run this: {error}"
+                except Exception as error:
+                    facts = str(SecureError.wrap("can't run this: storing the inputs", error))
+                agree(self._link, facts)
             executable = load_spu().Executable(
                 name="run", input_names=list(command.inputs), output_names=list(command.outputs), code=command.code
             )
             with recorded_log() as log:
                 start = time.perf_counter()
-                self._party.run(executable)
-                self._link.barrier()  # sends are asynchronous: after it, what was sent has arrived
+                self._run(executable)
                 seconds = time.perf_counter() - start
                 profile = Profile.parse(log.text(), 1)
-            shares = tuple(m.Share.pack(self._party.fetch(name)) for name in command.outputs if command.answer)
+            results = tuple(m.Share.pack(self._party.fetch(name)) for name in command.outputs if command.answer)
         finally:
             self._party.delete(temporary)
         sent, rounds = profile.totals[0]
         ops = {name: m.OpProfile(*values) for name, values in profile.ops.items()}
-        return m.Answer(shares=shares, seconds=seconds, bytes_sent=sent, rounds=rounds, ops=ops)
+        return m.Answer(shares=results, seconds=seconds, bytes_sent=sent, rounds=rounds, ops=ops)
+
+    def _take(self, command: m.Execute, given: Sequence[tuple[str, m.Share]]) -> str:
+        """Stores what is given; a digest of what the program runs on.
+
+        Raises:
+            ValueError: something is not as the program takes it, or is not there.
+        """
+        for (name, share), array in zip(given, command.takes, strict=True):
+            self._store(name, share, array)
+        if missing := [name for name in command.inputs if name not in self._party.names]:
+            raise ValueError(f"it holds no value {missing[0]!r}")
+        metas = [self._party.meta(name) for name in command.inputs]
+        signature = Signature.of(command.code)
+        if len(command.outputs) != len(signature.outputs):
+            raise ValueError(f"the program has {len(signature.outputs)} outputs, not {len(command.outputs)}")
+        reason = differing("input", [shares.described(meta) for meta in metas], signature.inputs)
+        if command.answer:
+            reason = reason or differing("output", command.gives, signature.outputs, visibility=False)
+        if reason:
+            raise ValueError(f"the program has another signature: {reason}")
+        return m.digest(*metas)
+
+    def _store(self, name: str, share: m.Share, array: m.Array | None) -> None:
+        """ValueError: a share that SPU would not make, see `shares.check`."""
+        try:
+            shares.check(share, array, self._config)
+        except ValueError as error:
+            raise ValueError(f"value {name.partition('.')[2]!r}: {error}") from error
+        self._party.store(name, share.unpack())
+
+    def _run(self, executable: Any) -> None:
+        """Runs a program. What fails at all parties alike fails at the same place; they compare what was said."""
+        try:
+            self._party.run(executable)
+        except Exception as error:
+            if "timeout" in str(error).lower():
+                raise OutOfStep(str(SecureError.wrap("the secure run", error))) from error
+            raise
+        try:
+            self._link.barrier()  # sends are asynchronous: after it, what was sent has arrived
+        except Exception as error:
+            raise OutOfStep(str(SecureError.wrap("the secure run", error))) from error
 
 
 def main() -> None:
     """Serves the supervisor at a pipe until it closes. Arguments: its file descriptor, a directory to work in."""
-    pipe = Connection(int(sys.argv[1]))
-    os.chdir(sys.argv[2])  # SEMI2K leaves files in the working directory
+    hide_memory()
+    pipe, directory = Connection(int(sys.argv[1])), sys.argv[2]
+    os.chdir(directory)  # SEMI2K leaves files in the working directory
     commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def read() -> None:
@@ -128,6 +184,7 @@ def main() -> None:
             while True:
                 commands.put(pipe.recv_bytes())
         except (EOFError, OSError):
+            shutil.rmtree(directory, ignore_errors=True)
             os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
@@ -142,11 +199,10 @@ def main() -> None:
             else:
                 assert worker is not None, "the first command joins the parties"
                 answer = worker.answer(command)
-        except Disagreement as error:
-            answer = m.Answer(error=str(error))
+        except (SecureError, ValueError) as error:
+            answer = m.Answer(error=str(error), in_step=not isinstance(error, OutOfStep))
         except Exception as error:
-            message = str(SecureError.wrap("the secure run", error))
-            answer = m.Answer(error=message, in_step="timeout" not in str(error).lower())
+            answer = m.Answer(error=str(SecureError.wrap("the secure run", error)))
         pipe.send_bytes(m.encode(answer))
 
 

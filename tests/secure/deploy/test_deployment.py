@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ from clusters import ROOT, SHORT, TIMEOUT, W, X, affine, ask, check_served, publ
 
 from flaxmpc import secure
 from flaxmpc.secure._spu import load_spu
+from flaxmpc.secure.deploy import certificates, rpc, streams
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import rpc, streams
 from flaxmpc.secure.deploy.certificates import Authority
 from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, issue_client, split, write_local
 
@@ -129,7 +128,7 @@ def test_dropped_values_are_freed_with_the_next_use(owner):
     np.testing.assert_allclose(owner.open(name), 1, atol=1e-4)
     del resident
     owner.put(1.0)
-    with pytest.raises(secure.SecureError, match="not found"):
+    with pytest.raises(secure.SecureError, match=r"party . holds 1 of the values no more"):
         owner.open(name)
 
 
@@ -172,17 +171,24 @@ def test_a_program_that_fails_everywhere_leaves_the_shares(parties, owner, clien
 # ------------------------------------------------------------------------------------------------------- who may what
 
 
-@pytest.mark.parametrize("method", ["store", "fetch", "delete", "publish", "run", "form", "has", "step"])
+@pytest.mark.parametrize(
+    "method",
+    ["store", "fetch", "delete", "lease", "publish", "commit", "run", "form", "has", "step", "promise", "switch"],
+)
 def test_a_client_may_only_ask(client, method):
     messages = {
-        "store": m.Stored(client.session),
+        "store": m.Stored(client.session, "l"),
         "fetch": m.Names(client.session, ["x"]),
         "delete": m.Names(client.session, ["x"]),
-        "publish": m.Publish(client.session, "x", "h", [], {}),
-        "run": m.Run(client.session, "x", [], []),
-        "form": m.Form("s", {}),
-        "has": m.Turn("s", ["x"]),
-        "step": m.Turn("s", ["x"]),
+        "lease": m.Lease(client.session, "l"),
+        "publish": m.Publish(client.session, "l", "x", "h", [], {}),
+        "commit": m.Switch(client.session, "h"),
+        "run": m.Run(client.session, "l", "x", [], []),
+        "form": m.Form("s", {}, {}),
+        "has": m.Turn("s", [m.Key("client", "x")]),
+        "step": m.Turn("s", [m.Key("client", "x")]),
+        "promise": m.Switch("s", "h"),
+        "switch": m.Switch("s", "h"),
     }
     peer = client._peers[0]
     if rpc.METHODS[method].stream:
@@ -194,8 +200,10 @@ def test_a_client_may_only_ask(client, method):
 
 
 def test_the_owner_does_not_order_the_parties(owner):
-    with pytest.raises(Exception, match="a owner may not ask for 'form'"):
-        owner._peers[0].ask("form", m.Form("s", {}), m.Empty)
+    orders = {"form": m.Form("s", {}, {}), "promise": m.Switch("s", "h"), "switch": m.Switch("s", "h")}
+    for method, order in orders.items():
+        with pytest.raises(Exception, match=f"a owner may not ask for '{method}'"):
+            owner._peers[1].ask(method, order, m.Empty)
 
 
 def test_what_is_not_of_the_schema_is_refused(client):
@@ -223,7 +231,7 @@ def test_more_than_the_limit_is_refused(owner, client, parties):
         owner.publish("big", weights, too_many_together, b"")
     header = m.Infer(client.session, "b", name, model.hash, "2x4")
     for share, refused in (
-        ({"0": m.Share(b"meta", [bytes(129)])}, "the share of '0' is larger than 128 bytes"),
+        ({"0": m.Share(b"meta", [bytes(193)])}, "the share of '0' is larger than 192 bytes"),
         ({"0": m.Share(b"", [b""] * 65)}, "the share of '0' has 0 bytes of meta and 65 chunks"),
         ({"1": m.Share(b"", [b""])}, "input '1' is not one of 1"),
         ({}, "0 inputs, 1 are needed"),
@@ -248,8 +256,9 @@ def test_another_program_at_one_party_is_refused_with_the_difference(owner, clie
     array = m.Array(X.shape, "float32")
     for rank, peer in enumerate(owner._peers):
         program = m.Program(programs[rank == 2].code, (array,), (array,), 2, 4)
-        header = m.Publish(owner.session, "affine", "same", weights.names, {"2x4": program})
+        header = m.Publish(owner.session, owner._lease, "affine", "same", weights.names, {"2x4": program})
         peer.send_later("publish", *sent(header)).result()
+    owner._peers[0].ask("commit", m.Switch(owner.session, "same"), m.Empty)
     model = m.Model("same", "", 0, {"2x4": m.Signature((array,), (array,), 2, 4)})
     with pytest.raises(
         secure.SecureError, match=r"party 2 differs from party 0: program '[0-9a-f]+' against '[0-9a-f]+'"
@@ -259,24 +268,11 @@ def test_another_program_at_one_party_is_refused_with_the_difference(owner, clie
     np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
 
 
-def test_another_model_at_one_party_is_refused(owner, client):
-    weights = owner.put(W)
-    program = secure.jit(affine, parties=owner).compile(weights, X)
-    array = m.Array(X.shape, "float32")
-    header = m.Publish(
-        owner.session, "affine", "another", weights.names, {"2x4": m.Program(program.code, (array,), (array,), 2, 4)}
-    )
-    owner._peers[1].send_later("publish", *sent(header)).result()
-    with pytest.raises(secure.SecureError, match="alike: party 1 differs from party 0: put 'another' against '"):
-        ask(client)
-    publish(owner)
-    np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
-
-
 def test_a_request_that_one_party_was_not_sent_ends(owner, client):
     name, model = client.find("affine")
     start = time.monotonic()
-    future = owner._peers[0].send_later("run", m.Run(owner.session, "lonely", [], []), streams.of_contents([b""]))
+    header = m.Run(owner.session, owner._lease, "lonely", [], [])
+    future = owner._peers[0].send_later("run", header, streams.of_contents([b""]))
     answer = rpc.decode(future.result(timeout=60), m.Answer)
     assert answer.error is not None
     assert "was not sent this request" in answer.error
@@ -293,10 +289,10 @@ def test_a_client_that_sends_one_party_another_share_costs_the_others_nothing(cl
     sent = [m.Share.pack(share) for share in shares]
     if what == "garbage":
         sent[1] = m.Share(b"garbage", [b"\xff"])
-        refused = "party 1 differs from party 0: shares 'unreadable' against '[0-9a-f]+'"
+        refused = "input 0: its meta is none that SPU writes"
     else:
-        sent[1] = m.Share(sent[1].meta, sent[1].chunks * 2)
-        refused = "the share of '0' is larger than 128 bytes"
+        sent[1] = m.Share(sent[1].meta, sent[1].chunks * 3)
+        refused = "the share of '0' is larger than 192 bytes"
     with pytest.raises(secure.SecureError, match=refused):
         client._run(
             "infer",
@@ -444,48 +440,6 @@ def test_a_slow_party_is_waited_for(parties, client):
         np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
     finally:
         timer.join()
-
-
-def test_kept_shares_survive_a_kill_without_the_owner(running, tmp_path):
-    (tmp_path / "key").write_text(bytes(range(32)).hex())
-    changes = [
-        (f"rank = {rank}\n", f'rank = {rank}\nkeep_shares = "kept{rank}"\nshares_key = "{tmp_path / "key"}"\n')
-        for rank in range(3)
-    ]
-    w = np.linspace(-3, 3, 16, dtype=np.float32).reshape(4, 4)
-    with running(tmp_path / "c", timeout=SHORT, changes=changes) as parties:
-        with parties.connect() as owner:
-            shares = []
-            make = owner._io.make_shares
-            owner._io = types.SimpleNamespace(make_shares=lambda *given: shares.append(make(*given)) or shares[-1])
-            publish(owner, w=w)
-        for rank in range(3):
-            (kept,) = (parties.directory / f"kept{rank}").iterdir()
-            assert all(chunk not in kept.read_bytes() for each in shares for chunk in each[rank].share_chunks)
-        parties.kill(1)
-        parties.start(1)
-        with parties.connect("client") as client:
-            assert parties.events(1, "kept_shares")
-            np.testing.assert_allclose(ask(client), X @ w + 1, atol=1e-3)
-        # Shares of another put at one party are not mixed with these.
-        old = (parties.directory / "kept1" / "affine.shares").read_bytes()
-        with parties.connect() as owner:
-            publish(owner)
-        parties.kill(1)
-        (parties.directory / "kept1" / "affine.shares").write_bytes(old)
-        parties.start(1)
-        with (
-            parties.connect("client") as client,
-            pytest.raises(secure.SecureError, match="do not hold model 'affine' alike: party 1 differs"),
-        ):
-            ask(client)
-        check_served(parties)
-        # A file that is damaged is named before anything else happens.
-        parties.kill(1)
-        (parties.directory / "kept1" / "affine.shares").write_bytes(old[:-1])
-        ended = party_process(parties.cluster, 1)
-        assert ended.returncode == 2
-        assert "affine.shares is damaged, or was written with another key" in ended.stderr
 
 
 class Throttle:
@@ -707,7 +661,8 @@ def test_without_a_certificate_there_is_no_way_in(parties):
 
 
 @pytest.mark.parametrize("how", ["wrong CA", "expired"])
-def test_a_client_with_a_wrong_certificate_is_refused(parties, owner, strangers, tmp_path, how):
+def test_a_client_with_a_wrong_certificate_is_refused(parties, owner, strangers, tmp_path, how, monkeypatch):
+    monkeypatch.setattr(certificates, "check_identity", lambda *_: None)  # it would not even try
     short = msgspec.structs.replace(parties.cluster, timeout_seconds=1.0)
     if how == "wrong CA":
         stem = strangers["wrong CA"].with_name("client")
@@ -731,14 +686,18 @@ def test_a_party_with_a_wrong_certificate_is_refused(mortal, which):
         stem.parent.mkdir()
         Authority.read(mortal.directory).issue(stem.parent, "party2", server=True, valid=-datetime.timedelta(minutes=5))
     else:
-        stem = mortal.directory / "party1"
+        stem = mortal.directory / "misled" / "party2"
+        stem.parent.mkdir()
+        for suffix in (".pem", ".key"):
+            shutil.copy(mortal.directory / f"party1{suffix}", stem.with_suffix(suffix))
+    careless = "from flaxmpc.secure.deploy import certificates\ncertificates.check_party = lambda *_: None"
     other = mortal.changed(
         "other.toml",
         ('"party2.pem"', f'"{stem.with_suffix(".pem")}"'),
         ('"party2.key"', f'"{stem.with_suffix(".key")}"'),
     )
     # Where it is expired all parties name it, and so does the owner: it is refused for its age alone.
-    mortal.restart(*((0, 1, 2) if which == "expired" else (2,)), path=other.path)
+    mortal.restart(*((0, 1, 2) if which == "expired" else (2,)), path=other.path, code=careless)
     mortal.wait_for(2, "serving")
     refused_within(mortal, r"party 2 at \S+ can't be reached: its TLS certificate or ours is refused")
     with contextlib.suppress(OSError), socket.create_connection(split(mortal.cluster.party[0].link), 5) as plain:
@@ -766,7 +725,22 @@ def test_a_client_that_is_not_in_the_list_is_refused(parties, client):
                 secure.Cluster(short, "client")
 
 
-def test_another_authority_at_a_client_is_noticed(parties, strangers):
+def test_a_role_is_the_whole_of_its_name(parties, tmp_path):
+    """The authority signed them; but what only begins like a role, or hides a second name, is nobody."""
+    authority = Authority.read(parties.directory)
+    names = ("owner.bob", "owner\n", "Owner", "client\n", "client.alice\n", "client.", "clients", "leader", "party0")
+    for name in names:
+        authority.issue(tmp_path, name, server=False)
+        identity = Identity(certificate=str(tmp_path / f"{name}.pem"), key=str(tmp_path / f"{name}.key"))
+        peer = rpc.Peer(parties.cluster, identity, parties.cluster.party[1])
+        for method, message in (("status", m.Empty()), ("delete", m.Names("s", [])), ("bundle", m.Names("s", []))):
+            with pytest.raises(Exception, match=f"a stranger may not ask for '{method}'"):
+                peer.ask(method, message, m.Empty, timeout=10)
+        peer.close()
+
+
+def test_another_authority_at_a_client_is_noticed(parties, strangers, monkeypatch):
+    monkeypatch.setattr(certificates, "check_identity", lambda *_: None)  # it would not even try
     other = msgspec.structs.replace(
         parties.cluster, timeout_seconds=1.0, ca=str(strangers["wrong CA"].with_name("ca.pem"))
     )
@@ -807,8 +781,14 @@ def test_a_party_that_allows_it_says_what_that_means(tmp_path):
 
 @pytest.mark.parametrize("protocol", ["SEMI2K", "CHEETAH"])
 def test_two_parties(running, tmp_path, protocol):
-    with running(tmp_path / "c", protocol=protocol, timeout=20) as parties:
+    """With SEMI2K over IPv6 too, where this machine has that."""
+    changes = []
+    if protocol == "SEMI2K":
+        with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+            changes = [("127.0.0.1", "[::1]")]
+    with running(tmp_path / "c", protocol=protocol, timeout=20, changes=changes) as parties:
         check_served(parties)
+        assert parties.metrics(1)["flaxmpc_ready"] == 1
         if protocol == "SEMI2K":
             with parties.connect() as owner:
                 resident = owner.put(np.eye(64, dtype=np.float32))

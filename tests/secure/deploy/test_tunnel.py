@@ -3,11 +3,41 @@
 import asyncio
 import contextlib
 import shutil
+import ssl
 
 import pytest
 
 from flaxmpc.secure.deploy.cluster import ClusterFile, split, write_local
+from flaxmpc.secure.deploy.gate import EACH, LINK, Gate, by_certificate, tls
 from flaxmpc.secure.deploy.tunnel import Tunnel
+
+
+class End:
+    """A party's tunnel, and its public port."""
+
+    def __init__(self, cluster: ClusterFile, rank: int):
+        self.events: list[tuple] = []
+        log = lambda event, **fields: self.events.append((event, fields))  # noqa: E731
+        self.tunnel = Tunnel(cluster, rank, log)
+        self._address = cluster.party[rank].link
+        self._gate = Gate(
+            "link",
+            tls(cluster, cluster.party[rank], ssl.PROTOCOL_TLS_SERVER, LINK),
+            by_certificate(cluster, rank),
+            {LINK: self.tunnel.connected},
+            log,
+            connections=EACH,
+            silent_seconds=5,
+        )
+
+    async def __aenter__(self) -> "End":
+        await self.tunnel.start()
+        await self._gate.start(*split(self._address))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._gate.close()
+        await self.tunnel.close()
 
 
 @pytest.fixture
@@ -30,42 +60,32 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
-async def sent_through(near: Tunnel, far: Tunnel, to: int) -> bytes:
+async def sent_through(near: End, far: End, to: int) -> bytes:
     """What comes back of 4 bytes from `near` to an echo behind `far`, party `to`."""
-    async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(echo, "127.0.0.1", 0) as server, near, far:
         host, port = server.sockets[0].getsockname()
-        far.link = f"{host}:{port}"
-        await near.start()
-        await far.start()
-        try:
-            reader, writer = await asyncio.open_connection(*split(near.entrances[to]))
-            writer.write(b"ping")
-            answer = b""
-            with contextlib.suppress(OSError):
-                answer = await asyncio.wait_for(reader.read(100), 10)
-            writer.close()
-            return answer
-        finally:
-            near.close()
-            far.close()
-            await asyncio.wait_for(asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}), 10)
-            await asyncio.sleep(0.2)  # TLS says goodbye in its own time
+        far.tunnel.link = f"{host}:{port}"
+        reader, writer = await asyncio.open_connection(*split(near.tunnel.entrances[to]))
+        writer.write(b"ping")
+        answer = b""
+        with contextlib.suppress(OSError):
+            answer = await asyncio.wait_for(reader.read(100), 10)
+        writer.close()
+        await asyncio.sleep(0.05)  # what is logged may come later
+        return answer
 
 
 def test_a_party_reaches_anothers_link(cluster):
-    events = []
-    near, far = (Tunnel(cluster, rank, lambda *what, **_: events.append(what)) for rank in (0, 1))
+    near, far = (End(cluster, rank) for rank in (0, 1))
     assert asyncio.run(sent_through(near, far, 1)) == b"ping"
-    assert events == []
+    assert near.events == far.events == []
 
 
 def test_going_out_only_the_certificate_of_that_rank_will_do(cluster):
     """Party 2's, signed by the same authority, is refused at party 1's address."""
-    events = []
-    near = Tunnel(cluster, 0, lambda event, **fields: events.append((event, fields)))
-    far = Tunnel(with_certificate(cluster, 1, 2), 1, lambda *_, **__: None)
+    near, far = End(cluster, 0), End(with_certificate(cluster, 1, 2), 1)
     assert asyncio.run(sent_through(near, far, 1)) == b""
-    assert events == [("tunnel_refused", {"party": 1, "reason": "the certificate is another one"})]
+    assert near.events == [("tunnel_refused", {"party": 1, "reason": "the certificate is another one"})]
 
 
 def test_coming_in_a_partys_name_is_not_enough(cluster, tmp_path):
@@ -77,8 +97,7 @@ def test_coming_in_a_partys_name_is_not_enough(cluster, tmp_path):
     shutil.copytree(cluster.path.parent, folder)
     for suffix in ("pem", "key"):
         shutil.copy(tmp_path / f"party0.{suffix}", folder / f"party0.{suffix}")
-    events = []
-    near = Tunnel(ClusterFile.read(folder), 0, lambda *_, **__: None)
-    far = Tunnel(cluster, 1, lambda event, **fields: events.append((event, fields)))
+    near, far = End(ClusterFile.read(folder), 0), End(cluster, 1)
     assert asyncio.run(sent_through(near, far, 1)) == b""
-    assert events == [("tunnel_refused", {"reason": "the certificate is no other party's"})]
+    reason = "the certificate of ['party0'] is no other party's"
+    assert far.events == [("connection_refused", {"port": "link", "reason": reason})]

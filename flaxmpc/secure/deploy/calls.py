@@ -1,0 +1,114 @@
+"""The calls that a party serves at a time: so many of each caller, and none that stands still."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from flaxmpc.secure.deploy.gate import Caller
+
+T = TypeVar("T")
+
+
+class Refused(Exception):
+    """A call that is not served; the caller gets the code and the message."""
+
+    def __init__(self, code: grpc.StatusCode, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+class Call:
+    """A call, as a host's method sees it: who calls, and when it is over."""
+
+    def __init__(self, caller: Caller, context: grpc.ServicerContext):
+        self.caller = caller
+        self._context = context
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        """Calls back when the call is over, however it ends; False if it is over already."""
+        return bool(self._context.add_callback(callback))
+
+
+class Calls:
+    """Counts the calls under way."""
+
+    def __init__(self, each: int, clients: int):
+        """At most `each` of one caller, and `clients` of all clients together: the others keep their room."""
+        self._each = each
+        self._clients = clients
+        self._lock = threading.Lock()
+        self._open: collections.Counter[str] = collections.Counter()
+        self._open_of_clients = 0
+
+    @contextlib.contextmanager
+    def one(self, caller: Caller, method: str, most: int | None) -> Iterator[None]:
+        """A call while it lasts. Refused: there are too many of its caller, of its method (`most`), or in all."""
+        counted = [(caller.name, self._each, "calls")]
+        if most is not None:
+            counted.append((f"{caller.name} {method}", most, f"calls of {method!r}"))
+        client = caller.role not in ("owner", "leader", "party")
+        with self._lock:
+            for key, limit, what in counted:
+                if self._open[key] >= limit:
+                    reason = f"{caller.name!r} has {limit} {what} under way, which is the limit: try again later"
+                    raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            if client and self._open_of_clients >= self._clients:
+                reason = f"{self._clients} calls of clients are under way, which is the limit: try again later"
+                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            self._open.update(key for key, _, _ in counted)
+            self._open_of_clients += client
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.subtract(key for key, _, _ in counted)
+                self._open += collections.Counter()  # forgets those with none
+                self._open_of_clients -= client
+
+
+class Cancelled(Protocol):
+    def cancel(self) -> Any: ...
+
+
+class Watch:
+    """Ends calls whose caller neither sends nor takes anything for too long."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._due: dict[Cancelled, float] = {}
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    @contextlib.contextmanager
+    def over(self, call: Cancelled) -> Iterator[None]:
+        """What is waited for in it must come within the time."""
+        self._due[call] = time.monotonic() + self._seconds
+        try:
+            yield
+        finally:
+            del self._due[call]
+
+    def each(self, call: Cancelled, items: Iterable[T]) -> Iterator[T]:
+        """The items, each of which must come within the time."""
+        iterator = iter(items)
+        while True:
+            with self.over(call):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self._seconds / 4)
+            now = time.monotonic()
+            for call, due in self._due.copy().items():
+                if due < now:
+                    call.cancel()

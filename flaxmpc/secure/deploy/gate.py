@@ -1,0 +1,274 @@
+"""A party's public ports: TLS that shows who is at the other end, and that keeps anyone from taking all of a port."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import resource
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, NamedTuple
+
+from flaxmpc.secure.deploy.certificates import role_of
+from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
+from flaxmpc.secure.deploy.connection import Plain, Secure, accept, connect, listen, relay
+
+GRPC, LINK = "h2", "flaxmpc-link"  # what is spoken over a connection, in TLS's words (ALPN)
+
+_HANDSHAKES = 64  # at once; one more ends the oldest, since an honest one is soon done
+_HANDSHAKE_SECONDS = 10.0
+EACH = 32  # connections of one certificate
+_FILES_OF_ONE = 3  # that a connection takes: our end, and both ends of the one behind it
+_OTHER_FILES = 320  # handshakes, the owner's and the parties' connections, and what a process has open anyway
+_FEWEST = 8  # connections, however few files may be open
+_OWNER = "owner"
+
+
+class _Refused(Exception):
+    """A connection that does not go on."""
+
+
+class Caller(NamedTuple):
+    """Whose certificate stands behind a connection.
+
+    Attributes:
+        name: its common name.
+        role: "owner", "client", "leader" (party 0) or "party"; empty for a stranger.
+        expires: end of the certificate, in seconds since the epoch.
+    """
+
+    name: str
+    role: str
+    expires: float
+
+
+def fingerprints(cluster: ClusterFile) -> dict[int, bytes]:
+    """Every party's certificate in DER, by rank; ValueError for a file that holds none."""
+    found = {}
+    for entry in cluster.party:
+        try:
+            found[entry.rank] = ssl.PEM_cert_to_DER_cert(cluster.read_file(entry.certificate).decode("ascii").strip())
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{cluster.file(entry.certificate)} holds no certificate: {error}") from error
+    return found
+
+
+def tls(cluster: ClusterFile, own: PartyEntry, purpose: int, *spoken: str) -> ssl.SSLContext:
+    """TLS 1.3 only, with a party's certificate, for peers that have one of the authority's.
+
+    A session is never resumed: the other end's certificate is looked at with every connection.
+
+    Args:
+        cluster, own: whose certificate.
+        purpose: ssl.PROTOCOL_TLS_SERVER or ssl.PROTOCOL_TLS_CLIENT.
+        spoken: what may be, see GRPC and LINK.
+
+    Raises:
+        ValueError: a file is not there, or is no certificate or key.
+    """
+    context = ssl.SSLContext(purpose)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # a client has none; a party's whole certificate is compared
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(list(spoken))
+    if purpose == ssl.PROTOCOL_TLS_SERVER:
+        context.num_tickets = 0
+    try:
+        context.load_verify_locations(cluster.file(cluster.ca))
+        context.load_cert_chain(cluster.file(own.certificate), cluster.file(own.key))
+    except OSError as error:
+        raise ValueError(f"{cluster.path}: certificate or key of {own.name}, or ca: {error}") from error
+    return context
+
+
+def by_name(_: bytes, names: list[str]) -> str:
+    """The role of an owner or a client, by its certificate's common name."""
+    return role_of(names[0]) if len(names) == 1 else ""
+
+
+def by_certificate(cluster: ClusterFile, rank: int) -> Callable[[bytes, list[str]], str | None]:
+    """The role of another party than `rank`, by its very certificate; None for all others. ValueError: see
+    `fingerprints`."""
+    pinned = {der: peer for peer, der in fingerprints(cluster).items() if peer != rank}
+
+    def role(certificate: bytes, _: list[str]) -> str | None:
+        peer = pinned.get(certificate)
+        return None if peer is None else "leader" if peer == 0 else "party"
+
+    return role
+
+
+class Inner:
+    """Where a party's gRPC server listens: a loopback port, to which only the gate's connections count.
+
+    gRPC says with every call which port it came from, and so who called. Who else gets there is a stranger.
+
+    Attributes:
+        address: HOST:PORT.
+    """
+
+    def __init__(self):
+        self.address = ""
+        self._callers: dict[str, Caller] = {}
+
+    def caller(self, peer: str) -> Caller | None:
+        """Who calls, by gRPC's name for the connection; None: nobody that came through the gate, or gone since."""
+        return self._callers.get(peer)
+
+    @contextlib.asynccontextmanager
+    async def connected(self, caller: Caller) -> AsyncIterator[Plain]:
+        """A connection for `caller`. OSError: the server is not there."""
+        connection = await connect(self.address)
+        host, port = connection.getsockname()
+        peer = f"ipv4:{host}:{port}"
+        with contextlib.closing(Plain(connection)) as end:
+            self._callers[peer] = caller
+            try:
+                yield end
+            finally:
+                del self._callers[peer]  # before the port may be another's
+
+
+Way = Callable[[Caller], AbstractAsyncContextManager[Plain]]
+
+
+class Gate:
+    """A public port. Behind it are ways to what is spoken there."""
+
+    def __init__(
+        self,
+        port: str,
+        context: ssl.SSLContext,
+        role: Callable[[bytes, list[str]], str | None],
+        ways: Mapping[str, Way],
+        log: Callable[..., None],
+        *,
+        connections: int,
+        silent_seconds: float,
+    ):
+        """Args:
+        port: its name, for the log.
+        context: see `tls`.
+        role: of a certificate in DER and its common names; None refuses it. See Caller.
+        ways: by what is spoken.
+        log: of what is refused; limited in rate.
+        connections: of all callers but the owner, who has room of its own.
+        silent_seconds: a peer that takes nothing is given up after.
+        """
+        self._port = port
+        self._context = context
+        self._role = role
+        self._ways = ways
+        self._log = log
+        self._connections = connections
+        self._silent_seconds = silent_seconds
+        self._open: collections.Counter[str] = collections.Counter()
+        self._shaking: dict[asyncio.Task[None], None] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, host: str, port: int) -> None:
+        """Listens. OSError: it can't."""
+        for listener in await listen(host, port):
+            self._spawn(self._accept(listener))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Ends all connections."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        with listener:
+            async for connection in accept(listener, self._full):
+                if len(self._shaking) >= _HANDSHAKES:
+                    self._log("connection_refused", port=self._port, reason=f"{_HANDSHAKES} newer handshakes began")
+                    self._give_up_oldest()
+                self._shaking[self._spawn(self._come_in(connection))] = None
+
+    def _full(self, error: OSError) -> bool:
+        self._log("accept_failed", port=self._port, reason=error.strerror)
+        return self._give_up_oldest()
+
+    def _give_up_oldest(self) -> bool:
+        """Ends the handshake that takes longest; whether there was one."""
+        oldest = next(iter(self._shaking), None)
+        if oldest is not None:
+            del self._shaking[oldest]
+            oldest.cancel()
+        return oldest is not None
+
+    async def _come_in(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                end = Secure(connection, self._context, server=True, silent_seconds=self._silent_seconds)
+                with contextlib.closing(end):
+                    await self._shake(end)
+                    caller = self._caller(end)
+                    with self._counted(caller):
+                        await self._go_on(end, caller)
+            except (OSError, _Refused) as error:
+                self._log("connection_refused", port=self._port, reason=str(error))
+
+    async def _shake(self, end: Secure) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            await asyncio.wait_for(end.handshake(), _HANDSHAKE_SECONDS)
+        except asyncio.TimeoutError:
+            raise _Refused(f"its handshake took more than {_HANDSHAKE_SECONDS:g} s") from None
+        finally:
+            self._shaking.pop(task, None)
+
+    def _caller(self, end: Secure) -> Caller:
+        facts = end.facts
+        names = [value for part in facts.get("subject", ()) for key, value in part if key == "commonName"]
+        role = self._role(end.certificate, names)
+        if role is None:
+            raise _Refused(f"the certificate of {names} is no other party's")
+        return Caller(" ".join(names), role, ssl.cert_time_to_seconds(facts["notAfter"]))
+
+    @contextlib.contextmanager
+    def _counted(self, caller: Caller) -> Iterator[None]:
+        others = sum(self._open.values()) - self._open[_OWNER]
+        if self._open[caller.name] >= EACH:
+            raise _Refused(f"{caller.name!r} has {EACH} connections")
+        if caller.name != _OWNER and others >= self._connections:
+            raise _Refused(f"there are {others} connections")
+        self._open[caller.name] += 1
+        try:
+            yield
+        finally:
+            self._open[caller.name] -= 1
+            if not self._open[caller.name]:
+                del self._open[caller.name]
+
+    async def _go_on(self, end: Secure, caller: Caller) -> None:
+        way = self._ways.get(end.application or "")
+        if way is None:
+            raise _Refused(f"{end.application!r} is not spoken here")
+        async with way(caller) as behind:
+            with contextlib.suppress(asyncio.TimeoutError):  # a connection ends with its certificate
+                await asyncio.wait_for(relay(end, behind), caller.expires - time.time())
+
+
+def make_room(connections: int) -> int:
+    """Raises this process's limit of open files for so many connections; returns those that there is room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_OF_ONE * connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY:
+        return connections
+    return min(connections, max(_FEWEST, (soft - _OTHER_FILES) // _FILES_OF_ONE))

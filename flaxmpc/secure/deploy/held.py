@@ -1,0 +1,292 @@
+"""What a party holds in a session: owners' values, and the models made of them.
+
+A value is kept while anything needs it: its owner's lease, a model, a request that waits or runs. A sweep deletes the
+others, so nothing has to be undone where a put, a run or an owner ends half-way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import grpc
+
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.kept import KeptShares
+from flaxmpc.secure.deploy.rpc import Refused
+from flaxmpc.secure.deploy.turns import Turns
+
+
+@dataclasses.dataclass(eq=False)
+class Model:
+    """A put of a model: what this party holds of it."""
+
+    name: str
+    public: m.Model
+    bundle: bytes
+    weights: list[str]
+    programs: dict[str, m.Program]
+
+    @classmethod
+    def of(cls, header: m.Publish, bundle: bytes) -> Model:
+        programs = {
+            name: m.Signature(program.inputs, program.outputs, program.batch, program.length)
+            for name, program in header.programs.items()
+        }
+        public = m.Model(header.hash, m.digest(bundle), len(bundle), programs)
+        return cls(header.name, public, bundle, [f"o.{name}" for name in header.weights], dict(header.programs))
+
+
+@dataclasses.dataclass
+class Lease:
+    """What an owner holds: values, and puts that are not served yet, by hash.
+
+    It lasts while a call of the owner's is there, and until `ends`, by time.monotonic().
+    """
+
+    ends: float = 0.0
+    calls: int = 0
+    values: set[str] = dataclasses.field(default_factory=set)
+    staged: dict[str, Model] = dataclasses.field(default_factory=dict)
+
+
+class Held:
+    """A put is staged for its owner's lease, promised to party 0, served, and gone.
+
+    Attributes:
+        models: that are served, by name.
+        wake: set when a sweep has something to do.
+        closed: whether the session is lost.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        call: Callable[[m.Command], m.Answer],
+        turns: Turns,
+        kept: KeptShares | None,
+        lease_seconds: float,
+    ):
+        """`call` gives the worker a command, `turns` are the requests, `kept` is this party's disk."""
+        self.models: dict[str, Model] = {}
+        self.wake = threading.Event()
+        self._rank = rank
+        self._call = call
+        self._turns = turns
+        self._kept = kept
+        self._lease_seconds = lease_seconds
+        self._lock = threading.Lock()
+        self._stored: set[str] = set()
+        self._doomed: set[str] = set()  # the worker has them until it was told to delete them
+        self._leases: dict[str, Lease] = {}
+        self._promised: Model | None = None
+        self.closed = False
+
+    def __len__(self) -> int:
+        """How many values the worker has."""
+        return len(self._stored) + len(self._doomed)
+
+    def close(self) -> None:
+        """Nothing is staged or served any more: the session is lost."""
+        with self._lock:
+            self.closed = True
+        self.wake.set()
+
+    # Values.
+
+    @contextlib.contextmanager
+    def attached(self, id_: str) -> Iterator[None]:
+        """A lease lasts meanwhile, and for its time after."""
+        with self._lock:
+            lease = self._renewed(id_)
+            lease.calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                lease.calls -= 1
+                lease.ends = time.monotonic() + self._lease_seconds
+
+    def end(self, lease: str) -> None:
+        """Its owner gives it back."""
+        with self._lock:
+            self._end(lease)
+            self._release()
+
+    def store(self, lease: str, name: str, share: m.Share) -> None:
+        """Gives the worker this party's share of a value. Refused: there is one of that name."""
+        self.expect(lease, [name])
+        self._call(m.Put(name, share))
+        self.add([name])
+
+    def expect(self, lease: str, names: Iterable[str]) -> None:
+        """A lease's values that the worker is about to have, see `add`. Refused: a name that is taken."""
+        with self._lock:
+            for name in set(names) & (self._stored | self._doomed):
+                raise self._refused(grpc.StatusCode.ALREADY_EXISTS, f"has a value {name!r} already")
+            self._renewed(lease).values.update(names)
+
+    def add(self, names: Iterable[str]) -> None:
+        """The worker has these values now."""
+        with self._lock:
+            self._stored.update(names)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Refused: values that are not held, or that nothing needs any more."""
+        with self._lock:
+            self._require(names)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """The owner needs these values, or staged puts by their hashes, no more."""
+        with self._lock:
+            for lease in self._leases.values():
+                lease.values.difference_update(names)
+                for hash_ in lease.staged.keys() & set(names):
+                    self._discard(lease.staged.pop(hash_))
+            self._release()
+
+    def sweep(self) -> None:
+        """Deletes what nothing needs; waits for the worker. Refused: the worker can't."""
+        with self._lock:
+            now = time.monotonic()
+            for id_ in [id_ for id_, lease in self._leases.items() if not lease.calls and lease.ends < now]:
+                self._end(id_)
+            self._mark()
+            doomed = sorted(self._doomed)
+        if doomed:
+            self._call(m.Delete(doomed))
+            with self._lock:
+                self._doomed.difference_update(doomed)
+
+    # Models.
+
+    def stage(self, header: m.Publish, bundle: bytes) -> None:
+        """Holds a put for its owner's lease, on disk too.
+
+        Raises:
+            Refused: weights that are not stored, or a hash that is not new.
+            OSError: the disk can't hold it.
+        """
+        model = Model.of(header, bundle)
+        self.require(model.weights)
+        with self._lock:
+            held = [*self.models.values(), *self._staged()]
+            if any(header.hash == other.public.hash for other in held):
+                raise self._refused(grpc.StatusCode.ALREADY_EXISTS, f"has put {header.hash[:16]!r} already")
+        try:
+            if self._kept is not None:
+                shares = (m.Put(name, self._call(m.Fetch(f"o.{name}")).shares[0]) for name in header.weights)
+                self._kept.stage(header, bundle, shares)
+            with self._lock:
+                self._check_open()
+                self._require(model.weights)  # the lease may have ended meanwhile
+                self._renewed(header.lease).staged[header.hash] = model
+        except BaseException:
+            self._discard(model)
+            raise
+
+    def promise(self, hash_: str | None) -> None:
+        """Party 0 is about to switch to this put: it is kept without its lease, until the next promise.
+
+        Refused: there is none. None: party 0 has thought better of it.
+        """
+        with self._lock:
+            self._check_open()
+            if self._promised is not None:
+                self._discard(self._promised)
+                self._promised = None
+            if hash_ is not None:
+                lease = next((lease for lease in self._leases.values() if hash_ in lease.staged), None)
+                if lease is None:
+                    reason = f"holds no put {hash_[:16]!r}: its owner was away"
+                    raise self._refused(grpc.StatusCode.FAILED_PRECONDITION, reason)
+                self._promised = lease.staged.pop(hash_)
+            self._release()
+
+    def switch(self, hash_: str | None) -> Model:
+        """The promised put takes the place of the one of its name, on disk and then in memory; returns it.
+
+        Raises:
+            Refused: another one was promised, or none.
+            OSError: the disk can't.
+        """
+        with self._lock:
+            self._check_open()
+            model = self._promised
+            if model is None or model.public.hash != hash_:
+                raise self._refused(grpc.StatusCode.FAILED_PRECONDITION, "did not promise this put")
+            if self._kept is not None:
+                self._kept.commit(model.name, model.public.hash)
+            self.models[model.name] = model
+            self._promised = None
+            self._release()
+        return model
+
+    def load(self, name: str, hash_: str, check: Callable[[m.Publish], None]) -> None:
+        """Serves a put from disk, before anything else is asked.
+
+        Raises:
+            OSError, ValueError, Refused: it is not there, not whole, or `check` or the worker refuses it.
+        """
+        assert self._kept is not None
+        if self._kept.models.get(name) != hash_:
+            self._kept.commit(name, hash_)
+        header, bundle, weights = self._kept.read(name)
+        if header.hash != hash_:
+            raise ValueError(f"holds put {header.hash[:16]}")
+        check(header)
+        model = Model.of(header, bundle)
+        for weight in weights:
+            self._call(m.Put(f"o.{weight.name}", weight.share))
+            self.add([f"o.{weight.name}"])
+        self.require(model.weights)
+        self.models[name] = model
+
+    # With the lock.
+
+    def _require(self, names: Iterable[str]) -> None:
+        if missing := set(names) - self._stored:
+            reason = f"holds {len(missing)} of the values no more: ask again, or put them again"
+            raise self._refused(grpc.StatusCode.FAILED_PRECONDITION, reason)
+
+    def _renewed(self, id_: str) -> Lease:
+        lease = self._leases.setdefault(id_, Lease())
+        lease.ends = time.monotonic() + self._lease_seconds
+        return lease
+
+    def _end(self, id_: str) -> None:
+        if (lease := self._leases.pop(id_, None)) is not None:
+            for model in lease.staged.values():
+                self._discard(model)
+
+    def _staged(self) -> list[Model]:
+        promised = [self._promised] if self._promised is not None else []
+        return [*promised, *(model for lease in self._leases.values() for model in lease.staged.values())]
+
+    def _release(self) -> None:
+        """Something is needed no more."""
+        self._mark()
+        if self._doomed:
+            self.wake.set()
+
+    def _mark(self) -> None:
+        """What nothing needs can't be used from now on."""
+        needed = self._turns.inputs()
+        needed.update(*(lease.values for lease in self._leases.values()))
+        needed.update(*(model.weights for model in (*self.models.values(), *self._staged())))
+        self._doomed |= self._stored - needed
+        self._stored &= needed
+
+    def _discard(self, model: Model) -> None:
+        if self._kept is not None:
+            self._kept.discard(model.name, model.public.hash)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise self._refused(grpc.StatusCode.ABORTED, "started anew meanwhile")
+
+    def _refused(self, code: grpc.StatusCode, reason: str) -> Refused:
+        return Refused(code, f"party {self._rank} {reason}")

@@ -1,0 +1,137 @@
+"""Who may write to a run's folders, and what they must hold. Whole conversions are in test_conversion.py."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flaxmpc.convert import runs
+from flaxmpc.convert.conversion import FineTuning
+
+INPUTS = {"data": "00ff", "encoder": "1234"}
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from flaxmpc.convert.runs import claimed
+with claimed(Path(sys.argv[1])):
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> FineTuning:
+    return FineTuning(Path("encoder"), "movie", tmp_path / "out")
+
+
+def test_a_folder_is_one_runs_until_it_ends_or_is_killed(tmp_path):
+    folder = tmp_path / "models" / "student"
+    root = str(Path(__file__).parents[2])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(folder)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == b"claimed\n"
+        whose = rf"^process {holder.pid} on {socket.gethostname()} writes to .*/student: wait until it ends, or name"
+        linked = tmp_path / "linked"
+        linked.symlink_to(tmp_path / "models")
+        for path in (folder, linked / "student"):
+            with pytest.raises(ValueError, match=whose), runs.claimed(path):
+                pass
+        with runs.claimed(tmp_path / "models" / "other"):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    for _ in range(2):
+        with runs.claimed(folder), pytest.raises(ValueError, match=f"process {os.getpid()} on"), runs.claimed(folder):
+            pass
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_both_folders_of_a_config_are_claimed(config):
+    folders = (config.out, config.out.with_name("out.run"))
+
+    @runs.alone
+    def make(config):
+        for folder in folders:
+            with pytest.raises(ValueError, match="writes to"), runs.claimed(folder):
+                pass
+        return "made"
+
+    assert make(config) == "made"
+    for folder in folders:
+        with runs.claimed(folder), pytest.raises(ValueError, match=f"writes to .*{folder.name}: wait"):
+            make(config)
+    same = FineTuning(Path("encoder"), "movie", config.out, runs=config.out.parent / "." / "out")
+    with pytest.raises(ValueError, match="both --out and --runs"):
+        make(same)
+
+
+def test_a_run_is_known_again(config):
+    folder = runs.run_folder(config, INPUTS)
+    assert folder == config.out.with_name("out.run")
+    assert json.loads((folder / "config.json").read_text()) == runs.recipe(config, INPUTS)
+    assert runs.run_folder(config, INPUTS) == folder
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"[]"])
+def test_a_damaged_config_is_named(content, config):
+    path = runs.run_folder(config, INPUTS) / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"out\.run/config\.json is damaged \(.*\): remove the folder, or"):
+        runs.run_folder(config, INPUTS)
+
+
+def test_a_changed_bit_of_a_config_is_seen(config):
+    path = runs.run_folder(config, INPUTS) / "config.json"
+    before = path.read_bytes()
+    for place in range(0, len(before), 5):
+        for bit in (0, 5):
+            path.write_bytes(before[:place] + bytes([before[place] ^ 1 << bit]) + before[place + 1 :])
+            try:
+                same = json.loads(path.read_bytes()) == runs.recipe(config, INPUTS)  # a changed line break, say
+            except ValueError:
+                same = False
+            with contextlib.nullcontext() if same else pytest.raises(ValueError, match=r"out\.run"):
+                runs.run_folder(config, INPUTS)
+
+
+def test_checkpoints_of_nobody_knows_what_are_not_gone_on_with(config):
+    folder = runs.run_folder(config, INPUTS)
+    (folder / "stage1").mkdir()
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"out\.run has no config\.json, which says what run it holds: remove"):
+        runs.run_folder(config, INPUTS)
+
+
+def test_a_run_that_was_killed_before_its_config_was_whole_begins_anew(config):
+    folder = config.out.with_name("out.run")
+    folder.mkdir()
+    (folder / "config.json.new").write_text("{")
+    assert runs.run_folder(config, INPUTS) == folder
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_what_is_done_has_its_recipe_and_its_results(config):
+    config.out.mkdir()
+    assert not runs.done(config, INPUTS)
+    (config.out / "recipe.json").write_text(json.dumps(runs.recipe(config, INPUTS)))
+    assert not runs.done(config, INPUTS)
+    (config.out / "results.json").write_text("{}")
+    assert runs.done(config, INPUTS)
+    (config.out / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match=r"out/recipe\.json is damaged \(.*\): remove it"):
+        runs.done(config, INPUTS)
+    runs.unfinished(config)
+    assert not runs.done(config, INPUTS)
