@@ -1,204 +1,195 @@
-"""What a hostile client does to the parties of a cluster, for `deployment.py --attack`: a process of its own.
+"""A hostile client beside two others, for `deployment.py --attack`: what it costs them, and the parties.
 
-    python benchmarks/attacks.py CLUSTER NAME SECONDS
+Three parties on this machine hold the zoo's default model. Three clients have certificates of their own. Two of them
+ask the model at 16 tokens, one text after another: first for a minute by themselves, then for a minute beside each
+attack of the third, which is a process of its own (attacker.py). --quick: seconds in place of minutes.
 
-Repeats one attack until the time is over, with the certificate of [client] in cluster.toml, and prints as JSON how many
-tries there were and how they ended. NAME is one of
+A record says of the third: how many tries there were, and how they ended. Of the two: their answers, how many were
+wrong (other than in process by more than the runs of secret shares differ) or errors, and how long they took. Of the
+parties: sessions lost, and the resident memory of each before, at most, and after.
 
-    rows         fewer rows than the program takes, alike to all parties, then more: to shift the parts of a joint run
-    shares       shares that say of themselves what is not so: dimensions whose product wraps, other dtypes, visibilities
-    unread       bundles that nobody reads, over many connections, messages of 257 MB and of compressed zeros
-    absent       requests that only parties 1 and 2 are sent, and as many at once as it can
+`late_turns` is the longest wait for an answer, less the longest in the minute without attacks (in which the two wait
+for each other already), in turns. A turn is the longest secure run of the same minute, at party 0.
 """
 
-import collections
 import contextlib
 import functools
-import itertools
 import json
-import re
-import secrets
+import statistics
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-import grpc
+import attacker
+import harness
 import numpy as np
+from parties import MOST_DIFFERENCE, Running, Workload, sentences
 
 from flaxmpc import secure
-from flaxmpc.secure._spu import SecureError, load_spu
-from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import rpc, streams
-from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.cluster import issue_client
 
-_PATIENCE = 10.0  # seconds that answers are waited for
-_AT_ONCE = 64
-
-
-class Attacker:
-    """A client with a true certificate that does not keep to the rules."""
-
-    def __init__(self, cluster: ClusterFile):
-        self.cluster = cluster
-        self.outcomes: collections.Counter[str] = collections.Counter()
-        self.tries = 0
-        self.connect()
-
-    def connect(self) -> None:
-        self.client = secure.Cluster(self.cluster, "client")
-        self.name, self.model = self.client.find(None)
-        self.program, self.signature = next(iter(self.model.programs.items()))
-        self.peers = self.client._peers
-
-    def count(self, how: str) -> None:
-        """One try, and how it ended: without numbers and names, to be counted together."""
-        self.tries += 1
-        self.outcomes[re.sub(r"[0-9a-f]{32}|\d+", "N", how)[:120]] += 1
-
-    def shares(self, arrays: Iterable[np.ndarray], visibility: str = "SECRET") -> list[list[m.Share]]:
-        """For each party, its shares of the arrays."""
-        spu = load_spu()
-        seen = spu.parse_visibility(f"VIS_{visibility}")
-        each = [self.client._io.make_shares(array, seen) for array in arrays]
-        return [[m.Share.pack(shares[rank]) for shares in each] for rank in range(len(self.peers))]
-
-    def ask(self, shares: Sequence[Sequence[m.Share]], ranks: Sequence[int] | None = None) -> list[Any]:
-        """Sends a request to some parties, by default to all; futures of their answers."""
-        header = m.Infer(self.client.session, secrets.token_hex(16), self.name, self.model.hash, self.program)
-        ranks = range(len(self.peers)) if ranks is None else ranks
-        return [
-            self.peers[rank].send_later(
-                "infer", header, streams.of_shares({str(i): share for i, share in enumerate(shares[rank])})
-            )
-            for rank in ranks
-        ]
-
-    def end(self, futures: Iterable[Any]) -> None:
-        """Counts how each call ends."""
-        futures = list(futures)
-        end = time.monotonic() + _PATIENCE
-        for future in futures:
-            try:
-                answer = rpc.decode(future.result(timeout=max(0.0, end - time.monotonic())), m.Answer)
-                self.count(answer.error or "answered")
-            except grpc.RpcError as error:
-                self.count(f"{error.code().name}: {error.details()}")  # pyright: ignore[reportAttributeAccessIssue]
-            except (grpc.FutureTimeoutError, grpc.FutureCancelledError):
-                self.count("no answer")
-                future.cancel()
-
-    def inputs(self, rows: int = 0) -> list[np.ndarray]:
-        """Zeros of the program's shapes, with more rows (or fewer) than it takes."""
-        return [
-            np.zeros((max(0, array.shape[0] + rows), *array.shape[1:]), array.dtype) for array in self.signature.inputs
-        ]
+_HONEST, _HOSTILE = ("alice", "bob"), "mallory"
+_QUIET = "none"
+_MOST_LATE = 3  # turns
+_MOST_MB = 100  # that a party may take while it is attacked
 
 
-def rows(attacker: Attacker) -> None:
-    for change in (-1, 1):
-        attacker.end(attacker.ask(attacker.shares(attacker.inputs(change))))
+class Asked(NamedTuple):
+    """One text of an honest client.
+
+    Attributes:
+        seconds: until its answer, or its error.
+        difference: of the logits from those in process; None: an error.
+        error: empty if there was none.
+    """
+
+    seconds: float
+    difference: float | None
+    error: str = ""
 
 
-def _described(attacker: Attacker) -> Iterator[list[list[m.Share]]]:
-    """Shares of which one field is not what it should be."""
-    spu = load_spu()
-    right = attacker.shares(attacker.inputs())
-    first = attacker.inputs()[0]
-    wrapped = [(1 << 32, 1 << 32), (1 << 63, 2), (*first.shape, 1 << 61, 8), (-1,), (1 << 62,)]
-    metas = []
-    for dims in wrapped:
-        meta = spu.ValueMeta()
-        meta.ParseFromString(right[0][0].meta)
-        meta.shape = list(dims)
-        metas.append(meta.SerializeToString())
-    others: list[Callable[[], list[list[m.Share]]]] = [
-        *(functools.partial(_with_meta, right, meta) for meta in metas),
-        *(
-            functools.partial(attacker.shares, [np.zeros(first.shape, dtype), *attacker.inputs()[1:]])
-            for dtype in (np.int32, np.bool_, np.int64)
-        ),
-        functools.partial(attacker.shares, attacker.inputs(), "PUBLIC"),
-        lambda: _with_meta(right, secrets.token_bytes(40)),
-        lambda: [[m.Share(share.meta, [secrets.token_bytes(64)]) for share in own] for own in right],
-        lambda: [[m.Share(share.meta, [*share.chunks, *share.chunks]) for share in own] for own in right],
-    ]
-    for make in others:
-        yield make()
+class Deployment:
+    """Running parties that hold the model, and the two honest clients, connected and warm."""
+
+    def __init__(self, workload: Workload, stack: contextlib.ExitStack):
+        """All ends with `stack`."""
+        self.running = stack.enter_context(Running(None, 8, timeout_seconds=30))
+        with secure.Cluster(self.running.cluster, "owner") as owner:
+            workload.put(owner)
+        self.hostile = self._as_client(_HOSTILE)
+        self._asks = []
+        for name in _HONEST:
+            client = stack.enter_context(secure.Cluster(self._as_client(name), "client"))
+            self._asks.append(workload.connect(client))
+        for _ in range(5):
+            for ask in self._asks:
+                ask(0)
+
+    def _as_client(self, name: str) -> Path:
+        """cluster.toml as a client with a new certificate of that name has it."""
+        path = self.running.cluster.path
+        issue_client(path.parent, name)
+        own = path.with_name(f"{name}.toml")
+        text = path.read_text()
+        for kind in ("pem", "key"):
+            text = text.replace(f'"client.{kind}"', f'"client.{name}.{kind}"')
+        own.write_text(text)
+        return own
+
+    def beside(self, busy: Callable[[], bool]) -> harness.Record:
+        """What the honest clients, and the parties, see for as long as `busy` says."""
+        asked: list[Asked] = []
+        over = threading.Event()
+
+        def work(ask: Callable[[int], tuple[secure.Cost, float]]) -> None:
+            i = 0
+            while not over.is_set():
+                begin = time.perf_counter()
+                try:
+                    _, difference = ask(i)
+                except (secure.SecureError, ValueError) as error:
+                    asked.append(Asked(time.perf_counter() - begin, None, str(error)))
+                    time.sleep(0.1)
+                else:
+                    asked.append(Asked(time.perf_counter() - begin, difference))
+                i += 1
+
+        runs, lost = len(self.running.runs()), self.running.sessions_lost()
+        memory = [self.running.memory_mb()]
+        threads = [threading.Thread(target=work, args=(ask,)) for ask in self._asks]
+        for thread in threads:
+            thread.start()
+        while busy():
+            memory.append(self.running.memory_mb())
+            time.sleep(1)
+        over.set()
+        for thread in threads:
+            thread.join()
+        memory.append(self.running.memory_mb())
+        waits = [each.seconds for each in asked]
+        differences = [each.difference for each in asked if each.difference is not None]
+        return {
+            "answers": len(differences),
+            "wrong": sum(difference > MOST_DIFFERENCE for difference in differences),
+            "errors": len(asked) - len(differences),
+            "said": sorted({each.error for each in asked if each.error}),
+            "max_difference": max(differences, default=0.0),
+            "p50": statistics.median(waits),
+            "longest": max(waits),
+            "longest_run": max(self.running.runs()[runs:], default=0.0),
+            "sessions_lost": self.running.sessions_lost() - lost,
+            "party_memory_mb_before": memory[0],
+            "party_memory_mb_most": np.max(memory, axis=0).tolist(),
+            "party_memory_mb_after": memory[-1],
+        }
 
 
-def _with_meta(shares: list[list[m.Share]], meta: bytes) -> list[list[m.Share]]:
-    """The same with another meta of each party's first."""
-    return [[m.Share(meta, own[0].chunks), *own[1:]] for own in shares]
-
-
-def shares(attacker: Attacker) -> None:
-    for hostile in _described(attacker):
-        attacker.end(attacker.ask(hostile))
-
-
-def _channel(cluster: ClusterFile, rank: int) -> grpc.Channel:
-    """A connection of its own to a party, with no limits at this end."""
-    identity, entry = cluster.identity("client"), cluster.party[rank]
-    credentials = grpc.ssl_channel_credentials(
-        cluster.read_file(cluster.ca), cluster.read_file(identity.key), cluster.read_file(identity.certificate)
+def quiet(deployment: Deployment, seconds: float) -> harness.Record:
+    end = time.monotonic() + seconds
+    return {"tries": 0, "refused": 0, "answered": 0, "unanswered": 0, "replies": []} | deployment.beside(
+        lambda: time.monotonic() < end
     )
-    options = [
-        ("grpc.ssl_target_name_override", entry.name),
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.max_receive_message_length", -1),
-    ]
-    return grpc.secure_channel(entry.control, credentials, options)
 
 
-def unread(attacker: Attacker) -> None:
-    session, cluster = attacker.client.session, attacker.cluster
-    asked = m.encode(m.Names(session, [attacker.name] * 20))
-    with contextlib.ExitStack() as stack:
-        calls = []
-        for number in range(12):
-            channel = stack.enter_context(_channel(cluster, number % len(cluster.party)))
-            calls += [channel.unary_stream("/flaxmpc.Party/bundle")(asked) for _ in range(25)]
-        for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
-            channel = stack.enter_context(_channel(cluster, 0))
-            infer = channel.unary_unary("/flaxmpc.Party/infer")
-            attacker.end([infer.future(bytes(257 << 20), compression=compression, timeout=_PATIENCE)])
-        time.sleep(2)
-        for call in calls:
-            attacker.count(call.code().name if call.done() else "open for 2 s and more, unread")
-            call.cancel()
-
-
-def absent(attacker: Attacker) -> None:
-    given = attacker.shares(attacker.inputs())
-    lonely = [attacker.ask(given, [1, 2]) for _ in range(2 * _AT_ONCE)]
-    crowd = [attacker.ask(given) for _ in range(_AT_ONCE)]
-    attacker.end(itertools.chain.from_iterable(crowd))
-    for future in itertools.chain.from_iterable(lonely):
-        future.cancel()
-        attacker.count("given up")
-
-
-ATTACKS: Mapping[str, Callable[[Attacker], None]] = {
-    "rows": rows,
-    "shares": shares,
-    "unread": unread,
-    "absent": absent,
-}
-
-
-def main(path: str, name: str, seconds: str) -> None:
-    attacker = Attacker(ClusterFile.read(path))
-    end = time.monotonic() + float(seconds)
-    while time.monotonic() < end:
+def attacked(deployment: Deployment, name: str, seconds: float) -> harness.Record:
+    command = [sys.executable, attacker.__file__, str(deployment.hostile), name, str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            ATTACKS[name](attacker)
-        except SecureError as error:
-            attacker.count(f"refused: {error}")
-            time.sleep(0.5)
-    print(json.dumps({"tries": attacker.tries, "outcomes": dict(attacker.outcomes.most_common(8))}))
+            assert process.stdout is not None
+            process.stdout.readline()  # it is connected
+            seen = deployment.beside(lambda: process.poll() is None)
+            return json.loads(process.stdout.read()) | seen
+        finally:
+            process.kill()
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def jobs(model: str, quick: bool, stack: contextlib.ExitStack) -> harness.Jobs:
+    """The deployment is made when it is needed, and ends with `stack`."""
+    seconds = 5.0 if quick else 60.0
+    workload = functools.cache(lambda: sentences(model))
+    deployment = functools.cache(lambda: Deployment(workload(), stack))
+
+    def measure(name: str) -> harness.Record:
+        seen = quiet(deployment(), seconds) if name == _QUIET else attacked(deployment(), name, seconds)
+        made = workload()
+        return harness.record(made.cost, workload=made.name, attack=name, clients=len(_HONEST) + 1, **seen)
+
+    for name in (_QUIET, *attacker.ATTACKS):
+        yield f"attack: {name}", functools.partial(measure, name)
+
+
+def finish(records: Sequence[harness.Record]) -> list[harness.Record]:
+    """With how late answers were."""
+    usual = next(row["longest"] for row in records if row["attack"] == _QUIET)
+    return [row | {"late_turns": (row["longest"] - usual) / row["longest_run"]} for row in records]
+
+
+def notes(records: Sequence[harness.Record]) -> list[str]:
+    lines = []
+    for row in records:
+        title = f"attack {row['attack']}"
+        grown = max(np.subtract(row["party_memory_mb_most"], row["party_memory_mb_before"]))
+        told: list[tuple[str, float, float]] = [
+            ("others' answers wrong", row["wrong"], 0),
+            ("others' errors", row["errors"], 0),
+            ("others' logits beside those in process", row["max_difference"], 0.01),
+            ("turns that an answer was late", row["late_turns"], _MOST_LATE),
+            ("sessions lost", row["sessions_lost"], 0),
+            ("MB that a party took", float(grown), _MOST_MB),
+        ]
+        if row["attack"] not in (_QUIET, "absent"):  # which sends some requests that are as they should be
+            told.append(("hostile requests answered", row["answered"], 0))
+        lines += [harness.held(f"{title}: {claim}", value, most=most) for claim, value, most in told]
+        lines += [f"{title}: replies: {reply}" for reply in row["replies"][:4]]
+    return lines
+
+
+def benchmark(model: str, quick: bool, stack: contextlib.ExitStack) -> harness.Benchmark:
+    hostile = ("attack", "tries", "refused", "answered", "unanswered")
+    others = ("attack", "answers", "wrong", "errors", "p50", "longest", "longest_run", "late_turns")
+    parties = ("attack", "sessions_lost", *(f"party_memory_mb_{when}" for when in ("before", "most", "after")))
+    return harness.Benchmark("attack", lambda: jobs(model, quick, stack), (hostile, others, parties), finish, notes)
