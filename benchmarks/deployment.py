@@ -1,6 +1,6 @@
 """Real parties over mutual TLS: many clients at once, and limited networks beside their model.
 
-    python benchmarks/deployment.py [--json] [--show] [--quick]
+    python benchmarks/deployment.py [--json] [--show] [--quick] [--attack]
 
 First 200 requests of 8 clients to the zoo's default model, all on this machine: throughput, latency (the wait for the
 others' requests included, p50 to p99 in seconds), memory of each party after a quarter of the requests and at the end,
@@ -8,45 +8,38 @@ bytes from a client.
 Then the same model and one BERT-Base layer of 128 tokens, a party in each network namespace (Linux, root, iproute2;
 else left out): measured seconds of a run beside those of the model, which starts from the cost in process.
 It says how long it still takes; --quick is 8 requests of 2 clients, one network, a tiny layer.
+With --attack something else: a hostile client beside two others, see attacks.py.
 """
 
 import contextlib
 import dataclasses
 import functools
-import os
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import attacks
 import harness
 import jax
 import jax.numpy as jnp
 import namespaces
 import numpy as np
 import tyro
+from parties import MOST_DIFFERENCE, Running, Workload, sentences
 from rich.console import Console
 
-from flaxmpc import secure, serving
+from flaxmpc import secure
 from flaxmpc.convert.fold import fold
-from flaxmpc.inference import SecureClassifier
-from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.bert import BertForSequenceClassification, init_params
 from flaxmpc.models.config import preset
 from flaxmpc.models.folded import FoldedLayer
-from flaxmpc.secure._spu import thread_limit
-from flaxmpc.secure.deploy.cluster import ClusterFile, write_local
 
-SENTENCES = ("A gripping, beautifully acted film.", "A tedious, lifeless mess.", "Good, but not very good.")
 NETWORKS = {"3gbit": secure.Network("3 Gbit/s", 3e9, 0.0), "100mbit": secure.Network("100 Mbit/s", 100e6, 0.0)}
-_MOST_DIFFERENCE = 0.05  # of two runs' outputs: the truncation of shares is random
 _MORE_BYTES = 64 << 10  # that a warm request may take, beside the shares of its inputs
 
 console = Console(stderr=True, highlight=False)
@@ -60,58 +53,13 @@ class Options(harness.Options):
         model: a name of the zoo or a model folder.
         requests: of all clients together, one sentence each.
         clients: at once.
+        attack: in place of that, a hostile client beside two others.
     """
 
     model: str = zoo.DEFAULT
     requests: int = 200
     clients: int = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """What parties are asked.
-
-    Attributes:
-        name: for the table.
-        cost: of one request, in process.
-        put: the owner's part.
-        connect: the client's part: makes a function that sends the i-th request, and returns its cost and how far its
-            output is from that in process.
-        numbers: that a request shares.
-    """
-
-    name: str
-    cost: secure.Cost
-    put: Callable[[secure.Cluster], Any]
-    connect: Callable[[secure.Cluster], Callable[[int], tuple[secure.Cost, float]]]
-    numbers: int
-
-
-def sentences(model: str) -> Workload:
-    """The demo: a sentence of up to 16 tokens."""
-    loaded = folders.load(zoo.find(model))
-    local = SecureClassifier(loaded, secure.InProcess())
-    expected = [local.classify([text]) for text in SENTENCES]
-
-    def connect(parties: secure.Cluster) -> Callable[[int], tuple[secure.Cost, float]]:
-        classifier = serving.RemoteClassifier(parties)
-
-        def ask(i: int) -> tuple[secure.Cost, float]:
-            (prediction,), cost = classifier.classify([SENTENCES[i % len(SENTENCES)]])
-            logits = expected[i % len(SENTENCES)].predictions[0].logits
-            return cost, float(np.abs(np.subtract(prediction.logits, logits)).max())
-
-        return ask
-
-    run = local.run(local.encode(SENTENCES[:1]), [0], 1)
-    inputs = local.share(run.ids, run.mask)
-    return Workload(
-        zoo.find(model).name,
-        expected[-1].cost,
-        lambda parties: serving.put(loaded, parties, lengths=(16,)),
-        connect,
-        sum(leaf.size for leaf in jax.tree.leaves(inputs)),
-    )
+    attack: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def layer(size: str, tokens: int) -> Workload:
@@ -144,77 +92,6 @@ def layer(size: str, tokens: int) -> Workload:
         return ask
 
     return Workload(f"{size} layer", cost, put, connect, sum(leaf.size for leaf in jax.tree.leaves(inputs)))
-
-
-def resident_mb(root: int) -> int:
-    """Resident memory of a process and its descendants: a party's supervisor and worker."""
-    children: dict[int, list[int]] = {}
-    resident: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended
-                continue
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-            resident[int(entry.name)] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    total, left = 0, [root]
-    while left:
-        pid = left.pop()
-        total += resident.get(pid, 0)
-        left += children.get(pid, [])
-    return round(total / 1e6)
-
-
-class Running:
-    """The parties of a cluster, each a process; on this machine, or each in a namespace. Use as a context."""
-
-    def __init__(self, rate: str | None, together: int):
-        """`rate` of each namespace; `together`: requests that may run together."""
-        self._rate = rate
-        self._together = together
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> "Running":
-        with contextlib.ExitStack() as stack:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cluster"
-            cluster = write_local(directory, timeout_seconds=120)
-            text = cluster.path.read_text().replace(
-                f"max_batch_sentences = {cluster.limits.max_batch_sentences}", f"max_batch_sentences = {self._together}"
-            )
-            place: Callable[[int, Sequence[str]], Sequence[str]] = lambda _, command: command  # noqa: E731
-            if self._rate is not None:
-                hosts = stack.enter_context(namespaces.hosts(len(cluster.party), rate=self._rate))
-                place = hosts.command
-                for entry, address in zip(cluster.party, hosts.addresses, strict=True):
-                    for own in (entry.control, entry.link):
-                        text = text.replace(own, own.replace("127.0.0.1", address))
-            cluster.path.write_text(text)
-            self.cluster = ClusterFile.read(cluster.path)
-            self._log = directory / "party0.log"
-            self._processes = []
-            for rank in range(len(cluster.party)):
-                command = [sys.executable, "-m", "flaxmpc", "party", "--cluster", str(cluster.path), "--rank"]
-                log = stack.enter_context((directory / f"party{rank}.log").open("wb"))
-                # Hosts in namespaces share the cores of this machine.
-                env = os.environ | thread_limit(len(cluster.party))
-                process = subprocess.Popen(place(rank, [*command, str(rank)]), stderr=log, env=env)
-                stack.callback(process.wait)
-                stack.callback(process.terminate)
-                self._processes.append(process)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def memory_mb(self) -> list[int]:
-        """Of each party."""
-        return [resident_mb(process.pid) for process in self._processes]
-
-    def runs(self) -> int:
-        """Secure runs of clients' requests so far; one may serve several."""
-        return self._log.read_text().count('"event": "run"')
 
 
 def measure(workload: Workload, rate: str | None, requests: int, clients: int, together: int) -> harness.Record:
@@ -262,13 +139,13 @@ def measure(workload: Workload, rate: str | None, requests: int, clients: int, t
             thread.start()
         with contextlib.suppress(threading.BrokenBarrierError):
             warm.wait()
-        start, runs = time.perf_counter(), running.runs()
+        start, runs = time.perf_counter(), len(running.runs())
         for thread in threads:
             thread.join()
         seconds = time.perf_counter() - start
         if errors:
             raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
-        if max(differences) > _MOST_DIFFERENCE:
+        if max(differences) > MOST_DIFFERENCE:
             raise SystemExit(f"{workload.name}: an answer is {max(differences):.3f} from that in process")
         cuts = statistics.quantiles(latencies, n=100, method="inclusive")
         network = NETWORKS[rate] if rate is not None else None
@@ -278,7 +155,7 @@ def measure(workload: Workload, rate: str | None, requests: int, clients: int, t
             network=network.name if network else "loopback",
             clients=clients,
             requests=requests,
-            runs=running.runs() - runs,
+            runs=len(running.runs()) - runs,
             per_second=requests / seconds,
             p50=cuts[49],
             p95=cuts[94],
@@ -349,4 +226,6 @@ def benchmark(options: Options) -> harness.Benchmark:
 if __name__ == "__main__":
     chosen = tyro.cli(Options, description=__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the parties end with it
-    benchmark(chosen).run(chosen)
+    with contextlib.ExitStack() as stack:
+        made = attacks.benchmark(chosen.model, chosen.quick, stack) if chosen.attack else benchmark(chosen)
+        made.run(chosen)

@@ -38,12 +38,35 @@ def ask(client: secure.Cluster, x: np.ndarray = X) -> np.ndarray:
     return client.infer(name, model, "2x4", x).outputs[0]
 
 
+def follow(client: secure.Cluster) -> np.ndarray:
+    """Asks; again where the model was put anew meanwhile."""
+    while True:
+        name, model = client.find("affine")
+        try:
+            return client.infer(name, model, "2x4", X).outputs[0]
+        except secure.SecureError:
+            if client.find("affine")[1].hash == model.hash:
+                raise
+
+
 def check_served(parties) -> None:
     """Puts and asks anew, as after a repair."""
     with parties.connect() as owner:
         publish(owner)
     with parties.connect("client") as client:
         np.testing.assert_allclose(ask(client), X * 3 + 1, atol=1e-3)
+
+
+def level(parties, before: dict[int, float], seconds: float) -> None:
+    """The parties come to hold no more values than before."""
+    end = time.monotonic() + seconds
+    while (now := values(parties)) and any(now[rank] > before[rank] for rank in now):
+        assert time.monotonic() < end, (before, now)
+        time.sleep(0.1)
+
+
+def values(parties) -> dict[int, float]:
+    return {rank: parties.metrics(rank)["flaxmpc_values"] for rank in parties.processes}
 
 
 class Running:

@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import json
 import sys
@@ -140,6 +141,20 @@ def test_the_deployment_benchmark_runs_quickly(load):
     deployment = load("deployment")
     (_, measure), *_ = deployment.jobs(deployment.Options(quick=True))
     assert measure()["requests"] == 8
+
+
+@pytest.mark.slow  # the same beside a hostile client: minutes
+def test_a_hostile_client_costs_the_others_nothing(load):
+    attacks = load("attacks")
+    with contextlib.ExitStack() as stack:
+        records = attacks.finish(
+            [measure() for _, measure in attacks.jobs(load("deployment").Options().model, True, stack)]
+        )
+    assert [record["attack"] for record in records] == ["none", "rows", "shares", "unread", "absent"]
+    for record in records:
+        assert record["answers"] > 0
+        assert (record["tries"] > 0) == (record["attack"] != "none")
+    assert [note for note in attacks.notes(records) if note.startswith("FAILS")] == []
 
 
 def test_parties_in_namespaces_are_measured_beside_the_model(load):

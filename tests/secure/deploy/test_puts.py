@@ -12,7 +12,7 @@ import types
 
 import numpy as np
 import pytest
-from clusters import ROOT, SHORT, TIMEOUT, W, X, affine, ask, check_served, publish
+from clusters import ROOT, SHORT, TIMEOUT, W, X, affine, ask, check_served, follow, level, publish, values
 
 from flaxmpc import secure
 from flaxmpc.secure.deploy import messages as m
@@ -92,29 +92,6 @@ MOMENTS = [
     "after commit 0 0.0",
     "after commit 0 0.5",  # served, but its owner still holds the values
 ]
-
-
-def level(parties, before: dict[int, float], seconds: float) -> None:
-    """The parties come to hold no more values than before."""
-    end = time.monotonic() + seconds
-    while (now := values(parties)) and any(now[rank] > before[rank] for rank in now):
-        assert time.monotonic() < end, (before, now)
-        time.sleep(0.1)
-
-
-def values(parties) -> dict[int, float]:
-    return {rank: parties.metrics(rank)["flaxmpc_values"] for rank in parties.processes}
-
-
-def follow(client: secure.Cluster) -> np.ndarray:
-    """Asks; again where the model was put anew meanwhile."""
-    while True:
-        name, model = client.find("affine")
-        try:
-            return client.infer(name, model, "2x4", X).outputs[0]
-        except secure.SecureError:
-            if client.find("affine")[1].hash == model.hash:
-                raise
 
 
 @pytest.fixture
