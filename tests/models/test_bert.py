@@ -111,7 +111,7 @@ def case(config, architecture, minilm):
     if CONFIGS[config] is None:
         model = model_class(PRESETS[config])
         fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), param_shapes(model))
-        params = flatten(read_params(minilm / "model.safetensors", fresh, fresh=fresh))
+        params = flatten(read_params(minilm / "model.safetensors", fresh, fresh=lambda: fresh))
     else:
         model = model_class(CONFIGS[config])
         if architecture == "BertForQuestionAnswering":  # HF's takes two labels
