@@ -15,6 +15,7 @@ connected, and at the end as JSON how many tries there were, and how they ended.
 
 import collections
 import contextlib
+import faulthandler
 import itertools
 import json
 import re
@@ -37,6 +38,7 @@ from flaxmpc.secure.deploy.cluster import ClusterFile
 
 _PATIENCE = 10.0  # seconds that an answer is waited for
 _STILL = 5.0  # seconds that calls stand still for
+_HANGS = 120.0  # seconds more than it was given, after which it ends itself and says where it was
 _LARGE = 257 << 20
 _CROWD = 64  # requests at once
 
@@ -166,8 +168,8 @@ def unread(attacker: Attacker) -> None:
         over.wait()
 
     with contextlib.ExitStack() as stack:
-        stack.callback(over.set)
         channels = [stack.enter_context(attacker.connection(rank)) for _ in range(4) for rank in range(3)]
+        stack.callback(over.set)
         calls = []
         for channel in channels:
             calls += [channel.unary_stream("/flaxmpc.Party/bundle")(bundles) for _ in range(25)]
@@ -219,6 +221,7 @@ ATTACKS: Mapping[str, Callable[[Attacker], None]] = {
 
 
 def main(cluster: str, name: str, seconds: str) -> None:
+    faulthandler.dump_traceback_later(float(seconds) + _HANGS, exit=True)
     attacker = Attacker(ClusterFile.read(Path(cluster)))
     print("connected", flush=True)
     end = time.monotonic() + float(seconds)

@@ -142,7 +142,10 @@ def attacked(deployment: Deployment, name: str, seconds: float) -> harness.Recor
             assert process.stdout is not None
             process.stdout.readline()  # it is connected
             seen = deployment.beside(lambda: process.poll() is None)
-            return json.loads(process.stdout.read()) | seen
+            told = process.stdout.read()
+            if process.returncode:
+                raise SystemExit(f"attack {name}: the attacker ended with {process.returncode}")
+            return json.loads(told) | seen
         finally:
             process.kill()
 
