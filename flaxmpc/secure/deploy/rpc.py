@@ -167,6 +167,8 @@ def describe(entry: PartyEntry, error: BaseException) -> str:
     match error.code():
         case grpc.StatusCode.UNAVAILABLE if details.startswith("party"):
             return details
+        case grpc.StatusCode.UNAVAILABLE if "RST_STREAM" in details:
+            return f"{where} did not take the call: too many of this connection were under way, or it is stopping"
         case grpc.StatusCode.UNAVAILABLE:
             reason = (
                 "its TLS certificate or ours is refused: "
