@@ -258,7 +258,7 @@ def test_a_recipe_is_never_that_of_another_model(teacher, data, tmp_path, monkey
     for killed in (folders.write_params, folders.save_tokenizer, folders.files.write_json):
 
         def kill(*arguments, killed=killed, **options):
-            if Path(arguments[1] if killed is folders.save_tokenizer else arguments[0]).is_relative_to(
+            if Path(arguments[1] if killed.__name__ == "save_tokenizer" else arguments[0]).is_relative_to(
                 tmp_path / "out"
             ):
                 raise KeyboardInterrupt
@@ -283,7 +283,7 @@ def test_a_damaged_record_of_a_model_is_named(name, teacher, data, tmp_path):
     expected = convert(config)
     path = tmp_path / "out" / name
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=rf"out/{name} is damaged \(.*\): remove it"):
+    with pytest.raises(ValueError, match=rf"out/{name} .*: remove it"):
         convert(config)
     path.unlink()
     assert convert(config) == expected

@@ -91,7 +91,8 @@ def _servers(host: Host, callers: Inner, parties: Inner, log: Callable[..., None
     def serve(inner: Inner, each: int, clients: int, reserved: int) -> grpc.Server:
         """`each`: calls of one caller; `reserved`: callers who are no clients."""
         threads = clients + reserved * each + _SPARE_THREADS
-        return rpc.serve(host, inner, Calls(each, clients), streams=each, threads=threads, log=log)
+        # Of a call that was cancelled the stream lasts a little longer: those must not keep out the next.
+        return rpc.serve(host, inner, Calls(each, clients), streams=2 * each, threads=threads, log=log)
 
     limits = host.cluster.limits
     return [
