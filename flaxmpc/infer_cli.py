@@ -154,7 +154,10 @@ def infer(
     if json_:
         print(results.as_json(asked, error))
     else:
-        console().print(f"written: {out}" if out is not None else results.table(asked))
+        if out is not None:
+            print(f"written: {out}")
+        else:
+            console().print(results.table(asked))
         console().print(asked.summary)
     if error is not None:
         raise ValueError(error)
