@@ -64,11 +64,12 @@ def put(
         What the parties say of it.
 
     Raises:
-        ValueError: no sequence classifier, or a length that is none of its buckets.
+        ValueError: no sequence classifier, a length that is none of its buckets, or a name that a model can't have.
         secure.SecureError: a party refuses, or can't be reached.
     """
     sizes = _sizes(loaded.model.config, lengths, batches)
     name = name or loaded.folder.resolve().name
+    m.check_name(name)  # before minutes of compiling and sending
     classifier = SecureClassifier(loaded, parties)
     programs = _programs(classifier, classifier.model, classifier.weights, parties.cluster, sizes)
     parties.publish(name, classifier.weights, programs, _bundle(classifier))

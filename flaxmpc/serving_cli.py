@@ -21,6 +21,9 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 Cluster = Annotated[Path, tyro.conf.arg(metavar="PATH")]
 Flag = tyro.conf.FlagCreatePairsOff
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FOLDER")]
+Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+Lengths = Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: those up to 64)")]
 
 
 def cluster(
@@ -30,7 +33,7 @@ def cluster(
     protocol: Annotated[str, tyro.conf.arg(metavar="ABY3|CHEETAH|SEMI2K")] = "ABY3",
     timeout: float = 30.0,
     allow_insecure_dealer: Annotated[bool, Flag] = False,
-    name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
+    name: Name = None,
 ) -> None:
     """A cluster on this machine: `cluster init DIR` writes it, `cluster up DIR` runs all its parties.
 
@@ -97,11 +100,11 @@ def party(
 
 
 def put(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FOLDER")],
+    model: Model,
     /,
     cluster: Cluster,
-    name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
-    lengths: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: those up to 64)")] = (),
+    name: Name = None,
+    lengths: Lengths = (),
     batches: tuple[int, ...] = (1,),
 ) -> None:
     """The model's owner shares its weights among the parties: each gets its own shares only.
@@ -131,11 +134,11 @@ def put(
 
 
 def approve(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FOLDER")],
+    model: Model,
     /,
     cluster: Cluster,
-    name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None,
-    lengths: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: those up to 64)")] = (),
+    name: Name = None,
+    lengths: Lengths = (),
     batches: tuple[int, ...] = (1,),
 ) -> None:
     """Who runs a party approves a model's programs: their digests go to the file that cluster.toml names, `programs`.

@@ -177,6 +177,15 @@ def test_a_length_that_is_no_bucket_is_refused(parties, loaded, model_max_length
         serving.put(loaded._replace(model=model), owner, lengths=lengths)
 
 
+@pytest.mark.parametrize("name", ["my model", "../film", "a\nb", "x" * 129])
+def test_a_name_that_no_model_can_have_is_refused_before_anything_is_sent(parties, loaded, name):
+    with parties.connect() as owner:
+        before = owner.bytes_sent
+        with pytest.raises(ValueError, match=r"^a model's name has 1 to 128 letters, .* not '.*: give one with"):
+            serving.put(loaded, owner, name=name)
+        assert owner.bytes_sent - before < 1000
+
+
 def test_pairs_and_sets_of_labels_are_answered_as_in_process(parties, group, write_classifier, tmp_path):
     """A table that is secret, so types are shared too; by default programs end at what the model was trained for."""
     folder = write_classifier(

@@ -135,7 +135,7 @@ class Host:
         session.held.forget([*message.names, *(f"o.{name}" for name in message.names)])
         return m.Empty()
 
-    def lease(self, message: m.Lease, context: grpc.ServicerContext) -> m.Empty:
+    def lease(self, message: m.Lease, context: rpc.Call) -> m.Empty:
         """An owner holds its values while it waits here: its connection lasts, however busy its process is."""
         held = self.sessions.require(message.session).held
         if message.ends:
@@ -233,7 +233,7 @@ class Host:
         session = self.sessions.require(message.session)
         (code,) = streams.contents(pieces, 1, self.cluster.limits.max_request_bytes, "the program")
         inputs, outputs = ([f"o.{name}" for name in names] for names in (message.inputs, message.outputs))
-        key = m.Key(rpc.caller_of(context), message.id)
+        key = m.Key(context.caller.name, message.id)
         request = Request(key, "run", "", {1: code}, inputs, outputs)
         session.held.expect(message.lease, outputs)
         return self._await(session, request, context)
@@ -262,7 +262,7 @@ class Host:
             )
         given = self._given(program, pieces)
         request = Request(
-            m.Key(rpc.caller_of(context), message.id),
+            m.Key(context.caller.name, message.id),
             f"{message.model}/{message.program}",
             model.public.hash,
             {1: program.code, **program.joint},

@@ -9,10 +9,21 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from flaxmpc.errors import brief
+
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+\Z")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Facts = dict[str, str]
+
+
+def check_name(name: str) -> None:
+    """ValueError: it can't be a model's."""
+    try:
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError as error:
+        allowed = "1 to 128 letters, digits, '_', '-' and '.'"
+        raise ValueError(f"a model's name has {allowed}, not {brief(name)}: give one with --name") from error
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

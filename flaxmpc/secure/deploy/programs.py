@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from flaxmpc.secure.deploy import disk
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.joint import jointly
@@ -84,16 +85,16 @@ class Approved:
         return None if cluster.programs is None else cls(cluster.file(cluster.programs))
 
     def digests(self) -> frozenset[str]:
-        """ValueError: the file can't be read, or a line begins with something else, and is no remark (#)."""
+        """ValueError: see `disk.read`; or a line begins with something else, and is no remark (#)."""
         try:
-            lines = self._path.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = disk.read(self._path).decode("utf-8").splitlines()
+        except (OSError, ValueError) as error:
             reason = f"{self._path} can't be read: {error}: it lists approved programs, `flaxmpc approve` writes it"
             raise ValueError(reason) from error
         found = {number: _LINE.match(line) for number, line in enumerate(lines, 1) if line and line[0] != "#"}
         if wrong := [number for number, match in found.items() if match is None]:
-            line = lines[wrong[0] - 1]
-            raise ValueError(f"{self._path}, line {wrong[0]}: {line[:80]!r} does not begin with 64 hex digits")
+            # What stands there is not said: the owner is told too, and it may be a file that was named by mistake.
+            raise ValueError(f"{self._path}, line {wrong[0]} does not begin with 64 hex digits")
         return frozenset(match[1] for match in found.values() if match)
 
     def add(self, model: str, programs: Mapping[str, m.Program]) -> None:
@@ -103,7 +104,8 @@ class Approved:
             ValueError: see `digests`.
             OSError: the file can't be written to.
         """
-        self._path.touch()
+        if not self._path.exists():
+            disk.write_new(self._path, b"", 0o644)
         known = self.digests()
         remark = " ".join(model.split())  # a line break in it would begin a digest
         lines = [f"{program.digest}  {remark} {name}\n" for name, program in programs.items()]

@@ -184,11 +184,6 @@ def describe(entry: PartyEntry, error: BaseException) -> str:
             return details if details.startswith("party") else f"{where}: {details}"
 
 
-def caller_of(call: Call) -> str:
-    """The common name of the caller's certificate."""
-    return call.caller.name
-
-
 def _check(host: Host, caller: Caller | None, name: str, method: Method) -> Caller:
     """Who calls. Refused: not this method, or not at all."""
     cluster = host.cluster
