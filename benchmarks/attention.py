@@ -21,32 +21,32 @@ from harness import Benchmark, Options, Record, figure, record
 from variants import SHARED_RECIPROCAL, Workload
 
 from flaxmpc import secure
-from flaxmpc.nn.attention import ATTENTION, AttentionPart, Keys, grouped_conv
+from flaxmpc.nn.attention import ATTENTION, Attention, scores_of
+from flaxmpc.nn.mask import Mask
+from flaxmpc.nn.product import grouped_conv
 
 HEADS, HEAD_SIZE = 12, 64
 LENGTHS = {"ABY3": (32, 64, 128, 256, 512), "SEMI2K": (32, 64, 128, 256, 512), "CHEETAH": (32,)}
 QUICK = {"ABY3": (4, 8)}
 
 
-def workload(part: AttentionPart, heads: int, length: int) -> Workload:
-    """The part on random (1, head, token, depth): (c, queries, keys, values, mask) -> context."""
+def workload(part: Attention, heads: int, length: int) -> Workload:
+    """The part on random (1, head, token, depth): (scalars, queries, keys, values, mask) -> context."""
     folds = part.score_degree is not None
-    shift = part.initial_shift(heads)
+    scalars = part.fold(part.scalars(heads), heads).scalars
     # c is one more feature of a query where it folds.
-    depth = HEAD_SIZE + (folds and shift is not None)
+    depth = HEAD_SIZE + (folds and "shift" in scalars)
 
-    def context(shift: Any, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys) -> jax.Array:
-        scores = grouped_conv(query, key.swapaxes(-1, -2))
+    def context(scalars: Any, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
         if folds:
-            nothing = None if shift is None else jnp.zeros_like(shift)
-            return grouped_conv(part.numerator(scores, keys, nothing), value)
-        return part.normalise(part.numerator(scores, keys, shift), value, keys, None, grouped_conv)
+            return grouped_conv(part.numerators(scores_of(query, key, product=grouped_conv), mask), value)
+        return part(query, key, value, mask, scalars, product=grouped_conv)
 
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(1, heads, length, size)) for size in (depth, depth, HEAD_SIZE))
     query = query / np.sqrt(depth)
-    keys = jax.device_get(Keys.from_mask(jnp.ones((1, length)), part.score_degree))
-    return Workload(context, jax.device_get(shift), (query, key, value, keys))
+    mask = jax.device_get(Mask.from_tokens(jnp.ones((1, length)), degree=part.score_degree))
+    return Workload(context, jax.device_get(scalars), (query, key, value, mask))
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:

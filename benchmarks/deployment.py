@@ -29,15 +29,13 @@ import jax.numpy as jnp
 import namespaces
 import numpy as np
 import tyro
+from layer_cost import block, lazily
 from parties import MOST_DIFFERENCE, Running, Workload, sentences
 from rich.console import Console
 
 from flaxmpc import secure
-from flaxmpc.convert.fold import fold
 from flaxmpc.models import zoo
-from flaxmpc.models.bert import BertForSequenceClassification, init_params
 from flaxmpc.models.config import preset
-from flaxmpc.models.folded import FoldedLayer
 
 NETWORKS = {"3gbit": secure.Network("3 Gbit/s", 3e9, 0.0), "100mbit": secure.Network("100 Mbit/s", 100e6, 0.0)}
 _MORE_BYTES = 64 << 10  # that a warm request may take, beside the shares of its inputs
@@ -64,16 +62,11 @@ class Options(harness.Options):
 
 def layer(size: str, tokens: int) -> Workload:
     """One folded 2quad_freediv + quad layer with random weights."""
-    # The last layer leaves out what another one needs; so this is the first of two.
-    config = preset(size, num_hidden_layers=2, vocab_size=100, attention="2quad_freediv", hidden_act="quad")
-    params, config = fold(init_params(BertForSequenceClassification(config)), config)
-    module: Any = FoldedLayer(config, 0)
+    config = preset(size, num_hidden_layers=1, vocab_size=100, attention="2quad_freediv", hidden_act="quad")
     hidden = np.random.default_rng(0).normal(size=(1, tokens, config.hidden_size)).astype(np.float32)
-    inputs = (hidden, jax.device_get(config.keys(jnp.ones(hidden.shape[:2]))))
-    weights = params["bert"]["layer_0"]
-
-    def function(params: Any, hidden: jax.Array, keys: Any) -> jax.Array:
-        return module.apply({"params": params}, hidden, keys)
+    inputs = (hidden, jax.device_get(config.mask(jnp.ones(hidden.shape[:2]))))
+    params: Any = jax.jit(block(config).init)(jax.random.key(0), *inputs)["params"]  # pyright: ignore[reportIndexIssue]
+    function, weights = secure.hoist(lazily(config, secure.Config()), params, *inputs, dtype="float64")
 
     expected, cost = secure.jit(function).run(weights, *inputs)
     program = f"1x{tokens}"

@@ -25,7 +25,7 @@ _public = EMBEDDINGS["public"]
 MODES = {
     "public": _public,
     "secret": EMBEDDINGS["secret"],
-    "gather": Embedding("gather", _public.encode, _public.lookup, client_embeds=False, reveals="nothing"),
+    "gather": Embedding("gather", _public.encode, _public.lookup, client_embeds=False),
 }
 
 

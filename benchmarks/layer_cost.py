@@ -20,16 +20,15 @@ from harness import Benchmark, Options, Record, record
 from variants import NEWTON_PARTS, random_params
 
 from flaxmpc import secure
-from flaxmpc.convert.fold import fold
-from flaxmpc.models.bert import BertForSequenceClassification, BertLayer, param_shapes
 from flaxmpc.models.config import BertConfig, preset
-from flaxmpc.models.folded import FoldedLayer
 from flaxmpc.nn.activation import Activation
+from flaxmpc.nn.layers import PostNormBlock
+from flaxmpc.nn.lazy import Lazy
+from flaxmpc.nn.mask import Mask
+from flaxmpc.nn.product import grouped_conv, matmul
 
 # As transformers' Flax models have it.
-JAX_GELU = Activation("gelu_jax", functools.partial(jax.nn.gelu, approximate=False), "jax.nn", needs_distillation=False)
-# The last layer leaves out what another one needs; so it is the first of two.
-_LAYERS = 2
+JAX_GELU = Activation("gelu_jax", functools.partial(jax.nn.gelu, approximate=False), "jax.nn")
 VARIANTS = {
     "unmodified": {"attention": "softmax", "hidden_act": JAX_GELU},
     "exact": {"attention": "softmax", "hidden_act": "gelu"},
@@ -38,20 +37,39 @@ VARIANTS = {
     "2quad_freediv_newton": {
         "attention": "2quad_freediv",
         "hidden_act": "quad",
-        "layer_norm": [NEWTON_PARTS] * _LAYERS,
+        "layer_norm": [NEWTON_PARTS],
     },
 }
-# Run as `fold` returns them.
+# Run on a lazy state.
 FOLDED = ("2quad_freediv_folded", "2quad_freediv_newton")
 
 
-def layer_function(config: BertConfig) -> Callable[..., jax.Array]:
-    """One layer as a function of (params, hidden (batch, token, hidden), keys)."""
-    if config.folded:
-        layer: Any = FoldedLayer(config, 0)
-        return lambda params, u, keys: layer.apply({"params": params}, u, keys)
-    layer: Any = BertLayer(config, 0)
-    return lambda params, hidden, keys: layer.apply({"params": params}, hidden, keys, deterministic=True)[0]
+def block(config: BertConfig) -> PostNormBlock:
+    """The first layer of a model."""
+    return PostNormBlock(
+        config.attention_of(0),
+        config.hidden_act_of(0),
+        config.layer_norms_of(0),
+        config.num_attention_heads,
+        config.intermediate_size,
+    )
+
+
+def as_written(config: BertConfig) -> Callable[..., jax.Array]:
+    """A layer as a function of (params, hidden (batch, token, hidden), mask)."""
+    return lambda params, hidden, mask: block(config).apply({"params": params}, hidden, mask)[0]  # pyright: ignore[reportIndexIssue, reportReturnType]
+
+
+def lazily(config: BertConfig, protocol: secure.Config) -> Callable[..., jax.Array]:
+    """The same on a lazy state, to the array that the state after it holds."""
+    product = grouped_conv if protocol.grouped_products else matmul
+
+    def layer(params: Any, hidden: jax.Array, mask: Mask) -> jax.Array:
+        before = Lazy.held(hidden, mask.unit, product)
+        after: Any = block(config).apply({"params": params}, before, mask, into=before.unit)
+        return after[0].arrays[0]
+
+    return layer
 
 
 @dataclasses.dataclass
@@ -64,16 +82,19 @@ class Layer:
 
     def __post_init__(self):
         size = "tiny" if self.quick else "base"
-        config = preset(size, num_hidden_layers=_LAYERS, vocab_size=100, **VARIANTS[self.variant])
-        params = random_params(param_shapes(BertForSequenceClassification(config)))
-        if self.variant in FOLDED:
-            params, config = fold(params, config)
-            config = dataclasses.replace(config, grouped_heads=self.parties.config.grouped_products)
+        config = preset(size, num_hidden_layers=1, vocab_size=100, **VARIANTS[self.variant])
         tokens = 4 if self.quick else 128
         hidden = np.random.default_rng(0).normal(size=(1, tokens, config.hidden_size)).astype(np.float32)
-        self.inputs = hidden, jax.device_get(config.keys(jnp.ones(hidden.shape[:2])))
-        self.weights = self.parties.put(params["bert"]["layer_0"])
-        self.run = secure.jit(layer_function(config), parties=self.parties).run
+        mask = jax.device_get(config.mask(jnp.ones(hidden.shape[:2])))
+        shapes = jax.eval_shape(block(config).init, jax.random.key(0), hidden, mask)["params"]  # pyright: ignore[reportIndexIssue]
+        weights = random_params(shapes)
+        function, self.inputs = as_written(config), (hidden, mask)
+        if self.variant in FOLDED:
+            function, weights = secure.hoist(
+                lazily(config, self.parties.config), weights, *self.inputs, dtype="float64"
+            )
+        self.weights = self.parties.put(weights)
+        self.run = secure.jit(function, parties=self.parties).run
         self.opened = False
 
     def measure(self, warm: bool) -> Record:

@@ -17,7 +17,9 @@ from variants import AFTER_ATTENTION, AFTER_FEED_FORWARD, Workload
 
 from flaxmpc import secure
 from flaxmpc.nn.activation import ACTIVATIONS
-from flaxmpc.nn.normalization import EXACT, InverseSqrt, LayerNorm, square_mean_by_product
+from flaxmpc.nn.layers import Norm
+from flaxmpc.nn.lazy import square_mean_by_product
+from flaxmpc.nn.normalization import EXACT, InverseRoot
 
 NORMALIZATIONS = {
     "layer_norm": EXACT,
@@ -26,9 +28,9 @@ NORMALIZATIONS = {
 }
 
 
-def layer_norm(part: InverseSqrt, hidden: int) -> Workload:
+def layer_norm(part: InverseRoot, hidden: int) -> Workload:
     """As written: (scale and bias, x) -> the normalised x."""
-    module = LayerNorm(part)
+    module = Norm(part)
     weights = {"scale": np.ones(hidden, np.float32), "bias": np.zeros(hidden, np.float32)}
     return Workload(lambda weights, x: module.apply({"params": weights}, x), weights, ())
 
@@ -42,7 +44,7 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     ]
     for name, part in NORMALIZATIONS.items():
         cases.append(("normalisation", name, "as written", hidden, layer_norm(part, hidden)))
-        folded = Workload(lambda _, c, part=part: c * part(square_mean_by_product(c)), None, ())
+        folded = Workload(lambda _, c, part=part: c * part.inverse_root(square_mean_by_product(c)), None, ())
         cases.append(("normalisation", name, "folded", hidden, folded))
     for protocol in ("ABY3", "SEMI2K"):
         parties = secure.InProcess(protocol)

@@ -20,8 +20,8 @@ from variants import AFTER_ATTENTION, AFTER_FEED_FORWARD, Workload
 
 from flaxmpc import secure
 from flaxmpc.nn.activation import ACTIVATIONS
-from flaxmpc.nn.attention import grouped_conv, matmul
-from flaxmpc.nn.normalization import square_mean_by_product
+from flaxmpc.nn.lazy import square_mean_by_product
+from flaxmpc.nn.product import grouped_conv, matmul
 
 
 class Case(NamedTuple):
@@ -84,9 +84,9 @@ def cases(heads: int, size: int, tokens: int) -> Iterator[Case]:
 
     yield Case("inverse square root", "SPU's", False, lambda _, v: jax.lax.rsqrt(v), (row,))
     yield Case("inverse square root", f"Newton, {AFTER_ATTENTION.steps} steps (after attention)", True,
-               lambda _, v: AFTER_ATTENTION(v), (row,))  # fmt: skip
+               lambda _, v: AFTER_ATTENTION.inverse_root(v), (row,))  # fmt: skip
     yield Case("inverse square root", f"Newton, {AFTER_FEED_FORWARD.steps} steps (after feed-forward)", True,
-               lambda _, v: AFTER_FEED_FORWARD(v), (row,))  # fmt: skip
+               lambda _, v: AFTER_FEED_FORWARD.inverse_root(v), (row,))  # fmt: skip
     yield Case("GeLU", "erfc, as JAX has it", False, lambda _, x: jax.nn.gelu(x, approximate=False), (hidden,))
     yield Case("GeLU", "erf", True, lambda _, x: ACTIVATIONS["gelu"](x), (hidden,))
     row_sums = (1, heads, tokens, 1)

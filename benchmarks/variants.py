@@ -10,10 +10,10 @@ import numpy as np
 from flax.core import unfreeze
 
 from flaxmpc import secure
-from flaxmpc.convert.fold import fold
-from flaxmpc.inference import split_at_shares
+from flaxmpc.inference import private
 from flaxmpc.models import zoo
-from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
+from flaxmpc.models.base import param_shapes, without_embeddings
+from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig, preset
 
 
@@ -35,8 +35,8 @@ class Variant:
 
     Attributes:
         attention, hidden_act: see `BertConfig`.
-        folded: run as `fold` returns it, with `NEWTON_PARTS` for its LayerNorms. Else exact LayerNorms, and a batched
-            matmul for the heads' products, as a user writes it.
+        folded: run as `private` returns it, with `NEWTON_PARTS` for its LayerNorms. Else exact LayerNorms, and a
+            batched matmul for the heads' products, as a user writes it.
     """
 
     attention: str
@@ -110,18 +110,34 @@ def random_params(shapes: Any) -> Any:
     return jax.tree.map(fill, shapes)
 
 
+def as_written(model: BertForSequenceClassification) -> Callable[..., jax.Array]:
+    """What a user writes: (params, embeddings or tokens, mask) -> logits, with nothing folded."""
+
+    def from_embeddings(params: Any, embeddings: jax.Array, mask: Any) -> Any:
+        return model.apply({"params": params}, embeddings, mask, method="from_embeddings")
+
+    def from_tokens(params: Any, tokens: tuple[jax.Array, ...], mask: Any) -> Any:
+        embeddings: Any = model.apply({"params": params}, *tokens, attention_mask=mask.tokens, method="embed")
+        return from_embeddings(params, embeddings, mask)
+
+    return from_embeddings if model.config.embedding.client_embeds else from_tokens
+
+
 def ours(config: BertConfig, *, folded: bool, batch: int, tokens: int) -> Workload:
     """A classifier of this package as it is served: the client's part is done, the head is included."""
-    params = random_params(param_shapes(BertForSequenceClassification(config)))
-    if folded:
-        params, config = fold(params, config)
+    config = dataclasses.replace(config, num_texts=1)  # else the types of pairs are shared too
     model = BertForSequenceClassification(config)
-    function, client, weights = split_at_shares(model, params)
+    params = random_params(param_shapes(model))
+    if folded:
+        _, client, function, weights = private(model, params, secure.Config())
+    else:
+        client, weights = without_embeddings(model, params) if config.embedding.client_embeds else ({}, params)
+        function = as_written(model)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, tokens), np.int32)
     shared: Any = (config.embedding.encode(jnp.asarray(ids), config.vocab_size),)
     if client:
         shared = jax.jit(model.apply, static_argnames="method")({"params": client}, *shared, method="embed")
-    return Workload(function, weights, jax.device_get((shared, config.keys(jnp.ones((batch, tokens))))))
+    return Workload(function, weights, jax.device_get((shared, config.mask(jnp.ones((batch, tokens))))))
 
 
 def flax_bert(config: BertConfig, *, client_embeds: bool, batch: int, tokens: int) -> Workload:

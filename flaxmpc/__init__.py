@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flaxmpc import nn, secure
-    from flaxmpc.convert.fold import fold
+    from flaxmpc.inference import private
+    from flaxmpc.models.base import init_params
     from flaxmpc.models.bert import (
         ARCHITECTURES,
         BertForMaskedLM,
         BertForQuestionAnswering,
         BertForSequenceClassification,
         BertForTokenClassification,
-        BertModel,
-        init_params,
     )
     from flaxmpc.models.config import PRESETS, BertConfig, preset
     from flaxmpc.models.folder import LoadedModel, load, load_pretrained, save
@@ -32,20 +31,19 @@ __all__ = [
     "BertForQuestionAnswering",
     "BertForSequenceClassification",
     "BertForTokenClassification",
-    "BertModel",
     "LoadedModel",
-    "fold",
     "init_params",
     "load",
     "load_pretrained",
     "nn",
     "preset",
+    "private",
     "save",
     "secure",
 ]
 
 # The modules whose names are public here, and those that are public themselves.
-_HOMES = ("models.config", "models.bert", "models.folder", "convert.fold")
+_HOMES = ("models.config", "models.base", "models.bert", "models.folder", "inference")
 _MODULES = ("nn", "secure")
 
 

@@ -15,7 +15,7 @@ from flaxmpc.answers import Inference, Prediction, head, predict
 from flaxmpc.convert.data import Encoded, Text, encode
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
-from flaxmpc.nn.attention import Keys
+from flaxmpc.nn.mask import Mask
 
 # A text is padded to the first of these that holds it, see `Client.bucket`.
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -74,9 +74,9 @@ class Client:
         """What a client needs of a model.
 
         Args:
-            model: as it runs on shares (folded).
+            model: whose texts they are.
             tokenizer: see `flaxmpc.models.folder.load_tokenizer`.
-            params: the embedding's, if the client embeds; see `split_at_shares`.
+            params: the embedding's, if the client embeds; see `flaxmpc.inference.private`.
             lengths: that texts are padded to; by default `buckets`.
 
         Raises:
@@ -167,8 +167,8 @@ class Client:
                 types[row, : len(tokens)] = encoded.token_type_ids[place]
         return Run(places, ids, mask, None if encoded.token_type_ids is None else types)
 
-    def share(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> tuple[Any, Keys]:
-        """The client's part: what of its texts becomes secret shares (embeddings or one-hot tokens, and keys).
+    def share(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> tuple[Any, Mask]:
+        """The client's part: what of its texts becomes secret shares (embeddings or one-hot tokens, and the mask).
 
         Args:
             ids, mask: (row, token).
@@ -184,7 +184,7 @@ class Client:
         tokens: Any = self._tokens(ids, types)
         if self.config.embedding.client_embeds:
             tokens = self._embed({"params": self.client_params}, *tokens, attention_mask=jnp.asarray(mask))
-        return jax.device_get((tokens, self.config.keys(jnp.asarray(mask))))
+        return jax.device_get((tokens, self.config.mask(jnp.asarray(mask))))
 
     def _tokens(self, ids: np.ndarray, types: np.ndarray | None = None) -> tuple[jax.Array, ...]:
         """What enters the embedding's lookups: of the words, and of the types where there are any."""

@@ -1,21 +1,24 @@
 """Texts classified on secret shares: where the models meet the secure runtime."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flaxmpc import secure
 from flaxmpc.client import Classifier, Client, Run, limit
 from flaxmpc.convert.data import Text
-from flaxmpc.convert.fold import fold, fold_config
 from flaxmpc.models import folder as folders
-from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
-from flaxmpc.nn.attention import Keys
-from flaxmpc.nn.normalization import square_mean_by_product
+from flaxmpc.models.base import defer, param_shapes, without_embeddings
+from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.models.config import BertConfig
+from flaxmpc.nn.lazy import Lazy, square_mean_by_product
+from flaxmpc.nn.mask import Mask
+from flaxmpc.nn.normalization import InverseRoot
+from flaxmpc.nn.product import grouped_conv, matmul
 
 # Tokens of a run, padding included: memory grows with them.
 _RUN_TOKENS = 1024
@@ -29,51 +32,71 @@ class Logits(NamedTuple):
     cost: secure.Cost
 
 
-def split_at_shares(model: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """What the client computes, and what runs on shares: (`secure_function`, client's params, secret params).
+class Private(NamedTuple):
+    """A model in two: what its client computes, and what runs on shares.
 
-    With a client-side embedding the client keeps its table; else it has nothing.
-    """
-    if not model.config.embedding.client_embeds:
-        return secure_function(model), {}, params
-    encoder = {name: dict(tree) if name == "bert" else tree for name, tree in params.items()}
-    table = encoder["bert"].pop("embeddings")
-    return secure_function(model), {"bert": {"embeddings": table}}, encoder
-
-
-def secure_function(model: Any, method: Any = "from_embeddings") -> Callable[..., Any]:
-    """What runs on shares: (secret params, what the client shares, keys) -> what `method` gives, the head's output.
-
-    With a client-side embedding the client shares embeddings, else one-hot tokens.
+    Attributes:
+        model: as it was trained; its `embed` is the client's where the embedding is public.
+        client_params: the embedding's, where the client embeds; else nothing.
+        function: (weights, what the client shares, mask) -> what was asked for, the logits.
+        weights: numpy arrays, secret; jax.ShapeDtypeStruct where the parameters are.
     """
 
-    def from_embeddings(params: dict[str, Any], embeddings: jax.Array, keys: Keys) -> Any:
-        return model.apply({"params": params}, embeddings, keys, method=method)
-
-    def from_tokens(params: dict[str, Any], tokens: tuple[jax.Array, ...], keys: Keys) -> Any:
-        embeddings = model.apply({"params": params}, *tokens, attention_mask=keys.mask, method="embed")
-        return from_embeddings(params, embeddings, keys)
-
-    return from_embeddings if model.config.embedding.client_embeds else from_tokens
+    model: Any
+    client_params: dict[str, Any]
+    function: secure.Hoisted
+    weights: list[Any]
 
 
-def logits_and_size(model: Any, embeddings: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array]:
-    """A method of a folded sequence classifier for `secure_function`: its logits, and the size of what they read.
+def private(model: Any, params: dict[str, Any], config: secure.Config, method: Any = "from_embeddings") -> Private:
+    """Folds a model: it runs on a lazy state, and what depends on weights alone is computed here, in float64.
+
+    With a public embedding the client shares embeddings (batch, token, hidden), else one-hot tokens.
+
+    Args:
+        model, params: a trained model; with jax.ShapeDtypeStruct leaves, what its programs are compiled from.
+        config: of the parties: a protocol computes many small products one by one or grouped.
+        method: of the model, from a lazy state of the embeddings and the mask to the output.
+    """
+    bert: BertConfig = model.config
+    embeds = bert.embedding.client_embeds
+    product = grouped_conv if config.grouped_products else matmul
+    client_params, secret_params = without_embeddings(model, params) if embeds else ({}, params)
+
+    def on_shares(params: dict[str, Any], shared: Any, mask: Mask) -> Any:
+        if not embeds:
+            # A state with a unit is 0 at padding.
+            needed = mask.tokens if bert.score_degree is None else None
+            shared = model.apply({"params": params}, *shared, attention_mask=needed, method="embed")
+        return model.apply({"params": params}, defer(bert, shared, mask, product), mask, method=method)
+
+    function, weights = secure.hoist(on_shares, secret_params, *_example(bert), dtype="float64")
+    return Private(model, client_params, function, weights)
+
+
+def _example(config: BertConfig) -> tuple[Any, Mask]:
+    """What a client shares of a text, as shapes."""
+    shape = (1, min(2, config.longest))
+    mask = jax.eval_shape(config.mask, jax.ShapeDtypeStruct(shape, np.int32))
+    if config.embedding.client_embeds:
+        return jax.ShapeDtypeStruct((*shape, config.hidden_size), np.float32), mask
+    sizes = [config.vocab_size] if config.num_texts == 1 else [config.vocab_size, config.type_vocab_size]
+    ids = jax.ShapeDtypeStruct(shape, np.int32)
+    return tuple(jax.eval_shape(lambda ids, n=n: config.embedding.encode(ids, n), ids) for n in sizes), mask
+
+
+def logits_and_size(model: Any, embeddings: Lazy, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    """A method of a sequence classifier for `private`: its logits, and the size of what they read.
 
     Fixed point has no NaN: where a model diverges, what is opened looks like any other logits. But its last LayerNorm
-    then leaves a state whose size (text,) is not 1 but thousands. It is one number a text, opened to its client.
+    then leaves a state whose size (text,) is not 1 but thousands. It is one number a text, opened to its client. What
+    divides by no deviation does not diverge, and has no size: 1.
     """
-    hidden, _ = model.bert.from_embeddings(embeddings, keys)
-    return model.head(hidden, deterministic=True), square_mean_by_product(hidden[:, 0])[:, 0]
-
-
-class _Folded(NamedTuple):
-    """A classifier as it runs on shares; see `split_at_shares` for what follows the model."""
-
-    model: BertForSequenceClassification
-    function: Any
-    client_params: dict[str, Any]
-    secret_params: dict[str, Any]
+    hidden: Lazy = model.encoder.encode(embeddings, mask).hidden
+    (state,) = hidden.arrays
+    *_, last = model.config.layer_norms_of(model.config.num_hidden_layers - 1)
+    size = square_mean_by_product(state[:, 0])[:, 0]
+    return model.head(hidden, True), size if isinstance(last, InverseRoot) else jnp.ones_like(size)
 
 
 def sequence_classifier(model: Any, folder: Path) -> BertForSequenceClassification:
@@ -83,25 +106,23 @@ def sequence_classifier(model: Any, folder: Path) -> BertForSequenceClassificati
     return model
 
 
-def _folded(loaded: folders.LoadedModel, *, grouped_heads: bool = True) -> _Folded:
+def _private(loaded: folders.LoadedModel, config: secure.Config) -> Private:
     """ValueError: the model is no sequence classifier."""
-    params, config = fold(loaded.params, sequence_classifier(loaded.model, loaded.folder).config)
-    model = BertForSequenceClassification(dataclasses.replace(config, grouped_heads=grouped_heads))
-    return _Folded(model, *split_at_shares(model, params))
+    return private(sequence_classifier(loaded.model, loaded.folder), loaded.params, config)
 
 
 def plan(
-    trained: BertForSequenceClassification, *, grouped_heads: bool
-) -> tuple[BertForSequenceClassification, dict[str, Any], secure.Planned]:
-    """What programs are compiled for where a model's weights are not at hand.
+    model: BertForSequenceClassification, config: secure.Config
+) -> tuple[secure.Hoisted, dict[str, Any], secure.Planned]:
+    """What programs are compiled from where a model's weights are not at hand.
 
     Returns:
-        The model as it runs on shares, zeros in place of the client's params, and what its weights will be.
+        What runs on shares, which gives `logits_and_size`; zeros in place of the client's params; and what its weights
+        will be.
     """
-    model = BertForSequenceClassification(dataclasses.replace(fold_config(trained.config), grouped_heads=grouped_heads))
-    _, client_params, secret_params = split_at_shares(model, param_shapes(model))
+    _, client_params, function, weights = private(model, param_shapes(model), config, logits_and_size)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), client_params)
-    return model, zeros, secure.Planned(secret_params)
+    return function, zeros, secure.Planned(weights)
 
 
 def check(
@@ -114,8 +135,7 @@ def check(
     Raises:
         ValueError: see `Client.encode` and `secure.check`; or the model is no sequence classifier.
     """
-    model, _, client_params, _ = _folded(loaded)
-    client = Client(model, loaded.tokenizer, client_params)
+    client = Client(sequence_classifier(loaded.model, loaded.folder), loaded.tokenizer, {})
     encoded = client.encode(texts)
     runs = (client.run(encoded, [place], 1) for place in range(len(texts)))
     return check_encoded(
@@ -135,23 +155,24 @@ def check_encoded(
     Raises:
         ValueError: see `secure.check`; or the model is no sequence classifier.
     """
-    model, function, client_params, secret_params = _folded(loaded)
+    model, client_params, function, weights = _private(loaded, secure.Config())
     client = Client(model, loaded.tokenizer, client_params)
-    secret_params = jax.device_put(secret_params)
-    inputs = ((secret_params, *client.share(*run)) for run in runs)
+    weights = jax.device_put(weights)
+    inputs = ((weights, *client.share(*run)) for run in runs)
     return secure.check(function, inputs, ring=ring, fraction_bits=fraction_bits)
 
 
 class SecureClassifier(Classifier):
-    """A sequence classifier whose folded form runs on secret shares; its weights stay resident between calls.
+    """A sequence classifier that runs on secret shares; its weights stay resident between calls.
 
     Attributes:
+        model: as it was trained.
         function: what runs on shares: (weights, *what the client shares) -> logits.
         weights: resident.
     """
 
     def __init__(self, loaded: folders.LoadedModel, parties: secure.Parties):
-        """Folds the model and shares its weights.
+        """Folds the model and shares its weights, see `private`.
 
         Args:
             loaded: see `flaxmpc.models.folder.load`.
@@ -160,15 +181,12 @@ class SecureClassifier(Classifier):
         Raises:
             ValueError: the model is no sequence classifier, or its logits have no meaning.
         """
-        self.model, function, client_params, secret_params = _folded(
-            loaded, grouped_heads=parties.config.grouped_products
-        )
-        self.plain, self.plain_params, tokenizer, _ = loaded
-        super().__init__(self.model, tokenizer, client_params)
-        self.function = function
-        self._secure = secure.jit(function, parties=parties)
-        self.weights = parties.put(secret_params)
-        self._apply = jax.jit(self.plain.apply)
+        self.model, client_params, self.function, weights = _private(loaded, parties.config)
+        super().__init__(self.model, loaded.tokenizer, client_params)
+        self._params = loaded.params
+        self._secure = secure.jit(self.function, parties=parties)
+        self.weights = parties.put(weights)
+        self._apply = jax.jit(self.model.apply)
 
     @classmethod
     def from_folder(cls, folder: str | Path, parties: secure.Parties) -> "SecureClassifier":
@@ -185,7 +203,7 @@ class SecureClassifier(Classifier):
         """The logits of encoded texts or pairs, see `share`; those in the clear are of the model as trained."""
         secret, cost = self._secure.run(self.weights, *self.share(ids, mask, types))
         words, *kinds = self._tokens(ids, types)
-        return Logits(secret, np.asarray(self._apply({"params": self.plain_params}, words, mask, *kinds)), cost)
+        return Logits(secret, np.asarray(self._apply({"params": self._params}, words, mask, *kinds)), cost)
 
     def estimate(self, num_tokens: int, batch_size: int) -> secure.Cost:
         """What classifying `batch_size` texts of up to `num_tokens` tokens in one run costs; measured on zeros.

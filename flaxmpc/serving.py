@@ -18,9 +18,10 @@ from flaxmpc.answers import Inference
 from flaxmpc.client import Classifier, Client, Run, buckets, limit
 from flaxmpc.convert.data import Text
 from flaxmpc.errors import brief
-from flaxmpc.inference import SecureClassifier, logits_and_size, plan, secure_function, sequence_classifier
+from flaxmpc.inference import SecureClassifier, plan, sequence_classifier
 from flaxmpc.models import folder as folders
-from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
+from flaxmpc.models.base import param_shapes, without_embeddings
+from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.models.tokenizer import save_tokenizer
@@ -108,8 +109,8 @@ def approve(
     folder = Path(folder)
     trained = sequence_classifier(folders.read_model(folder), folder)
     sizes = _sizes(trained.config, lengths, batches)
-    model, client_params, weights = plan(trained, grouped_heads=cluster.config.grouped_products)
-    programs = _programs(Client(model, None, client_params), model, weights, cluster, sizes)
+    function, client_params, weights = plan(trained, cluster.config)
+    programs = _programs(Client(trained, None, client_params), function, weights, cluster, sizes)
     approved.add(name or folder.resolve().name, programs)
     return programs
 
@@ -129,13 +130,12 @@ def _sizes(config: BertConfig, lengths: Sequence[int] | None, batches: Sequence[
 
 def _programs(
     client: Client,
-    model: BertForSequenceClassification,
+    function: secure.Hoisted,
     weights: secure.Planned,
     cluster: ClusterFile,
     sizes: Sequence[tuple[int, int]],
 ) -> dict[str, m.Program]:
-    """The programs of a folded model, by the sizes of what the client shares."""
-    function = secure_function(model, logits_and_size)
+    """A model's programs, by the sizes of what the client shares."""
     programs = {}
     for batch, length in sizes:
         ids = np.zeros((batch, length), np.int32)
@@ -200,8 +200,8 @@ class _Bundle(NamedTuple):
                 model = BertForSequenceClassification(BertConfig.from_folder(folder))
                 params: dict[str, Any] = {}
                 if model.config.embedding.client_embeds:
-                    shapes = {"bert": {"embeddings": param_shapes(model)["bert"]["embeddings"]}}
-                    params = read_params(folder / _TABLE, shapes)
+                    table, _ = without_embeddings(model, param_shapes(model))
+                    params = read_params(folder / _TABLE, table)
                 return cls(model, params, folders.load_tokenizer(folder))
             except (ValueError, OSError) as error:
                 reason = " ".join(str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "it").split())

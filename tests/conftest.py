@@ -74,7 +74,8 @@ def write_classifier():
 
     def write(folder: Path, **changes) -> Path:
         from flaxmpc.models import folder as folders
-        from flaxmpc.models.bert import BertForSequenceClassification, init_params
+        from flaxmpc.models.base import init_params
+        from flaxmpc.models.bert import BertForSequenceClassification
         from flaxmpc.models.config import BertConfig
 
         (folder / "source").mkdir(parents=True)

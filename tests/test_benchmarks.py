@@ -25,7 +25,7 @@ SCRIPTS = {
         "lan_ratio",
         "wan_ratio",
     },
-    "attention": {"variant", "num_tokens"},
+    "attention": {"variant", "num_tokens", "shared_reciprocal", "error"},
     "parts": {"variant", "kind", "form"},
     "steps": {"step", "variant", "kept"},
     "scaling": {"axis", "value", "bytes_sent_total_exponent", "bytes_polynomial"},

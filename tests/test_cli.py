@@ -565,7 +565,7 @@ def test_a_model_that_is_no_sequence_classifier(refused, model):
 
 
 def test_what_spu_cannot_run(refused, model, monkeypatch):
-    monkeypatch.setitem(ACTIVATIONS._parts, "cbrt", Activation("cbrt", jnp.cbrt, "none", False))
+    monkeypatch.setitem(ACTIVATIONS._parts, "cbrt", Activation("cbrt", jnp.cbrt, "none"))
     change_config(model, hidden_act="cbrt")
     message = refused("infer", "good", "--model", model, *REF2K)
     assert re.match(r"SPU cannot compute cbrt \(\w+\.py:\d+\): SPU has no such operation$", message)

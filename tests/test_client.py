@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flaxmpc.client import Client, TextError, buckets
-from flaxmpc.inference import split_at_shares
 from flaxmpc.models import folder as folders
+from flaxmpc.models.base import without_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def client_of(write_classifier, tmp_path_factory):
 
     def make(*, lengths=None, **changes):
         model = type(loaded.model)(dataclasses.replace(loaded.model.config, **changes))
-        return Client(model, loaded.tokenizer, split_at_shares(model, loaded.params)[1], lengths)
+        return Client(model, loaded.tokenizer, without_embeddings(model, loaded.params)[0], lengths)
 
     return make
 
@@ -141,7 +141,7 @@ def test_the_wrong_form_is_refused(client_of, num_texts, texts, place, reason):
 
 def test_a_model_without_a_second_type_takes_no_pairs(client_of, write_classifier, tmp_path):
     loaded = folders.load(write_classifier(tmp_path, num_hidden_layers=1, type_vocab_size=1))
-    client = Client(loaded.model, loaded.tokenizer, split_at_shares(loaded.model, loaded.params)[1])
+    client = Client(loaded.model, loaded.tokenizer, without_embeddings(loaded.model, loaded.params)[0])
     run = client.run(client.encode([("good", "bad")]), [0], 1)
     with pytest.raises(ValueError, match="token_type_ids 0 to 1: the model has 0 to 0"):
         client.share(run.ids, run.mask, run.types)

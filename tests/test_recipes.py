@@ -18,7 +18,7 @@ from flaxmpc.convert.conversion import Conversion, FineTuning
 from flaxmpc.convert.data import movie_sentences
 from flaxmpc.convert.fit import Schedule
 from flaxmpc.models import folder as folders
-from flaxmpc.models.bert import init_params
+from flaxmpc.models.base import init_params
 
 TRAIN = Path(__file__).parent.parent / "train"
 

@@ -1,1 +1,1 @@
-"""Replace, distil, fold."""
+"""Replace, distil, evaluate."""

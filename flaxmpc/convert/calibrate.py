@@ -10,48 +10,52 @@ import numpy as np
 
 from flaxmpc.convert.data import Batch
 from flaxmpc.convert.finetune import apply_with_states
+from flaxmpc.models.base import Intermediates
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.params import flatten, unflatten
-from flaxmpc.nn.attention import Keys
+from flaxmpc.nn.attention import Calibrated
 from flaxmpc.nn.normalization import EXACT, Clipped, Ranged
 
-Ranges = Mapping[str, tuple[float, float]]
-"""The lowest and the highest variance that a LayerNorm is to meet, by its path."""
+Place = tuple[int, int]
+"""Where a LayerNorm stands: its layer, and 0 for after attention, 1 for after the feed-forward."""
 
-LAYER_NORMS = ("attention_layer_norm", "output_layer_norm")
+Ranges = Mapping[Place, tuple[float, float]]
+"""The lowest and the highest variance that a LayerNorm is to meet, by its place."""
 
 
 def calibrate_attention(
     student: BertForSequenceClassification, params: Mapping[str, Any], batch: Batch
 ) -> dict[str, Any]:
-    """Sets every constant normaliser r_h from a batch, layer after layer, since each changes what the next one sees.
+    """Sets the attention parts' scalars from a batch, such as each constant normaliser r_h.
 
-    Where a variant says which offset a row's scores should have (`Attention.row_offset`: exponentials without a
-    maximum), the keys' bias is moved first: q_i . b is added to all scores of row i, which softmax does not see, so
-    b is free, and its least-squares fit to the offsets does most of what the row sum did.
+    Layer after layer, since each changes what the next one sees.
+
+    Where a part says which offset a row's scores should have (`Calibrated.row_offset`: exponentials without a maximum),
+    the keys' bias is moved first: q_i . b is added to all scores of row i, which softmax does not see, so b is free,
+    and its least-squares fit to the offsets does most of what the row sum did.
     """
     flat = flatten(jax.tree.map(jnp.asarray, dict(params)))
     used = Batch(*(array[batch.row_mask > 0] for array in batch))
-    keys = Keys.from_mask(jnp.asarray(used.attention_mask))
     config = student.config
+    mask = config.mask(jnp.asarray(used.attention_mask))
 
     for layer in range(config.num_hidden_layers):
-        path = f"bert/layer_{layer}/attention"
+        path = f"{student.base_model_prefix}/layer_{layer}/attention"
         part = config.attention_of(layer)
-        if part.initial_scale(config.num_attention_heads) is None:
+        if not isinstance(part, Calibrated):
             continue
         _, states = apply_with_states(student)(unflatten(flat), used)
-        offset = part.row_offset(states.scores[layer], keys)
+        offset = part.row_offset(states.scores[layer], mask)
         if offset is not None:
             hidden = (states.embeddings, *states.hidden_states)[layer]
             query = hidden @ flat[f"{path}/query/kernel"] + flat[f"{path}/query/bias"]
-            bias = _key_bias(np.asarray(query), np.asarray(offset), np.asarray(keys.mask), config)
+            bias = _key_bias(np.asarray(query), np.asarray(offset), np.asarray(mask.tokens), config)
             flat[f"{path}/key/bias"] = flat[f"{path}/key/bias"] + bias
             _, states = apply_with_states(student)(unflatten(flat), used)
-        scale = part.calibrated_scale(states.scores[layer], keys, flat.get(f"{path}/shift"))
-        if scale is not None:
-            flat[f"{path}/scale"] = scale
+        scalars = {name: flat[f"{path}/{name}"] for name in part.scalars(config.num_attention_heads)}
+        found = part.calibrated(states.scores[layer], mask, scalars)
+        flat |= {f"{path}/{name}": scalar for name, scalar in found.items()}
     return unflatten(jax.device_get(flat))
 
 
@@ -71,63 +75,62 @@ def _key_bias(query: np.ndarray, offset: np.ndarray, mask: np.ndarray, config: B
 
 def variances(
     model: BertForSequenceClassification, params: Mapping[str, Any], batches: Iterable[Batch]
-) -> dict[str, np.ndarray]:
-    """All variances (token,) that every LayerNorm of the layers meets, by its path."""
+) -> dict[Place, np.ndarray]:
+    """All variances (token,) that every LayerNorm of the layers meets, by its place."""
 
     @jax.jit
-    def collect(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        _, collected = model.apply(
-            {"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids, mutable=["statistics"]
-        )
-        return variances_in(collected["statistics"])
+    def collect(params: Any, batch: Batch) -> dict[Place, jax.Array]:
+        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        return variances_in(model.apply({"params": params}, *inputs, method="outputs").intermediates)  # pyright: ignore[reportAttributeAccessIssue]
 
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[Place, list[np.ndarray]] = {}
     for batch in batches:
         tokens = (batch.attention_mask * batch.row_mask[:, None]) > 0
-        for path, values in collect(params, batch).items():
-            found.setdefault(path, []).append(np.asarray(values)[tokens][:, 0])
-    return {path: np.concatenate(values) for path, values in found.items()}
+        for place, values in collect(params, batch).items():
+            found.setdefault(place, []).append(np.asarray(values)[tokens][:, 0])
+    return {place: np.concatenate(values) for place, values in found.items()}
 
 
-def variances_in(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """The variances (batch, token, 1) of the layers' LayerNorms by their paths, from what they sowed."""
+def variances_in(intermediates: Intermediates) -> dict[Place, Any]:
+    """The variances (batch, token, 1) of the layers' LayerNorms by their places."""
     return {
-        path.removesuffix("/variance"): values[0]
-        for path, values in flatten(statistics).items()
-        if path.startswith("bert/layer_")
+        (layer, place): values
+        for layer, of_layer in enumerate(intermediates.variances)
+        for place, values in enumerate(of_layer)
     }
 
 
-def ranges(seen: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+def ranges(seen: Mapping[Place, np.ndarray]) -> dict[Place, tuple[float, float]]:
     """The range that each LayerNorm's variances are to stay in: those seen, cut to a third and eight times the median.
 
     The cut is what outlier tokens of a fine-tuned BERT exceed, by up to a thousand times; see `losses.range_loss`.
     """
     found = {}
-    for path, values in seen.items():
+    for place, values in seen.items():
         middle = float(np.median(values))
-        found[path] = max(float(values.min()), middle / 3.0), min(float(values.max()), middle * 8.0)
+        found[place] = max(float(values.min()), middle / 3.0), min(float(values.max()), middle * 8.0)
     return found
 
 
 def with_newton(
-    config: BertConfig, seen: Mapping[str, np.ndarray], held_out: Mapping[str, np.ndarray], part: Ranged
+    config: BertConfig, seen: Mapping[Place, np.ndarray], held_out: Mapping[Place, np.ndarray], part: Ranged
 ) -> BertConfig:
     """The config with every LayerNorm calibrated on the variances seen.
 
     An error of 1 % at the ends of the range is what the last stage learns to live with: it trains the steps themselves.
     A LayerNorm that is calibrated already stays as it is where its range holds all variances. It is the exact one where
     they are too wide, or where those of sentences that were not trained on leave the range: there, others will too.
+    What is neither exact nor calibrated stays.
 
     Args:
         config: the student's.
-        seen: the variances (token,) of each LayerNorm by its path, of the training sentences.
+        seen: the variances (token,) of each LayerNorm by its place, of the training sentences.
         held_out: those of the validation sentences.
         part: whose `calibrated` gives each LayerNorm's.
     """
 
     def fitted(own: Any, seen: np.ndarray, held_out: np.ndarray) -> Any:
-        if own != EXACT and _holds(own, seen) and _holds(own, held_out):
+        if own != EXACT and not (isinstance(own, Ranged) and not (_holds(own, seen) and _holds(own, held_out))):
             return own
         try:
             found = part.calibrated(seen, margin=1.25, tolerance=1e-2)
@@ -136,8 +139,7 @@ def with_newton(
         return found if _holds(found, held_out) else EXACT
 
     def change(layer: int, place: int, own: Any) -> Any:
-        path = f"bert/layer_{layer}/{LAYER_NORMS[place]}"
-        return fitted(own, seen[path], held_out[path])
+        return fitted(own, seen[layer, place], held_out[layer, place])
 
     return _with_layer_norms(config, change)
 
@@ -148,7 +150,7 @@ def _holds(part: Ranged, variances: np.ndarray) -> bool:
 
 def for_training(config: BertConfig) -> BertConfig:
     """The same with LayerNorms that do not diverge while training moves the variances: see `Clipped`."""
-    return _with_layer_norms(config, lambda layer, place, own: own if own == EXACT else Clipped(own))
+    return _with_layer_norms(config, lambda layer, place, own: Clipped(own) if isinstance(own, Ranged) else own)
 
 
 def _with_layer_norms(config: BertConfig, change: Callable[[int, int, Any], Any]) -> BertConfig:

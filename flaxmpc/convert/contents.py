@@ -36,7 +36,8 @@ def of_model(loaded: LoadedModel) -> str:
 
 def of_encoder(base: LoadedModel, stored: BertConfig) -> str:
     """The same of a pre-trained encoder, without the fresh head, and with the config of its folder."""
-    return _model({"bert": base.params["bert"]}, stored, base.tokenizer)
+    prefix = base.model.base_model_prefix
+    return _model({prefix: base.params[prefix]}, stored, base.tokenizer)
 
 
 def _model(params: Mapping[str, Any], config: BertConfig, tokenizer: Any) -> str:

@@ -15,7 +15,8 @@ from flaxmpc.convert.calibrate import Ranges, variances_in
 from flaxmpc.convert.data import Batch, Split
 from flaxmpc.convert.finetune import Evaluate, epoch_batches, first_bad_layer, in_order
 from flaxmpc.convert.fit import Schedule, fit
-from flaxmpc.models.bert import BertForSequenceClassification, Intermediates, init_params
+from flaxmpc.models.base import Intermediates, init_params
+from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.params import flatten, unflatten
 
 
@@ -90,11 +91,11 @@ class Teacher:
         @jax.jit
         def apply(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
             inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-            output: Any = model.apply({"params": params}, *inputs, return_intermediates=True)
-            logits, states = output
+            output: Any = model.apply({"params": params}, *inputs, method="outputs")
             if not (with_states or with_scores):
-                return logits, None
-            return logits, states if with_scores else states._replace(scores=())
+                return output.logits, None
+            states = output.intermediates._replace(variances=())
+            return output.logits, states if with_scores else states._replace(scores=())
 
         self._apply = apply
         config = model.config
@@ -175,14 +176,9 @@ def distill(
 
     def loss(params: Mapping[str, Any], targets: Targets, _: jax.Array):
         batch, theirs, their_states = targets
-        (ours, states), collected = student.apply(
-            {"params": params},
-            batch.input_ids,
-            batch.attention_mask,
-            batch.token_type_ids,
-            return_intermediates=True,
-            mutable=["statistics"],
-        )
+        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        output: Any = student.apply({"params": params}, *inputs, method="outputs")
+        ours, states = output
         rows: Any = batch.row_mask
         tokens: Any = batch.attention_mask * batch.row_mask[:, None]
         terms = {}
@@ -195,7 +191,7 @@ def distill(
         if stage.label_weight:
             terms["label_loss"] = stage.label_weight, losses.label_loss(ours, jnp.asarray(batch.label), rows)
         if stage.range_weight and ranges:
-            found = variances_in(collected["statistics"])
+            found = variances_in(states)
             terms["range_loss"] = stage.range_weight, losses.range_loss(found, ranges, tokens)
         total = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
         return total, {name: value for name, (_, value) in terms.items()}

@@ -94,8 +94,9 @@ def first_bad_layer(model: BertForSequenceClassification) -> Callable[[Mapping[s
             if not np.isfinite(leaf).all():
                 return f"the parameter {path}"
         logits, states = apply_with_states(model)(params, batch)
-        outputs = {"bert/embeddings": states.embeddings}
-        outputs |= {f"bert/layer_{i}": hidden for i, hidden in enumerate(states.hidden_states)}
+        prefix = model.base_model_prefix
+        outputs = {f"{prefix}/embeddings": states.embeddings}
+        outputs |= {f"{prefix}/layer_{i}": hidden for i, hidden in enumerate(states.hidden_states)}
         outputs["classifier"] = logits
         rows = batch.row_mask > 0
         for path, output in outputs.items():
@@ -112,7 +113,7 @@ def first_bad_layer(model: BertForSequenceClassification) -> Callable[[Mapping[s
 def _with_states(model: Any) -> Callable[..., Any]:
     def apply(params: Any, batch: Batch) -> Any:
         inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        return model.apply({"params": params}, *inputs, return_intermediates=True)
+        return model.apply({"params": params}, *inputs, method="outputs")
 
     return jax.jit(apply)
 

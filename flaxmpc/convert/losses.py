@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from flaxmpc.models.bert import Intermediates
+from flaxmpc.models.base import Intermediates
 
 
 def _masked_mean(values: Any, mask: Array) -> Array:
@@ -64,7 +64,7 @@ def score_loss(student: Intermediates, teacher: Intermediates, token_mask: Float
 
 
 def range_loss(
-    variances: Mapping[str, Array], ranges: Mapping[str, tuple[float, float]], token_mask: Float[Array, "batch token"]
+    variances: Mapping[Any, Array], ranges: Mapping[Any, tuple[float, float]], token_mask: Float[Array, "batch token"]
 ) -> Array:
     """How far a LayerNorm's variances lie outside their range: the mean of the squared distance in log, summed.
 

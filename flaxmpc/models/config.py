@@ -11,10 +11,11 @@ from jax import Array
 
 from flaxmpc import files
 from flaxmpc.errors import brief, unknown
-from flaxmpc.nn.activation import ACTIVATIONS, Activation
-from flaxmpc.nn.attention import ATTENTION, AttentionPart, Keys, PerHead, common
+from flaxmpc.nn.activation import ACTIVATIONS, ActivationPart
+from flaxmpc.nn.attention import ATTENTION, AttentionPart, PerHead, common_degree
 from flaxmpc.nn.embedding import EMBEDDINGS
-from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, InverseSqrt
+from flaxmpc.nn.mask import Mask
+from flaxmpc.nn.normalization import NORMALIZATIONS, Normalization
 
 # HF's names for activations that have another name here.
 _HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -43,7 +44,6 @@ _BELOW = {
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 1.0),
     **dict.fromkeys(("initializer_range", "layer_norm_eps"), math.inf),
 }
-_FLAGS = ("folded", "grouped_heads")
 _MAY_BE_NONE = ("classifier_dropout", "model_max_length")
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -93,8 +93,6 @@ def _check(field: str, value: Any) -> None:
         right, allowed = isinstance(number, int) and low <= number <= high, f"a whole number in {low}..{high}"
     elif field in _BELOW:
         right, allowed = 0 <= number < _BELOW[field], f"a number from 0 to below {_BELOW[field]:g}"
-    elif field in _FLAGS:
-        right, allowed = isinstance(value, bool), "true or false"
     elif field == "id2label":
         names = isinstance(value, (tuple, list)) and value and all(isinstance(name, str) for name in value)
         right, allowed = bool(names), "a tuple of names, one for each label"
@@ -151,9 +149,6 @@ class BertConfig:
         hidden_act: see `flaxmpc.nn.activation.ACTIVATIONS`.
         layer_norm: see `flaxmpc.nn.normalization.NORMALIZATIONS`.
         embedding: see `flaxmpc.nn.embedding.EMBEDDINGS`.
-        folded: whether the parameters are those that `flaxmpc.convert.fold` returns.
-        grouped_heads: whether a folded model computes the products of its heads as one grouped convolution, which takes
-            fewer rounds on shares, and in some protocols more bytes.
 
     Raises:
         ValueError: an unknown field or part (the message lists the known ones), a value that the field cannot have, a
@@ -181,8 +176,6 @@ class BertConfig:
     attention: Any = "softmax"
     layer_norm: Any = "layer_norm"
     embedding: Any = "public"
-    folded: bool = False
-    grouped_heads: bool = True
 
     def __new__(cls, *values: Any, **fields: Any) -> "BertConfig":
         known = cls.__dataclass_fields__
@@ -258,10 +251,10 @@ class BertConfig:
     def attention_of(self, layer: int) -> AttentionPart:
         return self.attention[layer] if isinstance(self.attention, tuple) else self.attention
 
-    def hidden_act_of(self, layer: int) -> Activation:
+    def hidden_act_of(self, layer: int) -> ActivationPart:
         return self.hidden_act[layer] if isinstance(self.hidden_act, tuple) else self.hidden_act
 
-    def layer_norms_of(self, layer: int) -> tuple[InverseSqrt, InverseSqrt]:
+    def layer_norms_of(self, layer: int) -> tuple[Normalization, Normalization]:
         """After attention, after the feed-forward."""
         part = self.layer_norm[layer] if isinstance(self.layer_norm, tuple) else self.layer_norm
         return part if isinstance(part, tuple) else (part, part)
@@ -269,22 +262,11 @@ class BertConfig:
     @property
     def score_degree(self) -> int | None:
         """The degree that the numerators of all layers have, so that mask and 1/n fold into the state; or None."""
-        return common({self.attention_of(layer).score_degree for layer in range(self.num_hidden_layers)})
+        return common_degree([self.attention_of(layer) for layer in range(self.num_hidden_layers)])
 
-    @property
-    def state_degree(self) -> int | None:
-        """The same of a folded model, whose state they then scale; None where it is not folded."""
-        return self.score_degree if self.folded else None
-
-    @property
-    def fills_padding(self) -> bool:
-        """Whether padding may not be left as it is (see `BertModel.embed`): a scaled state has zeros there already."""
-        layers = range(self.num_hidden_layers)
-        return self.state_degree is None and any(part != EXACT for i in layers for part in self.layer_norms_of(i))
-
-    def keys(self, attention_mask: Array) -> Keys:
-        """What the client sends of HF's attention_mask (batch, token) to a model of this config."""
-        return Keys.from_mask(attention_mask, self.state_degree)
+    def mask(self, attention_mask: Array) -> Mask:
+        """What the client makes of HF's attention_mask (batch, token) for a model of this config."""
+        return Mask.from_tokens(attention_mask, degree=self.score_degree)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "BertConfig":

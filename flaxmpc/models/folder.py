@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from flaxmpc import files
 from flaxmpc.errors import brief, unknown
-from flaxmpc.models.bert import ARCHITECTURES, BertForSequenceClassification, init_params, param_shapes
+from flaxmpc.models.base import init_params, param_shapes
+from flaxmpc.models.bert import ARCHITECTURES, BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.tokenizer import load_tokenizer, save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
@@ -107,10 +108,8 @@ def save(
 
     Raises:
         FileNotFoundError, ValueError: `tokenizer_from` has no tokenizer that can be read, see `load_tokenizer`.
-        ValueError: the config holds a part that is not registered, or is of a folded model.
+        ValueError: the config holds a part that is not registered.
     """
-    if model.config.folded:
-        raise ValueError("a folded model is not stored: store the model itself, it is folded when it is loaded to run")
     folder, tokenizer = Path(folder), load_tokenizer(tokenizer_from)
     config = {"architectures": [type(model).__name__], **model.config.to_dict()}
     (folder / "config.json").unlink(missing_ok=True)

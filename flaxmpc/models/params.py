@@ -1,4 +1,4 @@
-"""Parameters by path: {"bert/layer_0/attention/query/kernel": array}, the form that renaming and folding work on."""
+"""Parameters by path: {"bert/layer_0/attention/query/kernel": array}, the form that renaming works on."""
 
 from collections.abc import Mapping
 from typing import Any

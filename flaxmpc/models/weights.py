@@ -23,8 +23,8 @@ _MODULES = [
     (r"bert/embeddings/(word|position|token_type)_embeddings", r"bert.embeddings.\1_embeddings.weight"),
     (r"bert/embeddings/layer_norm/", r"bert.embeddings.LayerNorm."),
     (r"bert/layer_(\d+)/attention/(query|key|value)/", r"bert.encoder.layer.\1.attention.self.\2."),
-    (r"bert/layer_(\d+)/attention/(shift|scale)", r"bert.encoder.layer.\1.attention.self.\2"),
     (r"bert/layer_(\d+)/attention/output/", r"bert.encoder.layer.\1.attention.output.dense."),
+    (r"bert/layer_(\d+)/attention/(\w+)$", r"bert.encoder.layer.\1.attention.self.\2"),  # an attention part's scalars
     (r"bert/layer_(\d+)/attention_layer_norm/", r"bert.encoder.layer.\1.attention.output.LayerNorm."),
     (r"bert/layer_(\d+)/(intermediate|output)/", r"bert.encoder.layer.\1.\2.dense."),
     (r"bert/layer_(\d+)/output_layer_norm/", r"bert.encoder.layer.\1.output.LayerNorm."),
@@ -43,7 +43,7 @@ _WORDS = "bert.embeddings.word_embeddings.weight"
 
 # What is fresh on a pre-trained encoder: the head; and where they are lacking the pooler and an attention's scalars.
 _HEAD = re.compile(r"^(?!bert/)")
-_MAY_LACK = re.compile(r"^bert/pooler/|/attention/(shift|scale)$")
+_MAY_LACK = re.compile(r"^bert/pooler/|/attention/\w+$")
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 

@@ -1,9 +1,12 @@
-"""Pluggable parts: attention, activations, normalisation, embedding."""
+"""Pluggable parts: attention, activations, normalisation, embedding; and the layers that take them."""
 
 from flaxmpc.nn.activation import ACTIVATIONS, Activation
-from flaxmpc.nn.attention import ATTENTION, Attention, Constant, Keys, PerHead, RowSum
+from flaxmpc.nn.attention import ATTENTION, Attention, Constant, PerHead, RowSum
 from flaxmpc.nn.embedding import EMBEDDINGS, Embedding
-from flaxmpc.nn.normalization import NORMALIZATIONS, LayerNorm, Newton
+from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, SelfAttention
+from flaxmpc.nn.lazy import Lazy, Unit
+from flaxmpc.nn.mask import Mask, causal
+from flaxmpc.nn.normalization import NORMALIZATIONS, Exact, Newton
 
 __all__ = [
     "ACTIVATIONS",
@@ -13,10 +16,17 @@ __all__ = [
     "Activation",
     "Attention",
     "Constant",
+    "Dense",
     "Embedding",
-    "Keys",
-    "LayerNorm",
+    "Exact",
+    "Lazy",
+    "Mask",
     "Newton",
+    "Norm",
     "PerHead",
+    "PostNormBlock",
     "RowSum",
+    "SelfAttention",
+    "Unit",
+    "causal",
 ]

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,24 @@ class SquareForm(NamedTuple):
     offset: float
 
 
+@runtime_checkable
+class ActivationPart(Protocol):
+    """What an own activation must have: a name and one call, elementwise on any shape. `Squares` is more."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, x: X) -> X: ...
+
+
+@runtime_checkable
+class Squares(ActivationPart, Protocol):
+    """An activation that may be a square: `square_form`, or None if it is none."""
+
+    @property
+    def square_form(self) -> SquareForm | None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Activation:
     """An activation and what is known of it.
@@ -39,7 +57,6 @@ class Activation:
     Attributes:
         f: elementwise, any shape.
         source: where it was published.
-        needs_distillation: whether a fine-tuned GeLU model loses accuracy when this part replaces its own.
         input_range: inputs on which the secure result is within 0.01 of plaintext (FM64, 18 fraction bits).
         max_gelu_error: largest |f(x) - erf-GeLU(x)| on [-8, 8]; None for what is no approximation of it.
         square_form: see `SquareForm`; None if f is no square.
@@ -48,7 +65,6 @@ class Activation:
     name: str
     f: Callable[[X], X]
     source: str
-    needs_distillation: bool
     input_range: tuple[float, float] = (-8.0, 8.0)
     max_gelu_error: float | None = None
     square_form: SquareForm | None = None
@@ -100,11 +116,6 @@ def silu(x: X) -> X:
 def quad(x: X) -> X:
     """0.125 x^2 + 0.25 x + 0.5 = 0.125 (x + 1)^2 + 0.375. One squaring; folded, nothing more."""
     return 0.125 * x * x + 0.25 * x + 0.5
-
-
-def square(x: X) -> X:
-    """x^2: what `quad` is after folding. One squaring."""
-    return x * x
 
 
 def gelu_puma(x: X) -> X:
@@ -200,9 +211,9 @@ def gelu_nimbus(x: X) -> X:
     return _pieces((~(low ^ high), high), quadratic - 0.006946478426716862, x)
 
 
-ACTIVATIONS: Registry[Activation] = Registry(
+ACTIVATIONS: Registry[Any] = Registry(
     "activation",
-    Activation,
+    ActivationPart,
     # HF has several names, and forms of code, for one function.
     also={
         **dict.fromkeys(
@@ -213,35 +224,21 @@ ACTIVATIONS: Registry[Activation] = Registry(
     },
 )
 
-ACTIVATIONS.register(Activation("gelu", gelu_erf, "exact", needs_distillation=False, max_gelu_error=0.0))
-ACTIVATIONS.register(Activation("gelu_tanh", gelu_tanh, "exact", False, input_range=(-7.0, 7.0), max_gelu_error=0.0005))
-ACTIVATIONS.register(Activation("relu", relu, "exact", needs_distillation=True))
-ACTIVATIONS.register(Activation("silu", silu, "exact", needs_distillation=True))
+ACTIVATIONS.register(Activation("gelu", gelu_erf, "exact", max_gelu_error=0.0))
+ACTIVATIONS.register(Activation("gelu_tanh", gelu_tanh, "exact", input_range=(-7.0, 7.0), max_gelu_error=0.0005))
+ACTIVATIONS.register(Activation("relu", relu, "exact"))
+ACTIVATIONS.register(Activation("silu", silu, "exact"))
 ACTIVATIONS.register(
     Activation(
         "quad",
         quad,
         "MPCFormer, arXiv 2211.01452 (the one it trains with)",
-        needs_distillation=True,
         square_form=SquareForm(math.sqrt(0.125), math.sqrt(0.125), 0.375),
     )
 )
-ACTIVATIONS.register(Activation("square", square, "quad, folded", True, square_form=SquareForm(1.0, 0.0, 0.0)))
-ACTIVATIONS.register(
-    Activation("gelu_puma", gelu_puma, "PUMA, arXiv 2307.12533", needs_distillation=False, max_gelu_error=0.020)
-)
-ACTIVATIONS.register(
-    Activation(
-        "gelu_bumblebee", gelu_bumblebee, "BumbleBee, NDSS 2025", needs_distillation=False, max_gelu_error=0.0053
-    )
-)
-ACTIVATIONS.register(
-    Activation("gelu_bolt", gelu_bolt, "BOLT, IEEE S&P 2024", needs_distillation=False, max_gelu_error=0.0094)
-)
-ACTIVATIONS.register(
-    Activation("gelu_secformer", gelu_secformer, "SecFormer, ACL Findings 2024", False, max_gelu_error=0.020)
-)
-ACTIVATIONS.register(Activation("gelu_shaft", gelu_shaft, "SHAFT, NDSS 2025", False, max_gelu_error=0.0045))
-ACTIVATIONS.register(
-    Activation("gelu_nimbus", gelu_nimbus, "Nimbus, NeurIPS 2024", needs_distillation=True, max_gelu_error=0.17)
-)
+ACTIVATIONS.register(Activation("gelu_puma", gelu_puma, "PUMA, arXiv 2307.12533", max_gelu_error=0.020))
+ACTIVATIONS.register(Activation("gelu_bumblebee", gelu_bumblebee, "BumbleBee, NDSS 2025", max_gelu_error=0.0053))
+ACTIVATIONS.register(Activation("gelu_bolt", gelu_bolt, "BOLT, IEEE S&P 2024", max_gelu_error=0.0094))
+ACTIVATIONS.register(Activation("gelu_secformer", gelu_secformer, "SecFormer, ACL Findings 2024", max_gelu_error=0.020))
+ACTIVATIONS.register(Activation("gelu_shaft", gelu_shaft, "SHAFT, NDSS 2025", max_gelu_error=0.0045))
+ACTIVATIONS.register(Activation("gelu_nimbus", gelu_nimbus, "Nimbus, NeurIPS 2024", max_gelu_error=0.17))

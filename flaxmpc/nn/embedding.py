@@ -41,14 +41,12 @@ class Embedding:
         encode: (input_ids (batch, token), vocab_size) -> what enters `lookup`.
         lookup: (table (vocab, hidden), encoded) -> (batch, token, hidden).
         client_embeds: the client runs the whole embedding, LayerNorm included, and shares its result.
-        reveals: what this mode makes public beyond shapes.
     """
 
     name: str
     encode: Callable[[Int[Array, "batch token"], int], Array]
     lookup: Callable[[Float[Array, "vocab hidden"], Array], Float[Array, "batch token hidden"]]
     client_embeds: bool
-    reveals: str
 
 
 def _ids(input_ids: Array, vocab_size: int) -> Array:
@@ -71,8 +69,6 @@ EMBEDDINGS: Registry[Any] = Registry("embedding", EmbeddingPart)
 
 # The table was frozen while training, so it is the published pre-trained one: nothing secret is revealed. The client
 # sends tokens x hidden numbers, and the computing parties do nothing.
-public = EMBEDDINGS.register(
-    Embedding("public", _ids, _gather, client_embeds=True, reveals="the embedding weights, to the client")
-)
+public = EMBEDDINGS.register(Embedding("public", _ids, _gather, client_embeds=True))
 # The table is the owner's secret. The client sends one-hot rows (tokens x vocabulary numbers): one product.
-secret = EMBEDDINGS.register(Embedding("secret", _one_hot, _product, client_embeds=False, reveals="nothing"))
+secret = EMBEDDINGS.register(Embedding("secret", _one_hot, _product, client_embeds=False))

@@ -1,43 +1,50 @@
-"""LayerNorm with a pluggable inverse square root: SPU's own, or Newton steps from a start that fits the data."""
+"""Normalisations: LayerNorm with an exact inverse root or Newton steps from a start that fits the data, and others."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flaxmpc.nn.lazy import Unit
 from flaxmpc.nn.parts import Registry
 
-
-class Unit(NamedTuple):
-    """1/u and 1/u^2 of a variance that comes u^2 times too large."""
-
-    inverse: Array
-    inverse_square: Array
+X = Float[Array, "*batch hidden"]
 
 
 @runtime_checkable
-class InverseSqrt(Protocol):
-    """What an own normalisation must have: a name, and `part(v)` = 1 / sqrt(v) for positive variances of any shape.
+class Normalization(Protocol):
+    """What an own normalisation must have: a name and one call, (x, epsilon) -> x normalised over its last axis.
 
-    A folded model asks for more, with factors that broadcast against v: `scale` / sqrt(v); and where v is u^2 times
-    the variance that the part was calibrated for, it says 1/u and 1/u^2 as `unit`.
+    Scale and bias come after it, of the layer. `InverseRoot` is for what divides by a deviation: it folds.
     """
 
     @property
     def name(self) -> str: ...
 
-    def __call__(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array: ...
+    def __call__(self, x: X, epsilon: float) -> X: ...
 
 
 @runtime_checkable
-class Ranged(InverseSqrt, Protocol):
+class InverseRoot(Normalization, Protocol):
+    """x, less its mean where `centres` says so, times 1 / sqrt(its mean square + epsilon).
+
+    `inverse_root(v)` is 1 / sqrt(v) for positive v of any shape. A folded model asks for more, with factors that
+    broadcast against v: `scale` / sqrt(v); and where v comes u^2 times too large, it says 1/u and 1/u^2 as `unit`.
+    """
+
+    @property
+    def centres(self) -> bool: ...
+
+    def inverse_root(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array: ...
+
+
+@runtime_checkable
+class Ranged(InverseRoot, Protocol):
     """A part that is right only for variances on [low, high]: `calibrated` gives the one for those seen in data."""
 
     @property
@@ -51,14 +58,41 @@ class Ranged(InverseSqrt, Protocol):
         ...
 
 
+def centred(x: X) -> X:
+    """x less its mean. At 18 fraction bits 1/384 is off by 0.05 % and 1/768 by 0.1 %, and so is the mean: a row whose
+    mean is beyond some ten standard deviations loses accuracy.
+    """
+    return x - x.mean(-1, keepdims=True)
+
+
+def variance(part: Normalization, x: X) -> Float[Array, "*batch 1"]:
+    """What a normalisation meets: the mean square of x, less its mean unless the part says that it leaves it."""
+    x = x if isinstance(part, InverseRoot) and not part.centres else centred(x)
+    return jnp.square(x).mean(-1, keepdims=True)
+
+
+class _Divides:
+    """The call of an `InverseRoot`. HF's epsilon, 1e-12, is 0 at 18 fraction bits."""
+
+    def __call__(self: Any, x: X, epsilon: float) -> X:
+        x = centred(x) if self.centres else x
+        return x * self.inverse_root(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+
+
 @dataclasses.dataclass(frozen=True)
-class Exact:
-    """1/sqrt(v) as the backend computes it. SPU: 57 rounds a LayerNorm in ABY3, for variances of any size."""
+class Exact(_Divides):
+    """1/sqrt(v) as the backend computes it. SPU: 57 rounds a LayerNorm in ABY3, for variances of any size.
+
+    Attributes:
+        centres: whether the mean is taken away first, as LayerNorm does and RMSNorm does not.
+        f: the inverse root.
+    """
 
     name: str
+    centres: bool = True
     f: Callable[[Array], Array] = jax.lax.rsqrt
 
-    def __call__(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
+    def inverse_root(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
         y = self.f(variance)
         return y if scale is None else y * scale
 
@@ -96,7 +130,7 @@ _LARGEST_STEPS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Newton:
+class Newton(_Divides):
     """1/sqrt(v) by Newton's method in Goldschmidt's coupled form, from a start fitted to the variances seen in data.
 
     y0 = a - b v; g = v y0, h = y0 / 2; each step r = 1/2 - g h, g += g r, h += h r; 1/sqrt(v) = 2 h. One product and
@@ -107,6 +141,8 @@ class Newton:
         low, high: the variances that it is for.
         steps: the number of steps; `relative_error` says what they reach.
     """
+
+    centres = True
 
     name: str = "layer_norm_newton"
     low: float = 0.1
@@ -119,7 +155,7 @@ class Newton:
         if not 1 <= self.steps <= _LARGEST_STEPS:
             raise ValueError(f"layer_norm_newton needs 1 to {_LARGEST_STEPS} steps, not {self.steps}")
 
-    def __call__(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
+    def inverse_root(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
         if unit is not None:
             variance = variance * unit.inverse_square
             scale = unit.inverse if scale is None else scale * unit.inverse
@@ -170,7 +206,7 @@ class Newton:
 
 
 @dataclasses.dataclass(frozen=True)
-class Clipped:
+class Clipped(_Divides):
     """A part for training: a variance outside its range counts as the range's end, where Newton diverges.
 
     Within the range the same function. A comparison, so not for MPC: there the range is to hold what comes.
@@ -182,58 +218,15 @@ class Clipped:
     def name(self) -> str:
         return self.part.name
 
-    def __call__(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
-        return self.part(jnp.clip(variance, self.part.low, self.part.high), scale, unit)
+    @property
+    def centres(self) -> bool:
+        return self.part.centres
+
+    def inverse_root(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
+        return self.part.inverse_root(jnp.clip(variance, self.part.low, self.part.high), scale, unit)
 
 
-NORMALIZATIONS: Registry[Any] = Registry("layer_norm", InverseSqrt)
+NORMALIZATIONS: Registry[Any] = Registry("layer_norm", Normalization)
 EXACT = NORMALIZATIONS.register(Exact("layer_norm"))
 NEWTON = NORMALIZATIONS.register(Newton())
-
-
-def power_of_two(hidden: int) -> int:
-    """The first that is not below `hidden`."""
-    return 1 << (hidden - 1).bit_length()
-
-
-def square_mean_by_product(x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch 1"]:
-    """The sum of the squares over the last axis, divided by `power_of_two(hidden)`.
-
-    It is taken as the diagonal of X X^T where there are fewer rows than columns: a product of matrices sends per
-    element of its result, rows x rows, and truncates once, where the squares are rows x columns elements, each
-    truncated (ABY3, 128 x 768: 0.9 MB for 5.1 MB). And the divisor is one that fixed point knows exactly: at 18
-    fraction bits 1/768 is off by 0.1 %.
-    """
-    hidden = x.shape[-1]
-    rows = math.prod(x.shape[:-1])
-    if rows > hidden:
-        squares = jnp.square(x).sum(-1, keepdims=True)
-    else:
-        flat_RxH = x.reshape(rows, hidden)
-        # A strided slice takes the diagonal without a gather, which jnp would make.
-        squares = jax.lax.slice((flat_RxH @ flat_RxH.T).reshape(-1), (0,), (rows * rows,), (rows + 1,))
-    return squares.reshape(*x.shape[:-1], 1) / power_of_two(hidden)
-
-
-class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis.
-
-    At 18 fraction bits 1/384 is off by 0.05 % and 1/768 by 0.1 %, and so are mean and variance: a row whose mean is
-    beyond some ten standard deviations loses accuracy.
-
-    Attributes:
-        inverse_sqrt: the part, see `NORMALIZATIONS`.
-        epsilon: added to the variance. HF's 1e-12 is 0 at 18 fraction bits.
-    """
-
-    inverse_sqrt: InverseSqrt = EXACT
-    epsilon: float = 1e-12
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        self.sow("statistics", "variance", variance)
-        return centred * self.inverse_sqrt(variance + self.epsilon) * scale + bias
+RMS = NORMALIZATIONS.register(Exact("rms_norm", centres=False))

@@ -13,7 +13,8 @@ P = TypeVar("P")
 class Registry(Mapping[str, P], Generic[P]):
     """The named parts of one kind, such as every published activation.
 
-    A part is a frozen dataclass with a field `name`; `functools.partial`s and plain functions go in a field.
+    A part is an object with a `name`, and what the kind's protocol asks for. It must be hashable: a compiled program
+    holds it. Of a frozen dataclass a config can change fields; `functools.partial`s and plain functions go in a field.
 
     Args:
         kind: for messages.
@@ -34,8 +35,9 @@ class Registry(Mapping[str, P], Generic[P]):
 
         Raises:
             ValueError: the name is taken by another part.
+            TypeError: it is not what the kind asks for.
         """
-        name = part.name  # pyright: ignore[reportAttributeAccessIssue]
+        name = self._own(part).name  # pyright: ignore[reportAttributeAccessIssue]
         if name in self.also or not same(self._parts.get(name, part), part):
             raise ValueError(f"{self.kind} {name!r} is registered already, as another part: give this one its own name")
         self._parts[name] = part
@@ -53,7 +55,7 @@ class Registry(Mapping[str, P], Generic[P]):
         if isinstance(spec, Mapping):
             changes = dict(spec)
             part = self.resolve(changes.pop("name", None))
-            fields = {field.name: None for field in dataclasses.fields(part)}  # pyright: ignore[reportArgumentType]
+            fields = _fields(part)
             for field in changes:
                 if field not in fields:
                     raise unknown(f"field of {self.kind} {spec['name']!r}", field, fields)
@@ -64,10 +66,16 @@ class Registry(Mapping[str, P], Generic[P]):
                         f"one like {brief(getattr(part, field))} is needed"
                     )
             changes = {field: tuple(value) if isinstance(value, list) else value for field, value in changes.items()}
-            return dataclasses.replace(part, **changes)  # pyright: ignore[reportType]
-        if isinstance(spec, self.part_type):
-            return spec
-        raise TypeError(f"{self.kind} must be a name or a {self.part_type.__name__}, not {brief(spec)}")
+            return dataclasses.replace(part, **changes)  # pyright: ignore[reportType, reportArgumentType]
+        return self._own(spec)
+
+    def _own(self, part: Any) -> P:
+        """The part. TypeError: it is none of this kind."""
+        if not isinstance(part, self.part_type) or isinstance(part, type):
+            raise TypeError(f"{self.kind} must be a name or a {self.part_type.__name__}, not {brief(part)}")
+        if type(part).__hash__ is None:
+            raise TypeError(f"{self.kind} {brief(part.name)} cannot be hashed: make its class a frozen dataclass, say")  # pyright: ignore[reportAttributeAccessIssue]
+        return part
 
     def spec(self, part: P) -> str | dict[str, Any]:
         """What `resolve` turns back into the part, ready for JSON: its name, or its name and the changed fields.
@@ -82,11 +90,14 @@ class Registry(Mapping[str, P], Generic[P]):
                 f"{self.kind} {name!r} is not registered, so it cannot be written to a config; register it"
             )
         known = self._parts[name]
+        if type(part) is not type(known) or not _fields(part):
+            if not same(part, known):
+                raise ValueError(f"{self.kind} {name!r} is another part than the registered one: give it an own name")
+            return name
         changes = {
-            field.name: getattr(part, field.name)
-            for field in dataclasses.fields(part)  # pyright: ignore[reportArgumentType]
-            if getattr(part, field.name) != getattr(known, field.name)
-            and not same(getattr(part, field.name), getattr(known, field.name))
+            field: getattr(part, field)
+            for field in _fields(part)
+            if getattr(part, field) != getattr(known, field) and not same(getattr(part, field), getattr(known, field))
         }
         for field, value in changes.items():
             if not isinstance(value, (str, int, float, tuple, type(None))):
@@ -110,6 +121,11 @@ class Registry(Mapping[str, P], Generic[P]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+def _fields(part: Any) -> tuple[str, ...]:
+    """The names of a part's fields; none for what is no dataclass."""
+    return tuple(field.name for field in dataclasses.fields(part)) if dataclasses.is_dataclass(part) else ()
 
 
 def _alike(known: Any, value: Any) -> bool:

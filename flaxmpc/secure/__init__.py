@@ -8,6 +8,7 @@ from flaxmpc.secure.cache import cache_dir
 from flaxmpc.secure.check import Margins, OverflowRisk, check
 from flaxmpc.secure.cost import Cost, OpCost
 from flaxmpc.secure.deploy.client import Cluster
+from flaxmpc.secure.hoist import Hoisted, hoist
 from flaxmpc.secure.jit import Program, Run, SecureFunction, jit
 from flaxmpc.secure.magnitudes import OpMargin
 from flaxmpc.secure.network import LAN, WAN, Network
@@ -22,6 +23,7 @@ __all__ = [
     "Cluster",
     "Config",
     "Cost",
+    "Hoisted",
     "InProcess",
     "Margins",
     "Network",
@@ -40,5 +42,6 @@ __all__ = [
     "cache_dir",
     "check",
     "get_protocol",
+    "hoist",
     "jit",
 ]

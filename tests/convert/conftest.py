@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from flaxmpc.convert.data import Split
-from flaxmpc.models.bert import BertForSequenceClassification, init_params
+from flaxmpc.models.base import init_params
+from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 
 

@@ -13,11 +13,16 @@ from flaxmpc.convert.data import Batch, Split, batches, encode, movie_sentences
 from flaxmpc.convert.distill import start_student
 from flaxmpc.convert.finetune import predict
 from flaxmpc.models import folder as folders
-from flaxmpc.models.bert import BertForSequenceClassification, init_params
-from flaxmpc.nn.attention import ATTENTION, Keys
+from flaxmpc.models.base import init_params
+from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.nn.attention import ATTENTION
+from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import EXACT, NEWTON
 
 LENGTHS = (16,)
+
+# Of the LayerNorms of two layers.
+PLACES = [(layer, place) for layer in range(2) for place in range(2)]
 
 
 def model_of(tiny, **changes) -> BertForSequenceClassification:
@@ -32,7 +37,7 @@ def first_batch(split: Split, batch_size: int = 64) -> Batch:
 def log_row_means(model, params, batch: Batch) -> list[np.ndarray]:
     """The log of the mean of e^s over the keys of every token's row, (row, head), by layer."""
     inputs = (jnp.asarray(batch.input_ids), jnp.asarray(batch.attention_mask))
-    _, states = jax.jit(lambda params: model.apply({"params": params}, *inputs, return_intermediates=True))(params)
+    _, states = jax.jit(lambda params: model.apply({"params": params}, *inputs, method="outputs"))(params)
     mask = np.asarray(batch.attention_mask)
     found = []
     for scores in states.scores:
@@ -73,31 +78,31 @@ def test_softmax_does_not_see_the_keys_bias(tiny, toy_split):
 
 @pytest.mark.parametrize("name", ["softmax", "2quad", "2quad_freediv", "scaling"])
 def test_only_exponentials_without_a_row_sum_move_their_scores(name):
-    assert ATTENTION[name].row_offset(jnp.zeros((1, 2, 3, 3)), Keys.from_mask(jnp.ones((1, 3)))) is None
+    assert ATTENTION[name].row_offset(jnp.zeros((1, 2, 3, 3)), Mask.from_tokens(jnp.ones((1, 3)))) is None
 
 
 def test_variances_are_those_of_every_token_and_no_padding(tiny, toy_split):
     model = model_of(tiny)
     params = init_params(model, seed=1)
     seen = calibrate.variances(model, params, batches(toy_split, batch_size=7, lengths=LENGTHS))
-    assert set(seen) == {f"bert/layer_{i}/{name}" for i in range(2) for name in calibrate.LAYER_NORMS}
+    assert set(seen) == set(PLACES)
     tokens = sum(map(len, toy_split.input_ids))
     assert all(values.shape == (tokens,) and (values > 0).all() for values in seen.values())
     alone = calibrate.variances(model, params, batches(toy_split[:1], batch_size=1, lengths=LENGTHS))
-    for path, values in alone.items():
-        assert all(np.isclose(seen[path], value, rtol=1e-4).any() for value in values)
+    for place, values in alone.items():
+        assert all(np.isclose(seen[place], value, rtol=1e-4).any() for value in values)
 
 
 def test_ranges_are_cut_around_the_median():
-    seen = {"wide": np.array([0.01, 1.0, 1.0, 1.0, 500.0]), "narrow": np.array([0.8, 1.0, 1.5])}
+    seen = {(0, 0): np.array([0.01, 1.0, 1.0, 1.0, 500.0]), (0, 1): np.array([0.8, 1.0, 1.5])}
     found = calibrate.ranges(seen)
-    assert found == {"wide": (pytest.approx(1 / 3), 8.0), "narrow": (0.8, 1.5)}
+    assert found == {(0, 0): (pytest.approx(1 / 3), 8.0), (0, 1): (0.8, 1.5)}
 
 
 def test_newton_where_the_variances_allow_it(tiny):
     config = model_of(tiny).config
-    seen = {f"bert/layer_{i}/{name}": np.array([0.2, 1.0, 3.0]) for i in range(2) for name in calibrate.LAYER_NORMS}
-    seen["bert/layer_1/output_layer_norm"] = np.array([1e-3, 1.0, 1e4])
+    seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
+    seen[1, 1] = np.array([1e-3, 1.0, 1e4])
     fitted = calibrate.with_newton(config, seen, seen, NEWTON)
     first, second = fitted.layer_norms_of(0)
     assert first == second
@@ -110,10 +115,10 @@ def test_newton_where_the_variances_allow_it(tiny):
 
 def test_a_range_that_holds_the_variances_is_kept_and_another_is_found_anew(tiny):
     config = model_of(tiny).config
-    seen = {f"bert/layer_{i}/{name}": np.array([0.2, 1.0, 3.0]) for i in range(2) for name in calibrate.LAYER_NORMS}
+    seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
     before: Any = calibrate.with_newton(config, seen, seen, NEWTON)
-    seen["bert/layer_0/output_layer_norm"] = np.array([0.3, 2.0])
-    seen["bert/layer_1/attention_layer_norm"] = np.array([0.2, 6.0])
+    seen[0, 1] = np.array([0.3, 2.0])
+    seen[1, 0] = np.array([0.2, 6.0])
     after: Any = calibrate.with_newton(before, seen, seen, NEWTON)
     assert after.layer_norms_of(0) == before.layer_norms_of(0)
     assert after.layer_norms_of(1)[1] == before.layer_norms_of(1)[1]
@@ -123,8 +128,8 @@ def test_a_range_that_holds_the_variances_is_kept_and_another_is_found_anew(tiny
 @pytest.mark.parametrize("far", [0.1, 4.0])
 def test_a_layer_norm_is_exact_where_sentences_not_trained_on_leave_its_range(far, tiny):
     config = model_of(tiny).config
-    seen = {f"bert/layer_{i}/{name}": np.array([0.2, 1.0, 3.0]) for i in range(2) for name in calibrate.LAYER_NORMS}
-    held_out = {**seen, "bert/layer_1/attention_layer_norm": np.array([far, 1.0])}
+    seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
+    held_out = {**seen, (1, 0): np.array([far, 1.0])}
     calibrated = calibrate.with_newton(config, seen, seen, NEWTON)
     for start in (config, calibrated):
         found = calibrate.with_newton(start, seen, held_out, NEWTON)
@@ -165,7 +170,7 @@ def batch_of(rows: int) -> Batch:
 def scores_of(model, params, batch):
     @jax.jit
     def compute(params):
-        return model.apply({"params": params}, jnp.array(batch[0]), jnp.array(batch[1]), return_intermediates=True)
+        return model.apply({"params": params}, jnp.array(batch[0]), jnp.array(batch[1]), method="outputs")
 
     return [np.asarray(scores, np.float64) for scores in compute(params)[1].scores]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flaxmpc.convert import losses
-from flaxmpc.models.bert import Intermediates
+from flaxmpc.models.base import Intermediates
 
 RNG = np.random.default_rng(0)
 LOGITS, TEACHER = jnp.asarray(RNG.normal(0, 3, (2, 5, 3)), jnp.float32)
@@ -20,7 +20,7 @@ def log_softmax(x):
 def states(seed: int) -> Intermediates:
     rng = np.random.default_rng(seed)
     embeddings, *hidden = jnp.asarray(rng.normal(size=(3, 2, 4, 6)), jnp.float32)
-    return Intermediates(embeddings, tuple(hidden), ())
+    return Intermediates(embeddings, tuple(hidden), (), ())
 
 
 def changed(array, where):

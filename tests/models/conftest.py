@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from flaxmpc.models.bert import param_shapes
+from flaxmpc.models.base import param_shapes
 
 
 @pytest.fixture(scope="session")

@@ -18,22 +18,19 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from flaxmpc.models import folder as folders
+from flaxmpc.models.base import init_params, num_params, param_shapes
 from flaxmpc.models.bert import (
     ARCHITECTURES,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
-    BertModel,
-    init_params,
-    num_params,
-    param_shapes,
 )
 from flaxmpc.models.config import PRESETS, BertConfig
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.models.weights import read_params
 from flaxmpc.nn.activation import ACTIVATIONS
-from flaxmpc.nn.attention import ATTENTION, Keys
+from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.embedding import EMBEDDINGS
 from flaxmpc.nn.normalization import NORMALIZATIONS, Newton
 
@@ -74,7 +71,9 @@ def inputs(config, lengths=LENGTHS, seed=0):
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name, count):
-    assert num_params(BertModel(PRESETS[name])) == count
+    config = PRESETS[name]
+    head = config.num_labels * (config.hidden_size + 1)
+    assert num_params(BertForSequenceClassification(config)) - head == count
 
 
 def test_fresh_parameters_are_small_and_do_not_repeat():
@@ -131,7 +130,7 @@ def case(config, architecture, minilm):
 def ours(config, architecture, minilm):
     """Output, embeddings and hidden states, and attention weights."""
     model, params, (ids, mask, types) = case(config, architecture, minilm)
-    apply = jax.jit(functools.partial(model.apply, return_intermediates=True))
+    apply = jax.jit(functools.partial(model.apply, method="outputs"))
     output, intermediates = apply({"params": params}, ids, mask, types)
     minus_infinity = jnp.where(mask, 0.0, -jnp.inf)[:, None, None, :]
     return {
@@ -253,24 +252,41 @@ def test_shapes_of_outputs_and_intermediates(tiny):
     assert set(shapes) == set(ARCHITECTURES.values())
     for architecture, shape in shapes.items():
         model, variables = tiny(architecture)
-        output, intermediates = model.apply(variables, ids, mask, types, return_intermediates=True)
+        output, intermediates = model.apply(variables, ids, mask, types, method="outputs")
         assert output.shape == shape
         assert intermediates.embeddings.shape == (3, 7, 16)
         assert [state.shape for state in intermediates.hidden_states] == [(3, 7, 16)] * 2
         assert [scores.shape for scores in intermediates.scores] == [(3, 2, 7, 7)] * 2
+        assert [[one.shape for one in layer] for layer in intermediates.variances] == [[(3, 7, 1)] * 2] * 2
         np.testing.assert_array_equal(model.apply(variables, ids, mask, types), output)
 
 
-def test_model_gives_the_last_state_and_the_pooled_first_token(tiny):
-    ids, mask, types = inputs(TINY)
-    _, variables = tiny()
-    variables = {"params": variables["params"]["bert"]}
-    given: Any = BertModel(TINY).apply(variables, ids, mask, types)
-    hidden, pooled, intermediates = given
-    np.testing.assert_array_equal(hidden, intermediates.hidden_states[-1])
-    pooler = variables["params"]["pooler"]
-    np.testing.assert_allclose(pooled, np.tanh(hidden[:, 0] @ pooler["kernel"] + pooler["bias"]), atol=1e-5)
-    assert BertModel(TINY, add_pooling_layer=False).apply(variables, ids)[1] is None
+def test_the_head_reads_the_last_state_and_the_pooled_first_token(tiny):
+    model, variables = tiny()
+    output, intermediates = run(model, variables, *inputs(TINY), method="outputs")
+    params = variables["params"]
+    pooler, classifier = params["bert"]["pooler"], params["classifier"]
+    pooled = np.tanh(intermediates.hidden_states[-1][:, 0] @ pooler["kernel"] + pooler["bias"])
+    np.testing.assert_allclose(output, pooled @ classifier["kernel"] + classifier["bias"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_init_gives_parameters_and_nothing_else(name):
+    model = ARCHITECTURES[name](TINY)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((2, 3), jnp.int32)))
+    assert set(variables) == {"params"}
+
+
+def test_types_of_numbers_are_as_flax_has_them():
+    model = BertForSequenceClassification(TINY, dtype=jnp.bfloat16, param_dtype=jnp.float16)
+    variables: Any = jax.jit(model.init)(jax.random.key(0), *inputs(TINY))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float16")}
+    outputs: Any = jax.jit(functools.partial(model.apply, method="outputs"))(variables, *inputs(TINY))
+    assert outputs.logits.dtype == jnp.bfloat16
+    assert {state.dtype for state in outputs.intermediates.hidden_states} == {jnp.dtype("bfloat16")}
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
+    exact = run(BertForSequenceClassification(TINY), wide, *inputs(TINY))
+    np.testing.assert_allclose(outputs.logits.astype(jnp.float32), exact, atol=0.02)
 
 
 def test_compiled_and_interpreted_are_equal(tiny):
@@ -294,14 +310,14 @@ def test_the_halves_make_the_whole(tiny):
     model, variables = tiny()
     ids, mask, types = inputs(TINY)
     embeddings = model.apply(variables, ids, types, method="embed")
-    output = model.apply(variables, embeddings, Keys.from_mask(mask), method="from_embeddings")
+    output = model.apply(variables, embeddings, model.config.mask(mask), method="from_embeddings")
     np.testing.assert_array_equal(output, model.apply(variables, ids, mask, types))
 
 
 def test_without_mask_every_token_counts_and_without_types_all_are_of_type_0(tiny):
     model, variables = tiny()
     ids, mask, types = inputs(TINY, lengths=(5, 5))
-    np.testing.assert_array_equal(model.apply(variables, ids), model.apply(variables, ids, mask, 0 * types))
+    np.testing.assert_allclose(model.apply(variables, ids), model.apply(variables, ids, mask, 0 * types), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
@@ -357,14 +373,11 @@ def test_padding_stays_in_the_ranges_that_tokens_have(attention, tiny):
     model, variables = tiny(attention=attention)
     table = variables["params"]["bert"]["embeddings"]["word_embeddings"]
     variables["params"]["bert"]["embeddings"]["word_embeddings"] = table.at[0].set(100.0 * table[0])
-    exact, collected = model.apply(variables, ids, mask, types, mutable=["statistics"])
-    layers: Any = collected["statistics"]["bert"]
-    names = ("attention_layer_norm", "output_layer_norm")
-    seen = [[np.asarray(layers[f"layer_{i}"][name]["variance"][0])[mask > 0] for name in names] for i in range(2)]
+    exact, intermediates = run(model, variables, ids, mask, types, method="outputs")
+    seen = [[np.asarray(one)[mask > 0] for one in layer] for layer in intermediates.variances]
     newton = [tuple(Newton().calibrated(one, margin=1.01, tolerance=1e-4) for one in layer) for layer in seen]
     model = BertForSequenceClassification(dataclasses.replace(model.config, layer_norm=newton))
-    given: Any = model.apply(variables, ids, mask, types, return_intermediates=True)
-    logits, intermediates = given
+    logits, intermediates = run(model, variables, ids, mask, types, method="outputs")
     np.testing.assert_allclose(logits, exact, atol=1e-3)
     for states in intermediates.hidden_states:
         np.testing.assert_allclose(states[1, 6:], jnp.broadcast_to(states[1, 0], (3, 16)), atol=1e-4)
@@ -404,7 +417,7 @@ def test_a_list_changes_the_layer_that_it_names_and_no_other(field, part, tiny):
     def states(**changes):
         model = BertForSequenceClassification(dataclasses.replace(TINY, **changes))
         given = inputs(TINY, lengths=(7, 7, 7))  # what padding holds depends on the LayerNorms of all layers
-        return run(model, variables, *given, return_intermediates=True)[1].hidden_states
+        return run(model, variables, *given, method="outputs").intermediates.hidden_states
 
     neither = states()
     second, first = states(**{field: [usual, part]}), states(**{field: [part, usual]})
@@ -419,7 +432,7 @@ def test_heads_are_mixed_in_their_order(tiny):
 
     def first_state(attention):
         model = BertForSequenceClassification(dataclasses.replace(TINY, attention=[attention] * 2))
-        return np.asarray(run(model, variables, *inputs(TINY), return_intermediates=True)[1].hidden_states[0])
+        return np.asarray(run(model, variables, *inputs(TINY), method="outputs").intermediates.hidden_states[0])
 
     mix = first_state(["softmax", "2quad_freediv"])
     assert np.abs(mix - first_state(["2quad_freediv", "softmax"])).max() > 1e-3
@@ -432,12 +445,12 @@ def test_a_pair_of_layer_norms_is_after_attention_and_after_the_feed_forward(tin
 
         name = "nothing"
 
-        def __call__(self, variance):
-            return 0.0 * variance
+        def __call__(self, x, epsilon):
+            return 0.0 * x
 
     for pair in (("layer_norm", Nothing()), (Nothing(), "layer_norm")):
         model, variables = tiny(layer_norm=[pair, "layer_norm"])
-        first = run(model, variables, *inputs(TINY), return_intermediates=True)[1].hidden_states[0]
+        first = run(model, variables, *inputs(TINY), method="outputs").intermediates.hidden_states[0]
         bias = variables["params"]["bert"]["layer_0"]["output_layer_norm"]["bias"]
         assert np.array_equal(first, np.broadcast_to(bias, first.shape)) == (pair[0] == "layer_norm")
         assert np.ptp(first, axis=(0, 1)).max() < 1e-6  # either way every token becomes the same

@@ -152,7 +152,6 @@ def test_labels_are_read_as_transformers_reads_them(fields):
         ),
         ({"hidden_act": {"name": "gelu", "f": 3}}, "f of activation 'gelu' is 3; one like"),
         ({"attention": {"name": "2quad", "shift": [1, 2]}}, r"shift of attention '2quad' is \[1, 2\]; one like 5"),
-        ({"folded": "yes"}, "folded 'yes' is not true or false"),
         ({"problem_type": "ranking"}, "unknown problem_type 'ranking'"),
     ],
     ids=str,
@@ -260,7 +259,6 @@ def test_a_config_survives_json():
         embedding="secret",
         id2label=("a", "b", "c"),
         classifier_dropout=0.2,
-        folded=True,
     )
     assert written_and_read(config) == config
     assert config.to_dict()["id2label"] == {"0": "a", "1": "b", "2": "c"}

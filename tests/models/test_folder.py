@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flaxmpc.models import folder as folders
-from flaxmpc.models.bert import ARCHITECTURES, BertForMaskedLM, BertForSequenceClassification, init_params
+from flaxmpc.models.base import init_params
+from flaxmpc.models.bert import ARCHITECTURES, BertForMaskedLM, BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.params import flatten
 from flaxmpc.models.tokenizer import FILES

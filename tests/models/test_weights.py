@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flaxmpc.models.bert import ARCHITECTURES, BertForMaskedLM, BertForSequenceClassification, param_shapes
+from flaxmpc.models.base import param_shapes
+from flaxmpc.models.bert import ARCHITECTURES, BertForMaskedLM, BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.params import flatten
 from flaxmpc.models.weights import WeightsError, hf_name, read_params, write_params

@@ -1,6 +1,7 @@
 """Formulas are written here on their own, from the papers: float64, one row at a time."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
-from flaxmpc.nn.attention import ATTENTION, Constant, Keys, PerHead, RowSum, grouped_conv, matmul
+from flaxmpc.nn.attention import ATTENTION, Constant, PerHead, RowSum, folded, scalars_of
+from flaxmpc.nn.mask import Mask, causal
+from flaxmpc.nn.product import grouped_conv, matmul
 
 BATCH, HEADS, TOKENS, DEPTH = 2, 3, 8, 4
 LENGTHS = (8, 5)
@@ -87,8 +90,9 @@ def formula(part, scores, value, mask, shift, scale):
 # -------------------------------------------------------------------------------------------------------- inputs
 
 
-def score_range(part):
-    ranges = [own.score_range for own in (part.parts if isinstance(part, PerHead) else (part,))]
+def score_range(part: Any):
+    parts: Any = part.parts if isinstance(part, PerHead) else (part,)
+    ranges = [own.score_range for own in parts]
     return max(low for low, _ in ranges), min(high for _, high in ranges)
 
 
@@ -109,25 +113,24 @@ def inputs(part, *, lengths=LENGTHS, tokens=TOKENS, seed=0):
 
 
 def scalars(part, shift=SHIFT, scale=SCALE):
-    """The trainable scalars, None where the part has none."""
-    return (
-        None if part.initial_shift(HEADS) is None else jnp.asarray(shift, jnp.float32),
-        None if part.initial_scale(HEADS) is None else jnp.asarray(scale, jnp.float32),
-    )
+    """The trainable scalars that the part has."""
+    values = {"shift": shift, "scale": scale}
+    return {name: jnp.asarray(values[name], jnp.float32) for name in scalars_of(part, HEADS)}
 
 
 def layer(part, product=matmul):
-    """What a layer runs on its scores."""
+    """The part on scores, which come as the bias of queries and keys that are 0."""
 
-    def run(scores, value, keys, shift, scale):
-        return part.normalise(part.numerator(scores, keys, shift), value, keys, scale, product)
+    def run(scores, value, mask, scalars, dropout=None):
+        nothing = jnp.zeros((*value.shape[:3], 1)), jnp.zeros((*scores.shape[:3], 1))
+        return part(nothing[1], nothing[0], value, mask, scalars, bias=scores, product=product, dropout=dropout)
 
     return run
 
 
-def apply(part, scores, value, mask, shift, scale, product=matmul):
-    keys = Keys.from_mask(jnp.asarray(mask))
-    return np.asarray(layer(part, product)(jnp.asarray(scores), jnp.asarray(value), keys, shift, scale))
+def apply(part, scores, value, mask, scalars, product=matmul):
+    mask = Mask.from_tokens(jnp.asarray(mask))
+    return np.asarray(layer(part, product)(jnp.asarray(scores), jnp.asarray(value), mask, scalars))
 
 
 def close(ours, theirs, tolerance=1e-5):
@@ -149,7 +152,7 @@ def test_every_part_has_a_formula_here():
 def test_values_are_those_of_the_formula(part, product):
     scores, value, mask = inputs(part)
     close(
-        apply(part, scores, value, mask, *scalars(part), product),
+        apply(part, scores, value, mask, scalars(part), product),
         formula(part, scores, value, mask, SHIFT, SCALE),
         2e-5,
     )
@@ -157,20 +160,15 @@ def test_values_are_those_of_the_formula(part, product):
 
 @every_part
 def test_trainable_scalars_start_as_published(part):
-    shift, scale = part.initial_shift(HEADS), part.initial_scale(HEADS)
+    start = scalars_of(part, HEADS)
     parts = part.parts if isinstance(part, PerHead) else (part,) * HEADS
-    if shift is not None:
-        np.testing.assert_array_equal(shift, [5.0 if own.name.startswith("2quad") else 0.0 for own in parts])
-    if scale is not None:
-        np.testing.assert_array_equal(scale, np.ones(HEADS))
-    assert (shift is not None) == any(own.name.startswith("2quad") for own in parts)
-    assert (scale is not None) == any(own.name.endswith(("freediv", "fixed", "scaling")) for own in parts)
-
-
-def test_keys_sum_to_one_and_survive_an_empty_sentence():
-    keys = Keys.from_mask(jnp.array([[1, 1, 1, 0], [0, 0, 0, 0]]))
-    np.testing.assert_allclose(keys.weight, [[1 / 3, 1 / 3, 1 / 3, 0], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(keys.mask, [[1, 1, 1, 0], [0, 0, 0, 0]])
+    shifts = [own.name.startswith("2quad") for own in parts]
+    scales = [own.name.endswith(("freediv", "fixed", "scaling")) for own in parts]
+    assert set(start) == {name for name, has in (("shift", any(shifts)), ("scale", any(scales))) if has}
+    if "shift" in start:
+        np.testing.assert_array_equal(start["shift"], np.where(shifts, 5.0, 0.0))
+    if "scale" in start:
+        np.testing.assert_array_equal(start["scale"], np.where(scales, 1.0, 0.0))
 
 
 def test_products_are_equal():
@@ -187,28 +185,28 @@ def test_padding_changes_nothing(part, product):
     """A batch padded to 8 and, further, to 11 tokens gives what each sentence gives alone."""
     for tokens in (8, 11):
         scores, value, mask = inputs(part, tokens=tokens)
-        padded = apply(part, scores, value, mask, *scalars(part), product)
+        padded = apply(part, scores, value, mask, scalars(part), product)
         for b, n in enumerate(LENGTHS):
             one = slice(b, b + 1)
-            alone = apply(part, scores[one, :, :n, :n], value[one, :, :n], np.ones((1, n)), *scalars(part), product)
+            alone = apply(part, scores[one, :, :n, :n], value[one, :, :n], np.ones((1, n)), scalars(part), product)
             close(padded[one, :, :n], alone)
 
 
 @every_part
 def test_what_padding_holds_is_never_read(part):
     scores, value, mask = inputs(part)
-    before = apply(part, scores, value, mask, *scalars(part))
+    before = apply(part, scores, value, mask, scalars(part))
     scores[1, :, :, LENGTHS[1] :] = score_range(part)[1]
     value[1, :, LENGTHS[1] :] = 7.0
-    np.testing.assert_array_equal(apply(part, scores, value, mask, *scalars(part)), before)
+    np.testing.assert_array_equal(apply(part, scores, value, mask, scalars(part)), before)
 
 
 @every_part
 def test_the_order_of_the_keys_does_not_matter(part):
     scores, value, mask = inputs(part)
     order = np.random.default_rng(1).permutation(TOKENS)
-    shuffled = apply(part, scores[..., order], value[:, :, order], mask[:, order], *scalars(part))
-    close(shuffled, apply(part, scores, value, mask, *scalars(part)))
+    shuffled = apply(part, scores[..., order], value[:, :, order], mask[:, order], scalars(part))
+    close(shuffled, apply(part, scores, value, mask, scalars(part)))
 
 
 @every_part
@@ -217,13 +215,12 @@ def test_gradients_are_finite(part, kind):
     scores, value, mask = inputs(part)
     if kind != "spread":
         scores[:] = {"zero": 0.0, "low": score_range(part)[0], "high": score_range(part)[1]}[kind]
-    keys = Keys.from_mask(jnp.asarray(mask))
-    shift, scale = scalars(part)
+    seen = Mask.from_tokens(jnp.asarray(mask))
 
-    def loss(scores, value, shift, scale):
-        return jnp.square(layer(part)(scores, value, keys, shift, scale)).sum()
+    def loss(scores, value, scalars):
+        return jnp.square(layer(part)(scores, value, seen, scalars)).sum()
 
-    grads = jax.grad(loss, argnums=(0, 1, 2, 3))(jnp.asarray(scores), jnp.asarray(value), shift, scale)
+    grads = jax.grad(loss, argnums=(0, 1, 2))(jnp.asarray(scores), jnp.asarray(value), scalars(part))
     for grad in jax.tree.leaves(grads):
         assert np.isfinite(grad).all()
     np.testing.assert_array_equal(grads[0][1, :, :, LENGTHS[1] :], 0.0)
@@ -235,11 +232,10 @@ def test_gradients_are_finite(part, kind):
 @every_product
 def test_every_part_traces_to_a_program_of_its_own(product):
     def program(part):
-        shift, scale = part.initial_shift(HEADS), part.initial_scale(HEADS)
         scores, value, mask = map(jnp.asarray, inputs(part))
-        # Which of the keys' forms is used counts too.
+        # Which of the mask's forms is used counts too.
         jitted = jax.jit(layer(part, product), keep_unused=True)
-        return jitted.lower(scores, value, Keys.from_mask(mask), shift, scale).as_text()
+        return jitted.lower(scores, value, Mask.from_tokens(mask), scalars_of(part, HEADS)).as_text()
 
     parts = {name: part for name, part in PARTS.items() if name != "mix of one"}
     programs = {name: program(part) for name, part in parts.items()}
@@ -249,7 +245,7 @@ def test_every_part_traces_to_a_program_of_its_own(product):
 
 def test_products_trace_to_different_programs():
     part = ATTENTION["2quad_freediv"]
-    args = (*map(jnp.asarray, inputs(part)[:2]), Keys.from_mask(jnp.ones((BATCH, TOKENS))), *scalars(part))
+    args = (*map(jnp.asarray, inputs(part)[:2]), Mask.from_tokens(jnp.ones((BATCH, TOKENS))), scalars(part))
     assert "convolution" in jax.jit(layer(part, grouped_conv)).lower(*args).as_text()
     assert "convolution" not in jax.jit(layer(part, matmul)).lower(*args).as_text()
 
@@ -257,11 +253,10 @@ def test_products_trace_to_different_programs():
 @every_part
 def test_dropout_acts_on_the_weights_and_keeps_their_mean(part):
     scores, value, mask = inputs(part)
-    keys, (shift, scale) = Keys.from_mask(jnp.asarray(mask)), scalars(part)
-    numerator = part.numerator(jnp.asarray(scores), keys, shift)
+    seen = Mask.from_tokens(jnp.asarray(mask))
 
     def run(dropout):
-        return np.asarray(part.normalise(numerator, jnp.asarray(value), keys, scale, matmul, dropout))
+        return np.asarray(layer(part)(jnp.asarray(scores), jnp.asarray(value), seen, scalars(part), dropout))
 
     close(run(lambda weights: 2.0 * weights), 2.0 * run(None))
     np.testing.assert_array_equal(run(lambda weights: 0.0 * weights), 0.0)
@@ -270,35 +265,35 @@ def test_dropout_acts_on_the_weights_and_keeps_their_mean(part):
 @every_part
 def test_calibration_is_the_mean_of_the_inverse_mean_numerator(part):
     scores, _, mask = inputs(part)
-    expected = np.ones(HEADS)
-    parts = part.parts if isinstance(part, PerHead) else (part,) * HEADS
-    for h, own in enumerate(parts):
+    start = scalars(part)
+    found = part.calibrated(jnp.asarray(scores), Mask.from_tokens(jnp.asarray(mask)), start)
+    assert set(found) == set(start)
+    if "shift" in start:
+        has = [own.name.startswith("2quad") for own in getattr(part, "parts", (part,) * HEADS)]
+        np.testing.assert_array_equal(found["shift"], np.where(has, start["shift"], 0.0))
+    for h, own in enumerate(part.parts if isinstance(part, PerHead) else (part,) * HEADS):
         if own.name in ("softmax_freediv", "2quad_freediv", "2quad_fixed", "relu_freediv"):
             rows = [scores[b, h, q, : LENGTHS[b]] for b in range(BATCH) for q in range(LENGTHS[b])]
             means = [FORMULAS[own.name](row.astype(np.float64), SHIFT[h], 1.0).sum() for row in rows]
-            expected[h] = np.mean([1.0 / mean for mean in means if mean >= 1e-3])
-    scale = part.calibrated_scale(jnp.asarray(scores), Keys.from_mask(jnp.asarray(mask)), scalars(part)[0])
-    if all(own.name in ("softmax", "softmax_puma", "2relu", "2quad", "scaling") for own in parts):
-        assert scale is None or isinstance(part, PerHead)
-    else:
-        assert scale is not None
-        np.testing.assert_allclose(scale, expected, rtol=1e-4)
+            expected = np.mean([1.0 / mean for mean in means if mean >= 1e-3])
+            np.testing.assert_allclose(found["scale"][h], expected, rtol=1e-4)
+        elif own.name == "scaling":
+            np.testing.assert_array_equal(found["scale"][h], start["scale"][h])
 
 
 def test_calibration_leaves_out_rows_without_weight():
-    part, keys = ATTENTION["relu_freediv"], Keys.from_mask(jnp.ones((1, 4)))
+    part, mask = ATTENTION["relu_freediv"], Mask.from_tokens(jnp.ones((1, 4)))
     scores = np.full((1, HEADS, 4, 4), 2.0, np.float32)
     scores[0, 0, 1:] = -1.0
     scores[0, 1:] = -1.0
-    scale = part.calibrated_scale(jnp.asarray(scores), keys, None)
-    assert scale is not None
-    np.testing.assert_allclose(scale, [0.5, 1.0, 1.0])
+    found = part.calibrated(jnp.asarray(scores), mask, scalars_of(part, HEADS))
+    np.testing.assert_allclose(found["scale"], [0.5, 1.0, 1.0])
 
 
 def test_a_constant_without_length_is_off_for_other_lengths():
     part = dataclasses.replace(ATTENTION["2quad_freediv"], normaliser=Constant(per_length=False))
     scores, value, mask = inputs(part)
-    ours = apply(part, scores, value, mask, *scalars(part))
+    ours = apply(part, scores, value, mask, scalars(part))
     close(
         ours, formula(ATTENTION["2quad_freediv"], scores, value, mask, SHIFT, SCALE) * np.reshape(LENGTHS, (2, 1, 1, 1))
     )
@@ -308,29 +303,41 @@ def test_a_constant_without_length_is_off_for_other_lengths():
 def test_the_stated_degree_is_the_numerators(part):
     """f(a s; a c) = a^k f(s; c): so factors fold into the weights."""
     scores, _, mask = inputs(part)
-    keys, (shift, _) = Keys.from_mask(jnp.asarray(mask)), scalars(part)
-    once = part.numerator(jnp.asarray(scores), keys, shift)
-    twice = part.numerator(2.0 * jnp.asarray(scores), keys, None if shift is None else 2.0 * shift)
+    mask, shift = Mask.from_tokens(jnp.asarray(mask)), scalars(part).get("shift")
+    once = part.f(jnp.asarray(scores), mask, shift)
+    twice = part.f(2.0 * jnp.asarray(scores), mask, None if shift is None else 2.0 * shift)
     if part.degree is not None:
         close(np.asarray(twice), 2.0**part.degree * np.asarray(once))
+        shifted = scores if shift is None else scores + np.asarray(shift)[:, None, None]
+        if part.score_degree is not None:
+            close(np.asarray(part.numerators(jnp.asarray(shifted), mask)), np.asarray(once))
     else:
         assert all(np.abs(twice - 2.0**k * once).max() > 1e-6 for k in range(4)) or part.name == "2relu"
 
 
 @every_part
 @pytest.mark.parametrize("scale", [(0.02, 1.5, 1.0), (0.0, -2.0, 3.0)])
-def test_split_scale_folds_the_constant_into_scores_and_values(part, scale):
-    if part.initial_scale(HEADS) is None:
-        return
+def test_what_folds_goes_into_scores_and_values(part, scale):
     scores, value, mask = inputs(part)
-    shift, scale = scalars(part, scale=np.array(scale))
-    before, after = part.split_scale(scale)
-    folded_scores, folded_value = scores * before[:, None, None], value * after[:, None, None]
-    ours = apply(part, folded_scores, folded_value, mask, None if shift is None else shift * before, None)
-    for own in part.parts if isinstance(part, PerHead) else ():
-        if isinstance(own.normaliser, RowSum):  # nothing of it folds, nor does it look at its r_h
-            return
-    close(ours, apply(part, scores, value, mask, shift, scale))
+    given = scalars(part, scale=np.array(scale))
+    query, factor, left = folded(part, given, HEADS)
+    assert "scale" not in left
+    ours = apply(part, scores * query[:, None, None], value * factor[:, None, None], mask, left)
+    close(ours, apply(part, scores, value, mask, given))
+
+
+@every_part
+@every_product
+def test_a_causal_query_sees_what_it_would_alone(part, product):
+    """Each query's context, given the pairs, is that of a text which ends at its token."""
+    scores, value, mask = inputs(part)
+    seen = Mask.from_tokens(jnp.asarray(mask), pairs=causal)
+    ours = np.asarray(layer(part, product)(jnp.asarray(scores), jnp.asarray(value), seen, scalars(part)))
+    for b, n in enumerate(LENGTHS):
+        for q in range(n):
+            one = scores[b : b + 1, :, : q + 1, : q + 1], value[b : b + 1, :, : q + 1]
+            alone = apply(part, *one, np.ones((1, q + 1)), scalars(part), product)
+            close(ours[b : b + 1, :, q], alone[:, :, q], 2e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- on shares
@@ -341,8 +348,7 @@ SECURE_LENGTHS = (8, 5, 3, 1)
 @every_part
 def test_the_stated_range_is_far_from_overflow(part):
     scores, value, mask = inputs(part, lengths=SECURE_LENGTHS)
-    shift, scale = part.initial_shift(HEADS), part.initial_scale(HEADS)
-    args = (scores, value, Keys.from_mask(jnp.asarray(mask)), shift, scale)
+    args = (scores, value, Mask.from_tokens(jnp.asarray(mask)), scalars_of(part, HEADS))
     secure.check(layer(part), [jax.device_get(args)]).require()
 
 
@@ -350,21 +356,21 @@ def test_the_stated_range_is_far_from_overflow(part):
 @every_part
 def test_secure_result_is_within_a_hundredth_on_the_stated_range(part, protocol, group):
     scores, value, mask = inputs(part, lengths=SECURE_LENGTHS)
-    shift, scale = part.initial_shift(HEADS), part.initial_scale(HEADS)
-    keys = Keys.from_mask(jnp.asarray(mask))
-    plain = apply(part, scores, value, mask, shift, scale)
+    start, seen = scalars_of(part, HEADS), Mask.from_tokens(jnp.asarray(mask))
+    plain = apply(part, scores, value, mask, start)
 
     # The exception that `score_range` states. It must stay one.
     usual = np.ones(scores.shape[:3], bool)
-    for h, own in enumerate(part.parts if isinstance(part, PerHead) else (part,) * HEADS):
+    parts: Any = part.parts if isinstance(part, PerHead) else (part,) * HEADS
+    for h, own in enumerate(parts):
         if isinstance(own.normaliser, RowSum):
-            numerator = np.asarray(part.numerator(jnp.asarray(scores), keys, shift))[:, h]
+            numerator = np.asarray(own.f(jnp.asarray(scores), seen, start.get("shift")))[:, h]
             usual[:, h] = (numerator * mask[:, None]).sum(-1) >= 0.01
     assert usual[0].all()
     assert usual.mean() > 0.8
 
     for product in (matmul, grouped_conv):
-        ours = secure.jit(layer(part, product), parties=group(protocol))(scores, value, keys, shift, scale)
+        ours = secure.jit(layer(part, product), parties=group(protocol))(scores, value, seen, start)
         assert np.abs(ours - plain)[usual].max() < 0.01
 
 
@@ -378,10 +384,9 @@ def test_a_row_sum_of_a_hundredth_is_enough_and_of_thousands_not_too_much(name, 
         (root(totals) if root else totals / TOKENS)[:, None, None, None], (6, HEADS, TOKENS, TOKENS)
     )
     scores = scores.astype(np.float32)
-    shift = part.initial_shift(HEADS)
-    plain = apply(part, scores, value, mask, shift, None)
-    keys = Keys.from_mask(jnp.asarray(mask))
-    ours = secure.jit(layer(part), parties=group(protocol))(scores, value, keys, shift, None)
+    start, seen = scalars_of(part, HEADS), Mask.from_tokens(jnp.asarray(mask))
+    plain = apply(part, scores, value, mask, start)
+    ours = secure.jit(layer(part), parties=group(protocol))(scores, value, seen, start)
     np.testing.assert_allclose(ours, plain, rtol=0, atol=0.01)
 
 
@@ -392,18 +397,16 @@ def test_a_row_sum_over_many_keys_keeps_its_bits(protocol, group):
     value, mask = rng.normal(size=(1, 2, 512, DEPTH)).astype(np.float32), np.ones((1, 512), np.float32)
     mean = np.array([0.0, 15.0])[None, :, None, None]
     scores = (mean + rng.normal(size=(1, 2, 4, 512))).astype(np.float32)
-    shift = part.initial_shift(2)
-    plain = apply(part, scores, value, mask, shift, None)
-    ours = secure.jit(layer(part), parties=group(protocol))(
-        scores, value, Keys.from_mask(jnp.asarray(mask)), shift, None
-    )
+    start, seen = scalars_of(part, 2), Mask.from_tokens(jnp.asarray(mask))
+    plain = apply(part, scores, value, mask, start)
+    ours = secure.jit(layer(part), parties=group(protocol))(scores, value, seen, start)
     assert np.abs(ours - plain).max() < 5e-4
 
 
 def test_a_row_sum_takes_one_reciprocal_a_row(group):
     """2relu's may be 0, so it divides; the option of `secure.jit` makes it as cheap."""
     scores, value, mask = inputs(ATTENTION["softmax"])
-    args = (scores, value, Keys.from_mask(jnp.asarray(mask)), None, None)
+    args = (scores, value, Mask.from_tokens(jnp.asarray(mask)), {})
     programs = {name: secure.jit(layer(ATTENTION[name]), parties=group("ABY3")).program(*args) for name in ATTENTION
                 if name in ("softmax", "softmax_puma", "2relu")}  # fmt: skip
     assert {name: "pphlo.divide" in program for name, program in programs.items()} == {
@@ -416,11 +419,10 @@ def test_a_row_sum_takes_one_reciprocal_a_row(group):
 def test_bounded_exponentials_compare_with_bits(group):
     """Bytes of a score and rounds, ABY3: the comparisons as numbers took 632 and 876 bytes, 27 and 43 rounds."""
     scores = np.zeros((1, 1, 64, 64), np.float32)
-    keys = Keys.from_mask(jnp.ones((1, 64)))
+    mask = Mask.from_tokens(jnp.ones((1, 64)))
     found = {}
     for name in ("softmax_puma", "softmax_freediv"):
-        numerator = ATTENTION[name].numerator
-        cost = secure.jit(lambda s, k, n=numerator: n(s, k, None), parties=group("ABY3")).run(scores, keys).cost
+        cost = secure.jit(lambda s, m, f=ATTENTION[name].f: f(s, m, None), parties=group("ABY3")).run(scores, mask).cost
         found[name] = cost.bytes_sent / scores.size, cost.rounds
         print(f"{name}: {found[name][0]:.0f} B, {found[name][1]:.0f} rounds")
     assert found["softmax_puma"][0] < 660

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
-from flaxmpc.nn.normalization import NORMALIZATIONS, Clipped, LayerNorm, Newton, Ranged, Unit, square_mean_by_product
+from flaxmpc.nn.layers import Norm
+from flaxmpc.nn.lazy import Unit, square_mean_by_product
+from flaxmpc.nn.normalization import NORMALIZATIONS, Clipped, Newton, Ranged, variance
 
 HIDDEN = 384
 NARROW, WIDE = Newton(low=0.5, high=2.0, steps=2), Newton().calibrated(jnp.array([0.28, 45.0]))
@@ -35,15 +37,15 @@ def inputs(part, rows=20):
     return jax.tree.map(lambda leaf: leaf.astype(np.float32), (params, x))
 
 
-def formula(params, x, epsilon):
+def formula(params, x, epsilon, centres=True):
     x = x.astype(np.float64)
-    variance = ((x - x.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True)
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + epsilon) * params["scale"] + params["bias"]
+    x = x - x.mean(-1, keepdims=True) if centres else x
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * params["scale"] + params["bias"]
 
 
 def layer(part, epsilon=1e-12):
     def run(params, x) -> Any:
-        return LayerNorm(part, epsilon).apply({"params": params}, x)
+        return Norm(part, epsilon).apply({"params": params}, x)
 
     return run
 
@@ -60,7 +62,7 @@ def test_values_are_within_the_stated_error_of_the_formula(part):
     params, x = inputs(part)
     error = part.relative_error() if isinstance(part, Newton) else 0.0
     assert error < 2e-3
-    expected = formula(params, x, 1e-12)
+    expected = formula(params, x, 1e-12, part.centres)
     ours = layer(part)(params, jnp.asarray(x))
     bound = error * np.abs(expected - params["bias"]) + 3e-5
     assert (np.abs(ours - expected) <= bound).all()
@@ -68,23 +70,25 @@ def test_values_are_within_the_stated_error_of_the_formula(part):
 
 def test_fresh_parameters_change_nothing_but_mean_and_variance():
     _, x = inputs(NORMALIZATIONS["layer_norm"])
-    y, variables = LayerNorm().init_with_output(jax.random.key(0), jnp.asarray(x))
+    y, variables = Norm().init_with_output(jax.random.key(0), jnp.asarray(x))
     np.testing.assert_allclose(y.mean(-1), 0.0, atol=1e-5)
     np.testing.assert_allclose(y.var(-1), 1.0, atol=1e-4)
     assert jax.tree.map(jnp.shape, variables["params"]) == {"scale": (HIDDEN,), "bias": (HIDDEN,)}
 
 
-def test_the_variances_can_be_collected():
-    params, x = inputs(NORMALIZATIONS["layer_norm"])
-    seen: Any = LayerNorm().apply({"params": params}, jnp.asarray(x), mutable="statistics")[1]
-    np.testing.assert_allclose(np.ravel(seen["statistics"]["variance"][0]), x.astype(np.float64).var(-1), rtol=1e-4)
+@every_part
+def test_the_variance_is_what_the_part_meets(part):
+    _, x = inputs(part)
+    mean_square = (x.astype(np.float64) ** 2).mean(-1)
+    expected = mean_square - part.centres * x.astype(np.float64).mean(-1) ** 2
+    np.testing.assert_allclose(np.ravel(variance(part, jnp.asarray(x))), expected, rtol=1e-4)
 
 
 @every_newton
 def test_newton_is_the_inverse_square_root_within_its_stated_error(part):
-    variance = np.geomspace(part.low, part.high, 5001, dtype=np.float32)
+    values = np.geomspace(part.low, part.high, 5001, dtype=np.float32)
     seen = np.abs(
-        np.asarray(part(jnp.asarray(variance)), np.float64) * np.sqrt(variance.astype(np.float64)) - 1.0
+        np.asarray(part.inverse_root(jnp.asarray(values)), np.float64) * np.sqrt(values.astype(np.float64)) - 1.0
     ).max()
     assert seen <= part.relative_error() + 2e-6
     assert seen >= 0.5 * part.relative_error() - 2e-6
@@ -94,11 +98,13 @@ def test_newton_is_the_inverse_square_root_within_its_stated_error(part):
 def test_clipped_is_newton_in_its_range_and_the_end_of_it_outside():
     part = Newton(low=0.2, high=3.0)
     inside = jnp.array([0.2, 1.0, 2.0, 3.0])
-    np.testing.assert_allclose(Clipped(part)(inside), part(inside), rtol=1e-6)
+    np.testing.assert_allclose(Clipped(part).inverse_root(inside), part.inverse_root(inside), rtol=1e-6)
     outside = jnp.array([0.0, 0.1, 40.0, 1e30])
-    np.testing.assert_allclose(Clipped(part)(outside), part(inside)[jnp.array([0, 0, 3, 3])], rtol=1e-6)
-    assert not np.isfinite(part(jnp.array(1e30)))
-    assert jax.grad(Clipped(part))(1e30) == 0.0
+    np.testing.assert_allclose(
+        Clipped(part).inverse_root(outside), part.inverse_root(inside)[jnp.array([0, 0, 3, 3])], rtol=1e-6
+    )
+    assert not np.isfinite(part.inverse_root(jnp.array(1e30)))
+    assert jax.grad(Clipped(part).inverse_root)(1e30) == 0.0
 
 
 def test_the_parts_that_need_a_range_are_known():
@@ -151,7 +157,8 @@ def test_gradients_are_finite_and_those_of_layer_norm(part):
         return lambda params, x: jnp.sin(layer(part)(params, x)).sum()
 
     ours, exact = (
-        jax.grad(loss(part), argnums=(0, 1))(params, jnp.asarray(x)) for part in (part, NORMALIZATIONS["layer_norm"])
+        jax.grad(loss(part), argnums=(0, 1))(params, jnp.asarray(x))
+        for part in (part, NORMALIZATIONS["layer_norm" if part.centres else "rms_norm"])
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), ours, exact)
 
@@ -213,14 +220,15 @@ def test_square_mean_by_product_sends_fewer_bytes_where_rows_are_few(group):
 @every_part
 def test_scale_and_unit_are_factors(part, group):
     low, high = variance_range(part)
-    variance = jnp.geomspace(low, high, 16)[:, None]
+    values = jnp.geomspace(low, high, 16)[:, None]
     u = jnp.linspace(0.3, 2.0, 16)[:, None]
     scale = jnp.linspace(-1.0, 1.0, 16)[:, None]
 
-    def run(variance, scale, u):
-        unit = Unit(1.0 / u, 1.0 / u**2)
-        return part(variance, scale), part(variance * u**2, unit=unit), part(variance * u**2, scale, unit)
+    def run(values, scale, u):
+        unit = Unit(u, 1.0 / u, 1.0 / u**2)
+        root = part.inverse_root
+        return root(values, scale), root(values * u**2, unit=unit), root(values * u**2, scale, unit)
 
-    expected = scale * part(variance), part(variance) / u, scale * part(variance) / u
-    for ours, theirs in zip(run(variance, scale, u), expected, strict=True):
+    root = part.inverse_root(values)
+    for ours, theirs in zip(run(values, scale, u), (scale * root, root / u, scale * root / u), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)

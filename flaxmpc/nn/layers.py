@@ -1,0 +1,248 @@
+"""The layers of a Transformer, each written once. Given an array they compute; given a `Lazy` state they defer.
+
+The plain model is trained. The lazy one is the same function of the same parameters, as it runs on secret shares: see
+`flaxmpc.nn.lazy`. `dtype` and `param_dtype` are as Flax has them: of the computation, and of the parameters.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float
+
+from flaxmpc.nn.activation import ActivationPart, SquareForm, Squares
+from flaxmpc.nn.attention import AttentionPart, Homogeneous, Scalars, folded, scalars_of, scores_of
+from flaxmpc.nn.lazy import Lazy, State, Unit, power_of_two, side_by_side, square_mean_by_product
+from flaxmpc.nn.mask import Mask
+from flaxmpc.nn.normalization import EXACT, InverseRoot, Normalization, centred, variance
+
+
+class Dense(nn.Module):
+    """x W + b.
+
+    Attributes:
+        features: of the output.
+    """
+
+    features: int
+    kernel_init: Any = nn.initializers.normal(0.02)
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: State) -> State:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        if isinstance(x, Lazy):
+            return (x @ kernel).plus(bias)
+        array, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return array @ kernel + bias
+
+
+class Norm(nn.Module):
+    """A normalisation over the features, times scale, plus bias.
+
+    Attributes:
+        part: see `flaxmpc.nn.normalization.NORMALIZATIONS`.
+        epsilon: added to the variance.
+    """
+
+    part: Normalization = EXACT
+    epsilon: float = 1e-12
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: State, into: Unit | None = None) -> State:
+        """Args: into: the unit that a lazy result is wanted in; an array has none."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        if isinstance(x, Lazy):
+            return self._lazy(x, scale, bias, into)
+        array, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
+        return self.part(array, self.epsilon) * scale + bias
+
+    def _lazy(self, x: Lazy, scale: Array, bias: Array, into: Unit | None) -> Lazy:
+        """What is left of it is the division: the matrices take the mean, and those that follow scale and bias.
+
+        The deviation comes `size` times too large, so that the mean square has a power of two as its divisor.
+        """
+        part = self.part
+        if not isinstance(part, InverseRoot):
+            y = part(x.force() if x.unit is None else x.force() * x.unit.inverse, self.epsilon)
+            return Lazy((y if into is None else y * into.scale,), (scale,), bias, into, x.product)
+        size = math.sqrt(power_of_two(x.shape[-1]) / x.shape[-1])
+        c = x.map(lambda rows: (centred(rows) if part.centres else rows) * size).force()
+        factor = part.inverse_root(
+            square_mean_by_product(c) + self.epsilon, None if into is None else into.scale, x.unit
+        )
+        return Lazy((c * factor,), (scale / size,), bias, into, x.product)
+
+
+def activate(x: State, act: ActivationPart) -> State:
+    """The activation of a dense layer's output. A square folds its scale and shift into that layer."""
+    if not isinstance(x, Lazy):
+        return act(x)
+    form: SquareForm | None = act.square_form if isinstance(act, Squares) else None
+    if form is None:
+        return Lazy.held(act(x.force()), product=x.product)
+    square = jnp.square(x.map(lambda rows: rows * form.scale).plus(form.shift).force())
+    return Lazy.held(square, product=x.product).plus(form.offset)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with an attention part. Returns the output and the scores (of an array).
+
+    Attributes:
+        part: see `flaxmpc.nn.attention.ATTENTION`.
+        num_heads: which divide the features.
+        dropout: rate, for the attention's weights while training.
+    """
+
+    part: AttentionPart
+    num_heads: int
+    dropout: float = 0.0
+    kernel_init: Any = nn.initializers.normal(0.02)
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: State, mask: Mask, bias: Array | None = None, deterministic: bool = True
+    ) -> tuple[State, Float[Array, "batch head query key"] | None]:
+        """Args: bias: of positions, (1 or batch, head, query, key), which is added to the scores."""
+        features = x.shape[-1]
+        dense = {"kernel_init": self.kernel_init, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        projected = [Dense(features, name=name, **dense)(x) for name in ("query", "key", "value")]
+        start = scalars_of(self.part, self.num_heads)
+        scalars = {name: jnp.asarray(self.param(name, lambda _, value=value: value)) for name, value in start.items()}
+        compute: Any = self._lazy if isinstance(x, Lazy) else self._plain
+        context, scores = compute(projected, mask, scalars, bias, deterministic)
+        return Dense(features, name="output", **dense)(context), scores
+
+    def _split(self, y: Float[Array, "batch token features"]) -> Float[Array, "batch head token depth"]:
+        return y.reshape(*y.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)
+
+    @staticmethod
+    def _merge(context: Float[Array, "batch head token depth"]) -> Float[Array, "batch token features"]:
+        batch, heads, tokens, depth = context.shape
+        return context.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * depth)
+
+    def _plain(
+        self, projected: list[Array], mask: Mask, scalars: Scalars, bias: Array | None, deterministic: bool
+    ) -> tuple[Array, Array]:
+        query, key, value = map(self._split, projected)
+        query = query / math.sqrt(query.shape[-1])
+        dropout = None if deterministic else nn.Dropout(self.dropout, deterministic=False)
+        context = self.part(query, key, value, mask, scalars, bias=bias, dropout=dropout)
+        return self._merge(context), scores_of(query, key, bias)
+
+    def _lazy(
+        self, projected: list[Lazy], mask: Mask, scalars: Scalars, bias: Array | None, deterministic: bool
+    ) -> tuple[Lazy, None]:
+        """Queries, keys and values are one product; what can be of the scalars goes into their matrices."""
+        query, key, value = projected
+        unit, product, heads = query.unit, query.product, self.num_heads
+        depth = query.shape[-1] // heads
+        for_query, for_value, scalars = folded(self.part, scalars, heads)
+        query = query.map(lambda rows: rows * jnp.repeat(for_query / math.sqrt(depth), depth))
+        value = value.map(lambda rows: rows * jnp.repeat(for_value, depth))
+        if unit is not None and "shift" in scalars:  # one more feature of queries and keys, whose product is a^2 c
+            query = _with_feature(query, scalars["shift"])
+            key = _with_feature(key, jnp.ones((heads,)))
+        ends = (query.shape[-1], query.shape[-1] + key.shape[-1])
+        q, k, v = map(self._split, jnp.split(side_by_side([query, key, value]).force(), ends, -1))
+        if unit is None:
+            context = self.part(q, k, v, mask, scalars, bias=bias, product=product)
+        else:
+            assert isinstance(self.part, Homogeneous), "a state has a unit where attention takes it"
+            assert bias is None, "a bias is added to scores, not to a^2 times theirs"
+            context = product(self.part.numerators(scores_of(q, k, product=product), mask), v)
+        return Lazy.held(self._merge(context), unit, product), None
+
+
+def _with_feature(x: Lazy, value: Float[Array, " head"]) -> Lazy:
+    """The features of each head, and one more that is the same number for every token."""
+    heads = value.shape[0]
+
+    def grown(rows: Array, last: Array) -> Array:
+        by_head = rows.reshape(*rows.shape[:-1], heads, -1)
+        last = jnp.broadcast_to(last, by_head.shape[:-1])[..., None]
+        return jnp.concatenate([by_head, last], -1).reshape(*rows.shape[:-1], -1)
+
+    matrices = tuple(grown(jnp.diag(m) if m.ndim == 1 else m, jnp.zeros((heads,))) for m in x.matrices)
+    return x.replace(matrices=matrices, bias=grown(x.bias, value))
+
+
+class Seen(NamedTuple):
+    """What distillation and calibration look at in a block that computed an array; all None where it was lazy.
+
+    Attributes:
+        scores: Q K^T / sqrt(d) (+ bias) before the mask, (batch, head, query, key).
+        variances: (batch, token, 1) each, what the block's normalisations met, in their order.
+    """
+
+    scores: Float[Array, "batch head query key"] | None
+    variances: tuple[Float[Array, "batch token 1"] | None, ...]
+
+
+class PostNormBlock(nn.Module):
+    """Attention and feed-forward, each with a residual and then a normalisation, as in BERT.
+
+    Attributes:
+        attention_part, hidden_act: parts.
+        norms: parts, after attention and after the feed-forward.
+        num_attention_heads, intermediate_size: of the attention; features of the feed-forward between its matrices.
+        epsilon: of the normalisations.
+        hidden_dropout, attention_dropout: rates while training.
+    """
+
+    attention_part: AttentionPart
+    hidden_act: ActivationPart
+    norms: tuple[Normalization, Normalization]
+    num_attention_heads: int
+    intermediate_size: int
+    epsilon: float = 1e-12
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    kernel_init: Any = nn.initializers.normal(0.02)
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: State,
+        mask: Mask,
+        bias: Array | None = None,
+        deterministic: bool = True,
+        into: Unit | None = None,
+    ) -> tuple[State, Seen]:
+        """Args: bias: see `SelfAttention`. into: the unit that a lazy result is wanted in, of the next block."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        initial: dict[str, Any] = {"kernel_init": self.kernel_init, **types}
+        dropout = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
+
+        attention = SelfAttention(
+            self.attention_part, self.num_attention_heads, self.attention_dropout, name="attention", **initial
+        )
+        y, scores = attention(x, mask, bias, deterministic)
+        x = _sum(x, y, dropout)
+        first = _met(self.norms[0], x)
+        x = Norm(self.norms[0], self.epsilon, name="attention_layer_norm", **types)(x)
+        y = activate(Dense(self.intermediate_size, name="intermediate", **initial)(x), self.hidden_act)
+        y = Dense(x.shape[-1], name="output", **initial)(y)
+        x = _sum(x, y, dropout)
+        seen = Seen(scores, (first, _met(self.norms[1], x)))
+        return Norm(self.norms[1], self.epsilon, name="output_layer_norm", **types)(x, into), seen
+
+
+def _sum(x: State, y: State, dropout: nn.Dropout) -> State:
+    """The residual; nothing is dropped of a lazy state."""
+    return x + y if isinstance(y, Lazy) else x + dropout(y)
+
+
+def _met(part: Normalization, x: State) -> Float[Array, "batch token 1"] | None:
+    return None if isinstance(x, Lazy) else variance(part, x)

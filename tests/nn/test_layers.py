@@ -1,0 +1,200 @@
+"""Every layer given a lazy state is the layer: plain and lazy are compared, with a unit and without."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.nn.attention import ATTENTION
+from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, SelfAttention, activate
+from flaxmpc.nn.lazy import Lazy, side_by_side
+from flaxmpc.nn.mask import Mask, causal
+from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, Newton
+from flaxmpc.nn.product import grouped_conv
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(2, 5, 8)), jnp.float32)
+TOKENS = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+VALID = np.asarray(TOKENS) > 0
+
+
+def applied(module, *args, **options) -> Any:
+    return module.apply(*args, **options)
+
+
+def params_of(module, *args) -> Any:
+    """Random ones, of which no two are alike."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    return jax.tree.map(lambda leaf: jnp.asarray(RNG.normal(0.3, 0.4, leaf.shape), leaf.dtype), shapes)
+
+
+def some_state(unit=None) -> Lazy:
+    """A sum of two terms, one diagonal, and a bias."""
+    a = 1.0 if unit is None else unit.scale
+    state = Lazy.held(X * a, unit, grouped_conv) @ jnp.asarray(RNG.normal(size=(8, 8)), jnp.float32)
+    diagonal = Lazy.held(jnp.flip(X) * a, unit, grouped_conv)
+    return state + diagonal.plus(jnp.asarray(RNG.normal(size=8), jnp.float32))
+
+
+def value_of(state: Lazy) -> np.ndarray:
+    """What the state is, its unit taken away, computed in another way."""
+    a = 1.0 if state.unit is None else np.asarray(state.unit.scale)
+    total = np.asarray(state.bias, np.float64)
+    for array, matrix in zip(state.arrays, state.matrices, strict=True):
+        dense = np.diag(matrix) if matrix.ndim == 1 else np.asarray(matrix)
+        true = np.divide(array, a, out=np.zeros(array.shape), where=np.broadcast_to(a, array.shape) > 0)
+        total = total + true @ dense.astype(np.float64)
+    return total
+
+
+@pytest.fixture(params=[None, 1, 2], ids=["no unit", "degree 1", "degree 2"])
+def mask(request):
+    return Mask.from_tokens(TOKENS, degree=request.param)
+
+
+def unit_of(mask):
+    has = not np.array_equal(mask.scale, mask.tokens)
+    return mask.unit if has else None
+
+
+def close(ours, theirs):
+    np.testing.assert_allclose(np.asarray(ours)[VALID], np.asarray(theirs)[VALID], rtol=1e-4, atol=1e-5)
+
+
+def test_a_lazy_state_is_its_sum(mask):
+    unit = unit_of(mask)
+    state = some_state(unit)
+    a = 1.0 if unit is None else unit.scale
+    close(state.force(), value_of(state) * a)
+    assert state.shape == (2, 5, 8)
+    matrix = jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32)
+    close(value_of(state @ matrix), value_of(state) @ matrix)
+    close(value_of(state.map(lambda rows: rows[..., ::-1])), value_of(state)[..., ::-1])
+    both = side_by_side([state, state @ matrix])
+    close(value_of(both), np.concatenate([value_of(state), value_of(state) @ matrix], -1))
+
+
+def test_the_first_token_is_taken_before_anything_is_computed():
+    state = some_state()
+    np.testing.assert_allclose(state.first().force(), value_of(state)[:, 0], atol=1e-5)
+
+
+def test_states_of_two_units_are_not_added():
+    one, other = (Mask.from_tokens(TOKENS, degree=degree).unit for degree in (1, 2))
+    with pytest.raises(AssertionError, match="two units"):
+        some_state(one) + some_state(other)
+
+
+def test_dense(mask):
+    state = some_state(unit_of(mask))
+    module = Dense(3)
+    variables = params_of(module, X)
+    plain: Any = applied(module, variables, jnp.asarray(value_of(state), jnp.float32))
+    close(value_of(applied(module, variables, state)), plain)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("part", [*NORMALIZATIONS.values(), Newton(low=0.05, high=80.0, steps=7)], ids=lambda p: p.name)
+@pytest.mark.parametrize("into", [False, True])
+def test_norm(mask, part, into):
+    if part == Newton():
+        part = Newton(low=0.01, high=200.0, steps=7)
+    unit = unit_of(mask)
+    state = some_state(unit)
+    module = Norm(part, 1e-6)
+    variables = params_of(module, X)
+    plain = applied(module, variables, jnp.asarray(value_of(state), jnp.float32))
+    after: Any = applied(module, variables, state, unit if into else None)
+    assert (after.unit is unit) if into else (after.unit is None)
+    assert len(after.arrays) == 1
+    np.testing.assert_allclose(value_of(after)[VALID], np.asarray(plain)[VALID], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_activations(act):
+    state = some_state()
+    plain: Any = activate(jnp.asarray(value_of(state), jnp.float32), act)
+    lazy: Any = activate(state, act)
+    np.testing.assert_allclose(value_of(lazy), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pairs", [None, causal], ids=["all pairs", "causal"])
+@pytest.mark.parametrize("part", ATTENTION.values(), ids=ATTENTION)
+def test_self_attention(part, pairs):
+    degree = part.score_degree if pairs is None else None
+    seen = Mask.from_tokens(TOKENS, degree=degree, pairs=pairs)
+    unit = None if degree is None else seen.unit
+    state = some_state(unit)
+    module = SelfAttention(part, 2)
+    x = jnp.asarray(value_of(state), jnp.float32) / 4
+    state = state.map(lambda rows: rows / 4)
+    variables = params_of(module, X, seen)
+    plain, scores = applied(module, variables, x, seen)
+    lazy, nothing = applied(module, variables, state, seen)
+    assert scores.shape == (2, 2, 5, 5)
+    assert nothing is None
+    np.testing.assert_allclose(value_of(lazy)[VALID], np.asarray(plain)[VALID], rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_of_positions_is_added_to_the_scores():
+    module, seen = SelfAttention(ATTENTION["softmax"], 2), Mask.from_tokens(TOKENS)
+    variables = params_of(module, X, seen)
+    bias = jnp.asarray(RNG.normal(size=(1, 2, 5, 5)), jnp.float32)
+    without, with_bias = (applied(module, variables, X, seen, added) for added in (None, bias))
+    close_scores = np.asarray(with_bias[1]) - np.asarray(without[1])
+    np.testing.assert_allclose(close_scores, np.broadcast_to(bias, (2, 2, 5, 5)), atol=1e-5)
+    assert np.abs(np.asarray(with_bias[0]) - np.asarray(without[0])).max() > 1e-3
+    lazy, _ = applied(module, variables, Lazy.held(X), seen, bias)
+    np.testing.assert_allclose(value_of(lazy), with_bias[0], atol=1e-4)
+
+
+def block(**fields) -> PostNormBlock:
+    parts = {"attention_part": ATTENTION["2quad_freediv"], "hidden_act": ACTIVATIONS["quad"], "norms": (EXACT, EXACT)}
+    return PostNormBlock(**{**parts, "num_attention_heads": 2, "intermediate_size": 12, **fields})
+
+
+def test_a_block_sees_what_its_normalisations_meet():
+    module, seen = block(), Mask.from_tokens(TOKENS)
+    variables = params_of(module, X, seen)
+    _, (scores, variances) = applied(module, variables, X, seen)
+    assert scores.shape == (2, 2, 5, 5)
+    assert [one.shape for one in variances] == [(2, 5, 1)] * 2
+    _, of_lazy = applied(module, variables, Lazy.held(X), seen)
+    assert of_lazy == (None, (None, None))
+
+
+@pytest.mark.parametrize("wrap", [nn.remat, nn.checkpoint], ids=["remat", "checkpoint"])
+def test_a_block_may_be_rematerialised(wrap):
+    seen = Mask.from_tokens(TOKENS)
+    variables = params_of(block(), X, seen)
+    wrapped = wrap(PostNormBlock)(**{field: getattr(block(), field) for field in
+                                     ("attention_part", "hidden_act", "norms", "num_attention_heads",
+                                      "intermediate_size")})  # fmt: skip
+
+    def loss(module):
+        return lambda variables: jnp.sin(applied(module, variables, X, seen)[0]).sum()
+
+    ours, theirs = (jax.grad(loss(module))(variables) for module in (wrapped, block()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+def test_blocks_may_be_scanned():
+    seen = Mask.from_tokens(TOKENS)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            return block(name="layer")(x, mask)
+
+    stack = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=3)()  # pyright: ignore[reportArgumentType]
+    variables = params_of(stack, X, seen)
+    out, found = applied(stack, variables, X, seen)
+    assert found.scores.shape == (3, 2, 2, 5, 5)
+    x = X
+    for i in range(3):
+        own = {"params": jax.tree.map(lambda leaf, i=i: leaf[i], variables["params"]["layer"])}
+        x, _ = applied(block(), own, x, seen)
+    np.testing.assert_allclose(out, x, rtol=1e-4, atol=1e-4)
