@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxmpc import secure
-from flaxmpc.convert.data import Text
+from flaxmpc.data.batches import Text
 from flaxmpc.models.config import BertConfig
 
 

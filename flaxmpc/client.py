@@ -12,7 +12,7 @@ import numpy as np
 
 from flaxmpc import secure
 from flaxmpc.answers import Inference, Prediction, head, predict
-from flaxmpc.convert.data import Encoded, Text, encode
+from flaxmpc.data.batches import Encoded, Text, encode
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.attention import Keys

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxmpc.convert.conversion import Conversion, FineTuning
-from flaxmpc.convert.hosts import Hosts
+from flaxmpc.training.hosts import Hosts
 
 _ALONE = Hosts()
 

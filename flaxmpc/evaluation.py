@@ -10,17 +10,19 @@ from rich.progress import track
 
 from flaxmpc import files, secure
 from flaxmpc.client import buckets
-from flaxmpc.convert import card, metrics, tasks
-from flaxmpc.convert.data import Split, collate, plan
+from flaxmpc.convert import card
 from flaxmpc.convert.finetune import predict
-from flaxmpc.convert.lengths import bucketed, repeated
-from flaxmpc.convert.matching import matched
 from flaxmpc.convert.runs import claimed
+from flaxmpc.data import tasks
+from flaxmpc.data.batches import Split, collate, plan
+from flaxmpc.data.lengths import bucketed, repeated
+from flaxmpc.data.matching import matched
 from flaxmpc.errors import brief
 from flaxmpc.inference import SecureClassifier, check_encoded
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.config import MOST_POSITIONS
+from flaxmpc.training import metrics
 
 
 def secure_logits(

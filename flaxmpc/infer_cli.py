@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from flaxmpc import results, serving_cli, texts
 from flaxmpc.client import TextError, limit
-from flaxmpc.convert.data import Text
+from flaxmpc.data.batches import Text
 from flaxmpc.models import zoo
 from flaxmpc.results import console
 from flaxmpc.secure import SecureError
@@ -278,7 +278,7 @@ def check(
 
 
 def _movie_sentences() -> texts.Given:
-    from flaxmpc.convert.data import movie_sentences
+    from flaxmpc.data.batches import movie_sentences
 
     found = list(movie_sentences()["validation"]["sentence"])
     return texts.Given(found, [f"movie validation, row {row} (from 0)" for row in range(len(found))])

@@ -10,8 +10,8 @@ import numpy as np
 
 from flaxmpc import secure
 from flaxmpc.client import Classifier, Client, Run, limit
-from flaxmpc.convert.data import Text
 from flaxmpc.convert.fold import fold, fold_config
+from flaxmpc.data.batches import Text
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.nn.attention import Keys

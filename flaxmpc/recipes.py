@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flaxmpc import files
-from flaxmpc.convert import card, hosts
+from flaxmpc.convert import card
 from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
 from flaxmpc.evaluation import evaluate
+from flaxmpc.training import hosts
 
 Config = TypeVar("Config", bound=FineTuning | Conversion)
 

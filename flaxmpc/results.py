@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxmpc.answers import Inference, Prediction, head
-from flaxmpc.convert.data import Text
+from flaxmpc.data.batches import Text
 from flaxmpc.errors import unknown
 from flaxmpc.models.config import BertConfig
 

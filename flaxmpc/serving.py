@@ -16,7 +16,7 @@ import numpy as np
 from flaxmpc import secure
 from flaxmpc.answers import Inference
 from flaxmpc.client import Classifier, Client, Run, buckets, limit
-from flaxmpc.convert.data import Text
+from flaxmpc.data.batches import Text
 from flaxmpc.errors import brief
 from flaxmpc.inference import SecureClassifier, logits_and_size, plan, secure_function, sequence_classifier
 from flaxmpc.models import folder as folders

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from flaxmpc.convert.data import Text
+from flaxmpc.data.batches import Text
 from flaxmpc.results import Asked
 
 # It says on standard error what a peer does wrong, without end; what matters is raised. It looks when it is loaded.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flaxmpc.convert.data import Text
+from flaxmpc.data.batches import Text
 from flaxmpc.errors import unknown
 
 TEXT = "text"
@@ -45,7 +45,7 @@ def of_file(file: Path, format_: str | None = None, columns: Sequence[str] = ())
     """The texts of a file, "-" being standard input.
 
     In plain text each line that is not blank is one; a line ends in LF or CR LF and nowhere else. The other formats are
-    tables, see `flaxmpc.convert.tables.read`.
+    tables, see `flaxmpc.data.tables.read`.
 
     Args:
         file: its suffix says the format, unless `format_` does; without a suffix, as .txt, it is plain text.
@@ -101,7 +101,7 @@ def _lines(file: Path, name: str) -> Given:
 
 def _table(file: Path, format_: str, name: str, columns: Sequence[str]) -> Given:
     # Imported here: for texts on the command line they are not needed.
-    from flaxmpc.convert import tables, tasks
+    from flaxmpc.data import tables, tasks
 
     if file.is_dir():
         raise ValueError(f"{name} is a folder, not a file")

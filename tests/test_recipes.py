@@ -13,12 +13,13 @@ import pytest
 
 import flaxmpc
 from flaxmpc import recipes
-from flaxmpc.convert import conversion, runs, tables
+from flaxmpc.convert import conversion, runs
 from flaxmpc.convert.conversion import Conversion, FineTuning
-from flaxmpc.convert.data import movie_sentences
-from flaxmpc.convert.fit import Schedule
+from flaxmpc.data import tables
+from flaxmpc.data.batches import movie_sentences
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import init_params
+from flaxmpc.training.fit import Schedule
 
 TRAIN = Path(__file__).parent.parent / "train"
 

@@ -339,7 +339,7 @@ def test_shares_that_are_too_large_are_not_made():
 READ = """
 import json, pathlib, sys, time
 from flaxmpc import serving
-from flaxmpc.convert.data import encode
+from flaxmpc.data.batches import encode
 peak = lambda: 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     bundle, start = path.read_bytes(), time.process_time()

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from flaxmpc import files
-from flaxmpc.convert.metrics import METRICS
 from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.normalization import EXACT
+from flaxmpc.training.metrics import METRICS
 
 # What a card says of data that the library ships.
 _DATA = {

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from flaxmpc.convert.data import SPLITS, Split
-from flaxmpc.convert.tasks import Task
+from flaxmpc.data.batches import SPLITS, Split
+from flaxmpc.data.tasks import Task
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.folder import LoadedModel
 from flaxmpc.models.params import flatten

@@ -8,15 +8,14 @@ import numpy as np
 import tyro
 
 from flaxmpc import files
-from flaxmpc.convert import calibrate, contents, hosts, tasks
-from flaxmpc.convert.data import SPLITS, Split, batches
+from flaxmpc.convert import calibrate, contents
 from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
 from flaxmpc.convert.finetune import Evaluate, finetune, in_order, lengths, looking_up, predict
-from flaxmpc.convert.fit import Schedule
-from flaxmpc.convert.matching import matched, named, refuse_other_order
-from flaxmpc.convert.metrics import agreement, correct, evaluate, paired_difference
-from flaxmpc.convert.pieces import pieces
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
+from flaxmpc.data import tasks
+from flaxmpc.data.batches import SPLITS, Split, batches
+from flaxmpc.data.matching import matched, named, refuse_other_order
+from flaxmpc.data.pieces import pieces
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
@@ -24,6 +23,9 @@ from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
 from flaxmpc.nn.parts import Registry
+from flaxmpc.training import hosts
+from flaxmpc.training.fit import Schedule
+from flaxmpc.training.metrics import agreement, correct, evaluate, paired_difference
 
 # What fine-tuning and distillation leave as it is, so that the client may know the table: see `flaxmpc.nn.embedding`.
 _EMBEDDINGS = "bert/embeddings/"
@@ -90,7 +92,7 @@ class Conversion:
         stage1: by default hidden states alone.
         stage2: by default the hidden states still, and a tenth of the logits, at a tenth of the rate: mostly on logits
             a student comes nearer to its teacher on the rows it learns from, and on no others.
-        pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.convert.pieces`. A stage that
+        pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.data.pieces`. A stage that
             looks at labels has none.
         unlabelled: a file or folder of texts in the data's text columns, that stage 1 learns from too: of any text
             the teacher has hidden states, and a student that has seen few is near it only on those.

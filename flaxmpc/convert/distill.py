@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from flaxmpc.convert import losses
 from flaxmpc.convert.calibrate import Ranges, variances_in
-from flaxmpc.convert.data import Batch, Split
 from flaxmpc.convert.finetune import Evaluate, epoch_batches, first_bad_layer, in_order
-from flaxmpc.convert.fit import Schedule, fit
+from flaxmpc.data.batches import Batch, Split
 from flaxmpc.models.bert import BertForSequenceClassification, Intermediates, init_params
 from flaxmpc.models.params import flatten, unflatten
+from flaxmpc.training import losses
+from flaxmpc.training.fit import Schedule, fit
 
 
 @dataclasses.dataclass(frozen=True)

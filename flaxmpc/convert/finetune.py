@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.convert import losses, metrics
-from flaxmpc.convert.data import Batch, Split, batches
-from flaxmpc.convert.fit import Loss, Schedule, fit
+from flaxmpc.data.batches import Batch, Split, batches
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.params import flatten
+from flaxmpc.training import losses, metrics
+from flaxmpc.training.fit import Loss, Schedule, fit
 
 # Lengths that sentences are padded to while training: one program each.
 LENGTHS = (16, 24, 32, 48, 64, 128, 256, 512)
@@ -68,7 +68,7 @@ class Evaluate:
 
     Attributes:
         model, split: whose.
-        metrics: names in `flaxmpc.convert.metrics.METRICS`; the first chooses the best epoch.
+        metrics: names in `flaxmpc.training.metrics.METRICS`; the first chooses the best epoch.
         prefix: of the figures' names.
     """
 

@@ -14,12 +14,13 @@ import pytest
 from safetensors.numpy import load, load_file, save
 
 from flaxmpc.convert import conversion as conversion_module
-from flaxmpc.convert import fit, runs
+from flaxmpc.convert import runs
 from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
 from flaxmpc.convert.distill import Stage
-from flaxmpc.convert.fit import Schedule
 from flaxmpc.evaluation import evaluate
 from flaxmpc.models import folder as folders
+from flaxmpc.training import fit
+from flaxmpc.training.fit import Schedule
 
 TEACHER = Schedule(epochs=8, learning_rate=1e-2, batch_size=8)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

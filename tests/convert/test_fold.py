@@ -10,8 +10,8 @@ import pytest
 
 from flaxmpc import secure
 from flaxmpc.convert.calibrate import calibrate_attention
-from flaxmpc.convert.data import Split, batches, encode
 from flaxmpc.convert.fold import fold
+from flaxmpc.data.batches import Split, batches, encode
 from flaxmpc.inference import split_at_shares
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo

@@ -8,7 +8,7 @@ import pytest
 from jax import checkpoint as remat  # pyright: ignore[reportPrivateImportUsage]
 
 from flaxmpc import secure
-from flaxmpc.convert.data import movie_sentences
+from flaxmpc.data.batches import movie_sentences
 from flaxmpc.inference import SecureClassifier, check
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo

@@ -5,9 +5,9 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from flaxmpc.convert import metrics
-from flaxmpc.convert.metrics import METRICS, accuracy, correct, f1, matthews_correlation, paired_difference
-from flaxmpc.convert.tasks import GLUE
+from flaxmpc.data.tasks import GLUE
+from flaxmpc.training import metrics
+from flaxmpc.training.metrics import METRICS, accuracy, correct, f1, matthews_correlation, paired_difference
 
 LOGITS = np.array([[0.1, 0.2], [3, -1], [-5, -4], [0, 1], [2, 1], [1, 0]])  # 1, 0, 1, 1, 0, 0
 LABELS = np.array([1, 0, 0, 1, 1, 0])

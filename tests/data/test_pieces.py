@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from flaxmpc.convert.data import Split
-from flaxmpc.convert.pieces import pieces
+from flaxmpc.data.batches import Split
+from flaxmpc.data.pieces import pieces
 
 CLS, SEP = 1, 2
 SENTENCES = [np.array([CLS, *range(10 * i, 10 * i + n), SEP]) for i, n in enumerate((9, 1, 3, 8, 5, 7, 2, 9), 1)]

@@ -9,9 +9,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from flaxmpc.convert import tasks
-from flaxmpc.convert.data import SPLITS, split_of
-from flaxmpc.convert.tasks import GLUE, REGRESSION, load
+from flaxmpc.data import tasks
+from flaxmpc.data.batches import SPLITS, split_of
+from flaxmpc.data.tasks import GLUE, REGRESSION, load
 from flaxmpc.models.folder import load_tokenizer
 
 

@@ -52,7 +52,7 @@ def read(form: str, files: Sequence[Path]) -> Columns:
     """
     import pyarrow as pa
 
-    from flaxmpc.convert import decoder
+    from flaxmpc.data import decoder
 
     most = _LEAST_BYTES + _TIMES * sum(file.stat().st_size for file in files)
     command = [sys.executable, "-I", "-W", "ignore", decoder.__file__, form, str(most), *map(os.fspath, files)]

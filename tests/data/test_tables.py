@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.table import InMemoryTable
 
-from flaxmpc.convert import decoder, tables
-from flaxmpc.convert.tables import ALL
+from flaxmpc.data import decoder, tables
+from flaxmpc.data.tables import ALL
 
 ROWS = [{"sentence": "A film, or two.", "label": "1"}, {"sentence": 'He said "no".', "label": "0"}]
 

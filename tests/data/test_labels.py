@@ -3,8 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from flaxmpc.convert.labels import REGRESSION, read_labels
-from flaxmpc.convert.tables import Table
+from flaxmpc.data.labels import REGRESSION, read_labels
+from flaxmpc.data.tables import Table
 
 
 def table(labels, names=None, source="train.csv") -> Table:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxmpc.convert import tables
-from flaxmpc.convert.data import SPLITS, Split, Text, encode, movie_sentences, split_of
-from flaxmpc.convert.labels import REGRESSION, read_labels
-from flaxmpc.convert.tables import ALL, Table
+from flaxmpc.data import tables
+from flaxmpc.data.batches import SPLITS, Split, Text, encode, movie_sentences, split_of
+from flaxmpc.data.labels import REGRESSION, read_labels
+from flaxmpc.data.tables import ALL, Table
 from flaxmpc.errors import brief, listed, unknown
 
 # The pairs first: a table with question and sentence is one of pairs.
@@ -95,7 +95,7 @@ class Task:
         train, validation, test: see `Split`; none is empty, and every class is in train. Validation chooses the
             checkpoint, test is looked at once.
         id2label: the names of the classes in order of their ids; one name for regression.
-        metrics: names in `flaxmpc.convert.metrics.METRICS`; the first decides which checkpoint is best.
+        metrics: names in `flaxmpc.training.metrics.METRICS`; the first decides which checkpoint is best.
         text_columns: one, or two for pairs.
         warnings: what is odd but no error, a sentence each: texts that are cut, texts that two splits share, a text
             with two labels, numbers that look like classes.

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from flaxmpc.convert import hosts
 from flaxmpc.convert.conversion import FineTuning
+from flaxmpc.training import hosts
 
 CONFIG = FineTuning(Path("encoder"), "movie", Path("out"))
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from flaxmpc.convert.log import TrainingLog
+from flaxmpc.training.log import TrainingLog
 
 
 def log(folder, done=0):

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxmpc.convert.data import Batch
-from flaxmpc.convert.fit import Schedule, fit, merge, partition
+from flaxmpc.data.batches import Batch
+from flaxmpc.training.fit import Schedule, fit, merge, partition
 
 PARAMS = {
     "bert": {"embeddings": {"table": np.full((4, 1), 0.5, np.float32)}, "layer": {"w": np.zeros((4, 1), np.float32)}},
@@ -286,7 +286,7 @@ import json, sys
 from pathlib import Path
 import jax
 import test_fit
-from flaxmpc.convert.hosts import Hosts
+from flaxmpc.training.hosts import Hosts
 folder, address = Path(sys.argv[1]), sys.argv[2:]
 if address:
     Hosts(address[0], 2, int(address[1])).join()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxmpc.convert.tables import ALL, Table
+from flaxmpc.data.tables import ALL, Table
 from flaxmpc.errors import brief, listed
 
 REGRESSION = ("LABEL_0",)

@@ -11,8 +11,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from flaxmpc.convert import tables
-from flaxmpc.convert.tables import ALL
+from flaxmpc.data import tables
+from flaxmpc.data.tables import ALL
 
 # What str.splitlines() takes for the end of a line, and no format does.
 NO_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"

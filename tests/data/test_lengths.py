@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from flaxmpc.convert.data import Split, encode
-from flaxmpc.convert.lengths import JOINED, bucketed, repeated
+from flaxmpc.data.batches import Split, encode
+from flaxmpc.data.lengths import JOINED, bucketed, repeated
 from flaxmpc.models.folder import load_tokenizer
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxmpc.convert.data import Split, Text, encode
+from flaxmpc.data.batches import Split, Text, encode
 
 # Rows of a bucket at least, where texts have to be joined for it; and texts of one word.
 JOINED, REPEATED = 64, 32

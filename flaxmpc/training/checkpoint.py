@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from flaxmpc import files
-from flaxmpc.convert import hosts
+from flaxmpc.training import hosts
 
 # In the folder of each step, beside what orbax wrote there. The other file is orbax's note of when a step was written:
 # it is changed after the seal, so nothing vouches for it; and nothing needs it.

@@ -17,11 +17,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxmpc.convert.checkpoint import Checkpoints
-from flaxmpc.convert.data import Batch
-from flaxmpc.convert.log import TrainingLog
 from flaxmpc.convert.runs import claimed
+from flaxmpc.data.batches import Batch
 from flaxmpc.models.params import flatten, unflatten
+from flaxmpc.training.checkpoint import Checkpoints
+from flaxmpc.training.log import TrainingLog
 
 Params = Mapping[str, Any]
 Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]

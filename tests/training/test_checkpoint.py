@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
-from flaxmpc.convert.checkpoint import Checkpoints
+from flaxmpc.training.checkpoint import Checkpoints
 
 
 def tree(value):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from flaxmpc.convert.data import Split
-from flaxmpc.convert.matching import matched, refuse_other_order
-from flaxmpc.convert.tasks import GLUE, Task
+from flaxmpc.data.batches import Split
+from flaxmpc.data.matching import matched, refuse_other_order
+from flaxmpc.data.tasks import GLUE, Task
 
 
 def task(*id2label, labels=(0, 1, 2, 1)) -> Task:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxmpc import files
-from flaxmpc.convert import columnar
-from flaxmpc.convert.rows import csv_rows, json_rows, jsonl_rows, read_text, tsv_rows, twice
+from flaxmpc.data import columnar
+from flaxmpc.data.rows import csv_rows, json_rows, jsonl_rows, read_text, tsv_rows, twice
 from flaxmpc.errors import brief
 
 ALL = ""
@@ -188,7 +188,7 @@ def _read_saved(folder: Path) -> dict[str, Table]:
 
 def _read_split(folder: Path, split: Path) -> Table:
     """A split of it: the Arrow files that its state names, and the names of classes of its features."""
-    from flaxmpc.convert import decoder
+    from flaxmpc.data import decoder
 
     state = files.read_object(split / "state.json", root=folder)
     named = state.get("_data_files")

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxmpc.convert import losses
 from flaxmpc.models.bert import Intermediates
+from flaxmpc.training import losses
 
 RNG = np.random.default_rng(0)
 LOGITS, TEACHER = jnp.asarray(RNG.normal(0, 3, (2, 5, 3)), jnp.float32)

@@ -40,7 +40,7 @@ def movie_sentences() -> Any:
     """
     import datasets
 
-    packed = resources.files("flaxmpc.convert").joinpath("movie_sentences.tsv.gz").read_bytes()
+    packed = resources.files("flaxmpc.data").joinpath("movie_sentences.tsv.gz").read_bytes()
     rows = list(csv.reader(io.StringIO(gzip.decompress(packed).decode()), delimiter="\t", quoting=csv.QUOTE_NONE))
     features = datasets.Features(
         sentence=datasets.Value("string"),

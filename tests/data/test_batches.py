@@ -3,7 +3,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from flaxmpc.convert.data import SPLITS, Batch, Split, batches, collate, encode, movie_sentences, plan, split_of
+from flaxmpc.data.batches import SPLITS, Batch, Split, batches, collate, encode, movie_sentences, plan, split_of
 from flaxmpc.models.folder import load_tokenizer
 
 LENGTHS = (8, 16)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flaxmpc.convert import tables
-from flaxmpc.convert.tables import ALL
+from flaxmpc.data import tables
+from flaxmpc.data.tables import ALL
 
 GIGABYTE = 1 << 30
 
@@ -50,7 +50,7 @@ def peak(path) -> tuple[str, int]:
     """What a process of its own says of a path, and the most memory that it or the decoder had, in bytes."""
     code = f"""
 import re, resource
-from flaxmpc.convert import tables
+from flaxmpc.data import tables
 try:
     print(len(tables.read({str(path)!r})))
 except ValueError as error:
@@ -191,7 +191,7 @@ def test_the_files_of_a_folder_are_no_links(suffix, tmp_path):
 
 
 def test_the_reader_has_its_own_limits():
-    code = f"from flaxmpc.convert import decoder; decoder.limit({1 << 28}); bytearray({GIGABYTE})"
+    code = f"from flaxmpc.data import decoder; decoder.limit({1 << 28}); bytearray({GIGABYTE})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "MemoryError" in done.stderr
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY  # here there is none

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flaxmpc.convert.data import Split
+from flaxmpc.data.batches import Split
 
 # Tokens of each sentence of a piece. Longer texts are as much in range as sentences are.
 _LONGEST = 6

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flaxmpc.convert.data import SPLITS
-from flaxmpc.convert.tasks import Task
+from flaxmpc.data.batches import SPLITS
+from flaxmpc.data.tasks import Task
 
 
 def matched(task: Task, id2label: Sequence[str], owner: str) -> Task:
