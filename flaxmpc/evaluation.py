@@ -12,12 +12,12 @@ from flaxmpc import files, secure
 from flaxmpc.client import buckets
 from flaxmpc.convert import card
 from flaxmpc.convert.finetune import predict
-from flaxmpc.convert.runs import claimed
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import Split, collate, plan
 from flaxmpc.data.lengths import bucketed, repeated
 from flaxmpc.data.matching import matched
 from flaxmpc.errors import brief
+from flaxmpc.files import claimed
 from flaxmpc.inference import SecureClassifier, check_encoded
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo

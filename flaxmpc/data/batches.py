@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from flaxmpc.models.tokenizer import failing_as
+from flaxmpc.errors import failing_as
 
 Text: TypeAlias = str | tuple[str, str]
 """A sentence, or a pair of sentences."""

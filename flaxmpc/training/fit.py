@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxmpc.convert.runs import claimed
 from flaxmpc.data.batches import Batch
+from flaxmpc.files import claimed
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.training.checkpoint import Checkpoints
 from flaxmpc.training.log import TrainingLog
