@@ -26,11 +26,11 @@ import tyro
 from harness import Benchmark, Options, Record, held
 
 from flaxmpc.convert.finetune import LENGTHS, classification_loss
+from flaxmpc.convert.recipe import minilm_l6
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import Batch, batches
 from flaxmpc.models import folder as folders
 from flaxmpc.models.params import flatten
-from flaxmpc.recipes import minilm_l6
 from flaxmpc.secure.cost import provenance
 from flaxmpc.training.fit import Schedule, partition, train_step
 

@@ -11,10 +11,10 @@ from flax.core import unfreeze
 
 from flaxmpc import secure
 from flaxmpc.convert.fold import fold
-from flaxmpc.inference import split_at_shares
 from flaxmpc.models import zoo
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.models.config import BertConfig, preset
+from flaxmpc.serve.private import split_at_shares
 
 
 def _most_steps(place: int) -> Any:

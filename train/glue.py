@@ -21,7 +21,7 @@ import tyro
 
 from flaxmpc.convert.conversion import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
-from flaxmpc.recipes import make, with_epochs
+from flaxmpc.convert.recipe import make, with_epochs
 from flaxmpc.training.fit import Schedule
 
 RUNS = Path(__file__).parent.parent / "runs"

@@ -271,7 +271,7 @@ def _teacher(config: Conversion) -> folders.LoadedModel:
 def convert(config: Conversion) -> dict[str, Any]:
     """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
 
-    A run that was killed goes on from its last checkpoint; what is done already is returned. `flaxmpc.evaluation`
+    A run that was killed goes on from its last checkpoint; what is done already is returned. `flaxmpc.convert.evaluate`
     then adds what the student does with longer texts and under MPC, and the card.
 
     Raises:

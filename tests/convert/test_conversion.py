@@ -17,7 +17,7 @@ from flaxmpc import files
 from flaxmpc.convert import conversion as conversion_module
 from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
 from flaxmpc.convert.distill import Stage
-from flaxmpc.evaluation import evaluate
+from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.models import folder as folders
 from flaxmpc.training import fit
 from flaxmpc.training.fit import Schedule

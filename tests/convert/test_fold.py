@@ -12,7 +12,6 @@ from flaxmpc import secure
 from flaxmpc.convert.calibrate import calibrate_attention
 from flaxmpc.convert.fold import fold
 from flaxmpc.data.batches import Split, batches, encode
-from flaxmpc.inference import split_at_shares
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.bert import ARCHITECTURES, BertForMaskedLM, BertForSequenceClassification, param_shapes
@@ -20,6 +19,7 @@ from flaxmpc.models.config import BertConfig
 from flaxmpc.models.folded import FoldedLayer
 from flaxmpc.models.params import flatten
 from flaxmpc.nn.attention import ATTENTION, Constant
+from flaxmpc.serve.private import split_at_shares
 
 TINY = BertConfig(
     vocab_size=40,

@@ -9,10 +9,10 @@ from jax import checkpoint as remat  # pyright: ignore[reportPrivateImportUsage]
 
 from flaxmpc import secure
 from flaxmpc.data.batches import movie_sentences
-from flaxmpc.inference import SecureClassifier, check
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.serve.private import SecureClassifier, check
 
 X = np.linspace(-2, 2, 8, dtype=np.float32)
 

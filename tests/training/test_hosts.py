@@ -1,4 +1,4 @@
-"""What one process can see of several hosts; two processes train in test_fit.py and in test_convert_cli.py."""
+"""What one process can see of several hosts; two processes train in test_fit.py and in tests/cli/test_convert.py."""
 
 from pathlib import Path
 

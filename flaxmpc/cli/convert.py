@@ -1,4 +1,4 @@
-"""The commands that train: `finetune` and `convert`. What they do stands in `flaxmpc.recipes`."""
+"""The commands that train: `finetune` and `convert`. What they do stands in `flaxmpc.convert.recipe`."""
 
 from typing import Annotated
 
@@ -33,7 +33,7 @@ def convert(
 
 
 def _make(config: FineTuning | Conversion, hosts: Hosts) -> None:
-    from flaxmpc.recipes import make
+    from flaxmpc.convert.recipe import make
 
     hosts.join()
     results = make(config)

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from flaxmpc import secure
-from flaxmpc.client import Classifier, Client, Run, limit
 from flaxmpc.convert.fold import fold, fold_config
 from flaxmpc.data.batches import Text
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.nn.attention import Keys
 from flaxmpc.nn.normalization import square_mean_by_product
+from flaxmpc.serve.classify import Classifier, Client, Run, limit
 
 # Tokens of a run, padding included: memory grows with them.
 _RUN_TOKENS = 1024

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flaxmpc import cli
+from flaxmpc.cli import main as cli
 from flaxmpc.convert.conversion import FineTuning
-from flaxmpc.evaluation import evaluate, spread
+from flaxmpc.convert.evaluate import evaluate, spread
 from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION

@@ -9,7 +9,6 @@ import numpy as np
 from rich.progress import track
 
 from flaxmpc import files, secure
-from flaxmpc.client import buckets
 from flaxmpc.convert import card
 from flaxmpc.convert.finetune import predict
 from flaxmpc.data import tasks
@@ -18,10 +17,11 @@ from flaxmpc.data.lengths import bucketed, repeated
 from flaxmpc.data.matching import matched
 from flaxmpc.errors import brief
 from flaxmpc.files import claimed
-from flaxmpc.inference import SecureClassifier, check_encoded
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.config import MOST_POSITIONS
+from flaxmpc.serve.classify import buckets
+from flaxmpc.serve.private import SecureClassifier, check_encoded
 from flaxmpc.training import metrics
 
 

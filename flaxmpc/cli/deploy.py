@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from flaxmpc.cli.results import Asked
 from flaxmpc.data.batches import Text
-from flaxmpc.results import Asked
 
 # It says on standard error what a peer does wrong, without end; what matters is raised. It looks when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -116,15 +116,16 @@ def put(
         lengths: of tokens that texts are padded to, of 16, 32, 64, 128, 256, 512, and the longest that the model takes.
         batches: numbers of texts in a run.
     """
-    from flaxmpc import secure, serving
+    from flaxmpc import secure
     from flaxmpc.models import folder, zoo
     from flaxmpc.secure.deploy.process import hide_memory
+    from flaxmpc.serve import remote
 
     hide_memory()
     loaded = folder.load(zoo.with_weights(model))
     start = time.perf_counter()
     with secure.Cluster(cluster, "owner") as parties:
-        served = serving.put(loaded, parties, name=name, lengths=lengths or None, batches=batches)
+        served = remote.put(loaded, parties, name=name, lengths=lengths or None, batches=batches)
         seconds, sent = time.perf_counter() - start, parties.bytes_sent
     print(
         f"{name or loaded.folder.resolve().name}: {len(served.programs)} programs ({', '.join(served.programs)}), "
@@ -150,24 +151,25 @@ def approve(
         lengths: as the owner puts them.
         batches: as the owner puts them.
     """
-    from flaxmpc import serving
     from flaxmpc.models import zoo
     from flaxmpc.secure.deploy.cluster import ClusterFile
+    from flaxmpc.serve import remote
 
     read = ClusterFile.read(cluster)
-    programs = serving.approve(zoo.find(model), read, name=name, lengths=lengths or None, batches=batches)
+    programs = remote.approve(zoo.find(model), read, name=name, lengths=lengths or None, batches=batches)
     for size, program in programs.items():
         print(f"approved {size}: {program.digest}")
 
 
 def ask(cluster: Path, model: str | None, texts: Sequence[Text], progress: Callable[..., Any]) -> Asked:
     """Asks a model on a cluster; what is answered was opened here and is known to nobody else."""
-    from flaxmpc import secure, serving
+    from flaxmpc import secure
     from flaxmpc.secure.deploy.process import hide_memory
+    from flaxmpc.serve import remote
 
     hide_memory()
     with secure.Cluster(cluster, "client") as parties:
-        classifier = serving.RemoteClassifier(parties, model)
+        classifier = remote.RemoteClassifier(parties, model)
         before = parties.bytes_sent
         start = time.perf_counter()
         found = classifier.classify(texts, progress)

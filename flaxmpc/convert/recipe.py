@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from flaxmpc import files
 from flaxmpc.convert import card
 from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
-from flaxmpc.evaluation import evaluate
+from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.training import hosts
 
 Config = TypeVar("Config", bound=FineTuning | Conversion)

@@ -1,4 +1,4 @@
-"""The commands that ask a model, or look at one: infer, cost, check. What they do stands in `flaxmpc.inference`."""
+"""The commands that ask a model, or look at one: infer, cost, check. What they do stands in `flaxmpc.serve.private`."""
 
 import contextlib
 import dataclasses
@@ -11,12 +11,12 @@ import tyro
 from rich.progress import track
 from rich.table import Column, Table
 
-from flaxmpc import results, serving_cli, texts
-from flaxmpc.client import TextError, limit
+from flaxmpc.cli import deploy, results, texts
+from flaxmpc.cli.results import console
 from flaxmpc.data.batches import Text
 from flaxmpc.models import zoo
-from flaxmpc.results import console
 from flaxmpc.secure import SecureError
+from flaxmpc.serve.classify import TextError, limit
 
 
 def _or(default: str, metavar: str) -> Any:
@@ -145,7 +145,7 @@ def infer(
                 options = " and ".join(f"--{name.replace('_', '-')}" for name in said)
                 raise ValueError(f"{options}: on a cluster its cluster.toml says it; leave it out, or --cluster")
             else:
-                asked = serving_cli.ask(cluster, model, given.texts, _bar)
+                asked = deploy.ask(cluster, model, given.texts, _bar)
         predictions = asked.inference.predictions
         error = results.unanswered(predictions, given.places)
         if out is not None:
@@ -166,7 +166,7 @@ def infer(
 def _ask_here(name: str, runtime: Runtime, given: Sequence[Text]) -> results.Asked:
     """All parties are threads of this process."""
     folder = zoo.with_weights(name)
-    from flaxmpc.inference import SecureClassifier
+    from flaxmpc.serve.private import SecureClassifier
 
     with console(stderr=True).status("starting the parties and sharing the weights"):
         classifier = SecureClassifier.from_folder(folder, runtime.start())
@@ -198,7 +198,7 @@ def cost(
     with _errors_as_json(json_):
         folder = zoo.with_weights(model)
         from flaxmpc import secure
-        from flaxmpc.inference import SecureClassifier
+        from flaxmpc.serve.private import SecureClassifier
 
         with console(stderr=True).status("measuring"):
             record = SecureClassifier.from_folder(folder, runtime.start()).estimate(tokens, sentences)
@@ -248,13 +248,13 @@ def check(
         if sentences < 1:
             raise ValueError(f"--sentences must be at least 1, not {sentences}")
         folder = zoo.with_weights(model)
-        from flaxmpc import inference
         from flaxmpc.models import folder as folders
+        from flaxmpc.serve import private
 
         given = texts.of_file(file) if file is not None else _movie_sentences()
         some = given.texts[:sentences]
         with console(stderr=True).status(f"computing {len(some)} text(s) in the clear"), _says_where(given):
-            margins = inference.check(folders.load(folder), some, **arithmetic.given())
+            margins = private.check(folders.load(folder), some, **arithmetic.given())
     risk = None
     try:
         margins.require()

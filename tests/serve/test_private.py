@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
-from flaxmpc.inference import SecureClassifier
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
+from flaxmpc.serve.private import SecureClassifier
 
 # Of 3 to 18 tokens, so in two buckets.
 TEXTS = [

@@ -14,11 +14,12 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 
 import flaxmpc
-from flaxmpc import convert_cli, files, infer_cli, serving_cli
+from flaxmpc import files
+from flaxmpc.cli import convert, deploy, infer
+from flaxmpc.cli.infer import Json
+from flaxmpc.cli.results import console
 from flaxmpc.errors import unknown
-from flaxmpc.infer_cli import Json
 from flaxmpc.models import zoo
-from flaxmpc.results import console as _console
 
 _DESCRIPTION = """Transformers that classify what they cannot see: Flax under secure MPC.
 
@@ -97,10 +98,10 @@ def zoo_(
     if json_:
         print(json.dumps(entries))
         return
-    console = _console()
-    console.print(_zoo_table(entries))
+    out = console()
+    out.print(_zoo_table(entries))
     if any(entry["weights_bytes"] is None for entry in entries):
-        console.print("A script in place of a size: the weights are not here; it makes them, in the repository.")
+        out.print("A script in place of a size: the weights are not here; it makes them, in the repository.")
 
 
 def _versions() -> str:
@@ -109,16 +110,16 @@ def _versions() -> str:
 
 
 _COMMANDS = {
-    "infer": infer_cli.infer,
-    "cost": infer_cli.cost,
-    "check": infer_cli.check,
+    "infer": infer.infer,
+    "cost": infer.cost,
+    "check": infer.check,
     "zoo": zoo_,
-    "finetune": convert_cli.finetune,
-    "convert": convert_cli.convert,
-    "cluster": serving_cli.cluster,
-    "party": serving_cli.party,
-    "put": serving_cli.put,
-    "approve": serving_cli.approve,
+    "finetune": convert.finetune,
+    "convert": convert.convert,
+    "cluster": deploy.cluster,
+    "party": deploy.party,
+    "put": deploy.put,
+    "approve": deploy.approve,
 }
 
 

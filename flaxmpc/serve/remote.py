@@ -14,11 +14,8 @@ import msgspec
 import numpy as np
 
 from flaxmpc import secure
-from flaxmpc.answers import Inference
-from flaxmpc.client import Classifier, Client, Run, buckets, limit
 from flaxmpc.data.batches import Text
 from flaxmpc.errors import brief
-from flaxmpc.inference import SecureClassifier, logits_and_size, plan, secure_function, sequence_classifier
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.models.config import BertConfig
@@ -29,6 +26,9 @@ from flaxmpc.secure import cache
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.programs import Approved, compile_program
+from flaxmpc.serve.answers import Inference
+from flaxmpc.serve.classify import Classifier, Client, Run, buckets, limit
+from flaxmpc.serve.private import SecureClassifier, logits_and_size, plan, secure_function, sequence_classifier
 
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy.cluster import Limits
@@ -57,7 +57,7 @@ def put(
         loaded: see `flaxmpc.models.folder.load`.
         parties: with the role "owner".
         name: for the clients; by default the folder's.
-        lengths: length buckets, see `flaxmpc.client.buckets`; a text is padded to the next. By default those up to 64.
+        lengths: length buckets, see `classify.buckets`; a text is padded to the next. By default those up to 64.
         batches: numbers of texts that a request may have.
 
     Returns:

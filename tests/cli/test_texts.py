@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flaxmpc import texts
+from flaxmpc.cli import texts
 
 # Line ends of Unicode, of C and of old terminals: in a text they are none.
 NO_LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxmpc import secure
-from flaxmpc.answers import Inference, Prediction, head, predict
 from flaxmpc.data.batches import Encoded, Text, encode
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.attention import Keys
+from flaxmpc.serve.answers import Inference, Prediction, head, predict
 
 # A text is padded to the first of these that holds it, see `Client.bucket`.
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -80,7 +80,7 @@ class Client:
             lengths: that texts are padded to; by default `buckets`.
 
         Raises:
-            ValueError: the model's logits have no meaning, see `flaxmpc.answers.head`.
+            ValueError: the model's logits have no meaning, see `flaxmpc.serve.answers.head`.
         """
         self.config = model.config
         self.tokenizer = tokenizer

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from flaxmpc.answers import Inference, Prediction, head
 from flaxmpc.data.batches import Text
 from flaxmpc.errors import unknown
 from flaxmpc.models.config import BertConfig
+from flaxmpc.serve.answers import Inference, Prediction, head
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flaxmpc.convert.conversion import Conversion
+from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.convert.runs import resolve
-from flaxmpc.evaluation import evaluate
 from flaxmpc.models import folder as folders
 from flaxmpc.models.config import BertConfig
 
@@ -62,7 +62,7 @@ def test_a_model_that_is_finite_nowhere_is_an_error(diverging):
 
 
 def test_the_largest_difference_is_of_finite_rows():
-    from flaxmpc.evaluation import _largest_difference
+    from flaxmpc.convert.evaluate import _largest_difference
 
     plain = np.array([[1.0, 2.0], [np.nan, 0.0], [np.inf, 0.0]])
     assert _largest_difference(plain + 0.25, plain) == 0.25

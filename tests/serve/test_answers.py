@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from flaxmpc.answers import LABELS, ONE_LABEL, VALUE, head, predict
 from flaxmpc.data.batches import Text
 from flaxmpc.models.config import BertConfig
 from flaxmpc.secure import cost as costs
+from flaxmpc.serve.answers import LABELS, ONE_LABEL, VALUE, head, predict
 
 COST = costs.Cost.from_profile(costs.Config(), costs.Profile(((0, 0),) * 3, {}), 1.0, 0.0)
 

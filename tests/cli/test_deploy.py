@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from flaxmpc import cli
+from flaxmpc.cli import main as cli
 from flaxmpc.secure.deploy.cluster import write_local
 
 

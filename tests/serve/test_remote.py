@@ -13,13 +13,14 @@ import pytest
 import scipy.stats
 from safetensors.numpy import load
 
-from flaxmpc import secure, serving
-from flaxmpc.inference import SecureClassifier
+from flaxmpc import secure
 from flaxmpc.models import folder as folders
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import Limits, write_local
+from flaxmpc.serve import remote
+from flaxmpc.serve.private import SecureClassifier
 
 TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
 
@@ -57,7 +58,7 @@ def parties(tmp_path_factory, running, loaded):
         code=lambda rank: CAPTURE.format(path=str(directory / f"capture{rank}")),
     ) as started:
         with started.connect() as owner:
-            serving.put(loaded, owner, name="tiny", lengths=(16,), batches=(1, 2))
+            remote.put(loaded, owner, name="tiny", lengths=(16,), batches=(1, 2))
         yield started
 
 
@@ -69,7 +70,7 @@ def expected(loaded, group):
 
 def test_answers_are_those_of_the_in_process_run(parties, expected):
     with parties.connect("client") as client:
-        predictions, cost = serving.RemoteClassifier(client, "tiny").classify(TEXTS)
+        predictions, cost = remote.RemoteClassifier(client, "tiny").classify(TEXTS)
     np.testing.assert_allclose([prediction.logits for prediction in predictions], expected, atol=0.01)
     assert [prediction.text for prediction in predictions] == TEXTS
     assert [prediction.label for prediction in predictions] == [
@@ -84,7 +85,7 @@ def test_a_text_that_the_model_diverges_on_has_an_error_in_its_place(parties, ex
     """Nobody has its logits in the clear, and those on shares look like any others."""
     with parties.connect("client") as client:
         for _ in range(2):  # what a diverged model gives differs from run to run
-            bad, good = serving.RemoteClassifier(client, "tiny").classify(["a mess", TEXTS[2]]).predictions
+            bad, good = remote.RemoteClassifier(client, "tiny").classify(["a mess", TEXTS[2]]).predictions
             assert (bad.error, bad.label) == ("the model diverges on this text", None)
             assert good.error is None  # though of the same run
             np.testing.assert_allclose(good.logits, expected[2], atol=0.01)
@@ -92,12 +93,12 @@ def test_a_text_that_the_model_diverges_on_has_an_error_in_its_place(parties, ex
 
 def test_a_model_that_is_put_anew_is_followed(parties, loaded, expected, monkeypatch):
     with parties.connect("client") as client:
-        classifier = serving.RemoteClassifier(client, "tiny")
+        classifier = remote.RemoteClassifier(client, "tiny")
         bundle, before = client.bundle, classifier.model.hash
 
         def put() -> None:
             with parties.connect() as owner:
-                serving.put(loaded, owner, name="tiny", lengths=(16,), batches=(1, 2))
+                remote.put(loaded, owner, name="tiny", lengths=(16,), batches=(1, 2))
 
         put()
         predictions = classifier.classify(TEXTS).predictions
@@ -113,8 +114,8 @@ def test_a_model_that_is_put_anew_is_followed(parties, loaded, expected, monkeyp
             raise secure.SecureError("lost")
 
         monkeypatch.setattr(client, "bundle", bundle_of_another)
-        monkeypatch.setattr(serving.secure, "cache_dir", lambda: None)
-        again = serving.RemoteClassifier(client, "tiny")
+        monkeypatch.setattr(remote.secure, "cache_dir", lambda: None)
+        again = remote.RemoteClassifier(client, "tiny")
         assert again.model.hash != classifier.model.hash
         monkeypatch.setattr(client, "infer", lose)
         with pytest.raises(secure.SecureError, match="lost"):
@@ -123,7 +124,7 @@ def test_a_model_that_is_put_anew_is_followed(parties, loaded, expected, monkeyp
 
 def test_outputs_that_are_not_those_of_a_classifier_are_refused(parties, monkeypatch):
     with parties.connect("client") as client:
-        classifier = serving.RemoteClassifier(client, "tiny")
+        classifier = remote.RemoteClassifier(client, "tiny")
         for outputs in ([np.zeros((1, 2))], [np.zeros((1, 3)), np.ones(1)], [np.zeros((2, 2)), np.ones(2)]):
             monkeypatch.setattr(client, "infer", lambda *_, outputs=outputs: (outputs, None))
             with pytest.raises(
@@ -134,7 +135,7 @@ def test_outputs_that_are_not_those_of_a_classifier_are_refused(parties, monkeyp
 
 def test_a_warm_request_sends_its_shares_and_no_weights(parties):
     with parties.connect("client") as client:
-        classifier = serving.RemoteClassifier(client)
+        classifier = remote.RemoteClassifier(client)
         before = client.bytes_sent
         classifier.classify(TEXTS[:1])
         run = classifier.run(classifier.encode(TEXTS[:1]), [0], 1)
@@ -144,7 +145,7 @@ def test_a_warm_request_sends_its_shares_and_no_weights(parties):
 
 def test_a_longer_text_than_the_model_was_put_for_has_an_error_in_its_place(parties, expected):
     with parties.connect("client") as client:
-        classifier = serving.RemoteClassifier(client)
+        classifier = remote.RemoteClassifier(client)
         (long, cut, good), _ = classifier.classify(["the film " * 9, "film " * 60, TEXTS[2]])
         assert long.error == "a text has 20 tokens; the model is served for at most 16"
         assert cut.error == "a text has 24 tokens; the model is served for at most 16"
@@ -174,7 +175,7 @@ def test_a_longer_text_than_the_model_was_put_for_has_an_error_in_its_place(part
 def test_a_length_that_is_no_bucket_is_refused(parties, loaded, model_max_length, lengths, message):
     model = type(loaded.model)(dataclasses.replace(loaded.model.config, model_max_length=model_max_length))
     with parties.connect() as owner, pytest.raises(ValueError, match=message):
-        serving.put(loaded._replace(model=model), owner, lengths=lengths)
+        remote.put(loaded._replace(model=model), owner, lengths=lengths)
 
 
 @pytest.mark.parametrize("name", ["my model", "../film", "a\nb", "x" * 129])
@@ -182,7 +183,7 @@ def test_a_name_that_no_model_can_have_is_refused_before_anything_is_sent(partie
     with parties.connect() as owner:
         before = owner.bytes_sent
         with pytest.raises(ValueError, match=r"^a model's name has 1 to 128 letters, .* not '.*: give one with"):
-            serving.put(loaded, owner, name=name)
+            remote.put(loaded, owner, name=name)
         assert owner.bytes_sent - before < 1000
 
 
@@ -200,9 +201,9 @@ def test_pairs_and_sets_of_labels_are_answered_as_in_process(parties, group, wri
     pairs = [("a good film", "bad"), ("good", "a bad movie"), ("film " * 20, "good")]
     expected = SecureClassifier(loaded, group("ABY3")).classify(pairs).predictions
     with parties.connect() as owner:
-        assert list(serving.put(loaded, owner, name="pairs").programs) == ["1x12"]
+        assert list(remote.put(loaded, owner, name="pairs").programs) == ["1x12"]
     with parties.connect("client") as client:
-        classifier = serving.RemoteClassifier(client, "pairs")
+        classifier = remote.RemoteClassifier(client, "pairs")
         found, _ = classifier.classify(pairs)
         with pytest.raises(
             ValueError, match="text 1 of 1 is a single text, but the model was trained on a pair of tex"
@@ -218,7 +219,7 @@ def test_pairs_and_sets_of_labels_are_answered_as_in_process(parties, group, wri
 
 def test_no_party_receives_ids_logits_or_anything_but_uniform_shares(parties, monkeypatch):
     with parties.connect("client") as client:
-        classifier = serving.RemoteClassifier(client, "tiny")
+        classifier = remote.RemoteClassifier(client, "tiny")
         made = []
         make = client._io.make_shares
         monkeypatch.setattr(client._io, "make_shares", lambda *arguments: made.append(make(*arguments)) or made[-1])
@@ -253,13 +254,13 @@ def test_no_party_receives_ids_logits_or_anything_but_uniform_shares(parties, mo
 @pytest.fixture(scope="module")
 def contents(loaded, group):
     """The files of a bundle, of which a client makes the model."""
-    return msgspec.msgpack.decode(serving._bundle(SecureClassifier(loaded, group("REF2K"))))
+    return msgspec.msgpack.decode(remote._bundle(SecureClassifier(loaded, group("REF2K"))))
 
 
 def test_a_bundle_holds_what_a_client_needs_and_nothing_else(loaded, contents):
     """Of what stands in the folder, or in the fields of its files."""
     assert contents.keys() == {"config.json", "embeddings.safetensors", *TOKENIZER_FILES}
-    model, params, tokenizer = serving._Bundle.read(msgspec.msgpack.encode(contents))
+    model, params, tokenizer = remote._Bundle.read(msgspec.msgpack.encode(contents))
     assert tokenizer(TEXTS)["input_ids"] == loaded.tokenizer(TEXTS)["input_ids"]
     assert model.config.id2label == ("negative", "positive")
     assert set(load(contents["embeddings.safetensors"])) == {
@@ -277,9 +278,9 @@ def test_a_bundle_holds_the_tokenizer_that_the_model_has(loaded, group):
     """Tokens that were added later too."""
     tokenizer = folders.load_tokenizer(loaded.folder)
     tokenizer.add_tokens(["<film>"])
-    bundle = serving._bundle(SecureClassifier(loaded._replace(tokenizer=tokenizer), group("REF2K")))
+    bundle = remote._bundle(SecureClassifier(loaded._replace(tokenizer=tokenizer), group("REF2K")))
     text = "a <film> acted beautifully"
-    assert serving._Bundle.read(bundle).tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert remote._Bundle.read(bundle).tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_a_bundle_is_kept_under_its_hash_and_fetched_anew_where_it_may_be_anothers(parties, monkeypatch, tmp_path):
@@ -294,7 +295,7 @@ def test_a_bundle_is_kept_under_its_hash_and_fetched_anew_where_it_may_be_anothe
             (3, lambda path: path.unlink()),
             (4, lambda path: None),
         ):
-            assert serving.RemoteClassifier(client, "tiny").lengths == [16]
+            assert remote.RemoteClassifier(client, "tiny").lengths == [16]
             assert len(fetched) == count
             (kept,) = (tmp_path / "bundles").iterdir()
             assert kept.name == f"{client.find('tiny')[1].bundle}.bundle"
@@ -318,7 +319,7 @@ def test_what_parties_say_of_a_bundle_is_no_path_and_no_gigabyte(parties, monkey
             changed = msgspec.structs.replace(model, **changes)
             monkeypatch.setattr(client, "find", lambda _, changed=changed: (name, changed))
             with pytest.raises((ValueError, secure.SecureError), match=message):
-                serving.RemoteClassifier(client, "tiny")
+                remote.RemoteClassifier(client, "tiny")
 
 
 def _of(model, **changes):
@@ -332,19 +333,19 @@ def test_shares_that_are_too_large_are_not_made():
     with pytest.raises(
         ValueError, match="program 32x512 takes 131072262144 bytes of shares; max_request_bytes in cluster"
     ):
-        serving._check_shares({"32x512": program}, config, Limits())
+        remote._check_shares({"32x512": program}, config, Limits())
 
 
 # Reads the bundles that the owner might give, and says what is said of each, in which time, and the peak of memory.
 READ = """
 import json, pathlib, sys, time
-from flaxmpc import serving
+from flaxmpc.serve import remote
 from flaxmpc.data.batches import encode
 peak = lambda: 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     bundle, start = path.read_bytes(), time.process_time()
     try:
-        found = serving._Bundle.read(bundle)
+        found = remote._Bundle.read(bundle)
         said = [len(row) for row in encode(found.tokenizer, ["a film"], 16).input_ids]
     except ValueError as error:
         said = str(error)
@@ -428,9 +429,9 @@ def test_a_client_refuses_a_hostile_bundle_in_one_line_and_little_memory(content
 def test_a_client_does_without_a_cache(parties, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     for cache in (None, tmp_path / "file" / "cache"):
-        monkeypatch.setattr(serving.secure, "cache_dir", lambda cache=cache: cache)
+        monkeypatch.setattr(remote.secure, "cache_dir", lambda cache=cache: cache)
         with parties.connect("client") as client:
-            assert len(serving.RemoteClassifier(client, "tiny").encode(TEXTS).input_ids) == 3
+            assert len(remote.RemoteClassifier(client, "tiny").encode(TEXTS).input_ids) == 3
 
 
 @pytest.mark.parametrize("changes", [{}, {"embedding": "secret", "num_texts": 2, "hidden_act": "gelu_puma"}])
@@ -441,13 +442,13 @@ def test_programs_are_approved_without_the_weights(changes, group, write_classif
     limits = msgspec.structs.replace(written.limits, max_batch_sentences=1 if changes else 2)
     cluster = msgspec.structs.replace(written, programs="programs.txt", limits=limits)
     owners = SecureClassifier(loaded, group("ABY3"))
-    put = serving._programs(owners, owners.model, owners.weights, cluster, [(1, 16)])
+    put = remote._programs(owners, owners.model, owners.weights, cluster, [(1, 16)])
     (tmp_path / "film").mkdir()
     shutil.copy(loaded.folder / "config.json", tmp_path / "film")
     monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path / "cache"))
-    assert serving.approve(tmp_path / "film", cluster, lengths=(16,)) == put
+    assert remote.approve(tmp_path / "film", cluster, lengths=(16,)) == put
     assert cluster.file("programs.txt").read_text() == f"{put['1x16'].digest}  film 1x16\n"
     with pytest.raises(ValueError, match=r"lengths \[17\]: this model has 16, 24"):
-        serving.approve(tmp_path / "film", cluster, lengths=(17,))
+        remote.approve(tmp_path / "film", cluster, lengths=(17,))
     with pytest.raises(ValueError, match=r'add the line programs = "programs\.txt" above its first \[table\]'):
-        serving.approve(tmp_path / "film", written)
+        remote.approve(tmp_path / "film", written)
