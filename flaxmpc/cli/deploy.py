@@ -19,11 +19,11 @@ from flaxmpc.data.batches import Text
 # It says on standard error what a peer does wrong, without end; what matters is raised. It looks when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-Cluster = Annotated[Path, tyro.conf.arg(metavar="PATH")]
-Flag = tyro.conf.FlagCreatePairsOff
-Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FOLDER")]
-Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
-Lengths = Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: those up to 64)")]
+_Cluster = Annotated[Path, tyro.conf.arg(metavar="PATH")]
+_Flag = tyro.conf.FlagCreatePairsOff
+_Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FOLDER")]
+_Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+_Lengths = Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: those up to 64)")]
 
 
 def cluster(
@@ -32,8 +32,8 @@ def cluster(
     /,
     protocol: Annotated[str, tyro.conf.arg(metavar="ABY3|CHEETAH|SEMI2K")] = "ABY3",
     timeout: float = 30.0,
-    allow_insecure_dealer: Annotated[bool, Flag] = False,
-    name: Name = None,
+    allow_insecure_dealer: Annotated[bool, _Flag] = False,
+    name: _Name = None,
 ) -> None:
     """A cluster on this machine: `cluster init DIR` writes it, `cluster up DIR` runs all its parties.
 
@@ -79,9 +79,9 @@ def cluster(
 
 
 def party(
-    cluster: Cluster,
+    cluster: _Cluster,
     rank: int,
-    allow_insecure_dealer: Annotated[bool, Flag] = False,
+    allow_insecure_dealer: Annotated[bool, _Flag] = False,
 ) -> None:
     """One computing host, until SIGTERM; it finishes the running request first. Logs JSON lines.
 
@@ -100,11 +100,11 @@ def party(
 
 
 def put(
-    model: Model,
+    model: _Model,
     /,
-    cluster: Cluster,
-    name: Name = None,
-    lengths: Lengths = (),
+    cluster: _Cluster,
+    name: _Name = None,
+    lengths: _Lengths = (),
     batches: tuple[int, ...] = (1,),
 ) -> None:
     """The model's owner shares its weights among the parties: each gets its own shares only.
@@ -135,11 +135,11 @@ def put(
 
 
 def approve(
-    model: Model,
+    model: _Model,
     /,
-    cluster: Cluster,
-    name: Name = None,
-    lengths: Lengths = (),
+    cluster: _Cluster,
+    name: _Name = None,
+    lengths: _Lengths = (),
     batches: tuple[int, ...] = (1,),
 ) -> None:
     """Who runs a party approves a model's programs: their digests go to the file that cluster.toml names, `programs`.

@@ -30,7 +30,7 @@ OptionalPath = Annotated[Path | None, _or("", "PATH")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Arithmetic:
+class FixedPoint:
     """The fixed point that secrets are computed in.
 
     Attributes:
@@ -47,7 +47,7 @@ class Arithmetic:
 
 
 @dataclasses.dataclass(frozen=True)
-class Runtime(Arithmetic):
+class Runtime(FixedPoint):
     """How the secret computation runs.
 
     Attributes:
@@ -231,7 +231,7 @@ def check(
     /,
     file: OptionalPath = None,
     sentences: int = 200,
-    arithmetic: tyro.conf.OmitArgPrefixes[Arithmetic] = Arithmetic(),
+    arithmetic: tyro.conf.OmitArgPrefixes[FixedPoint] = FixedPoint(),
     json_: Json = False,
 ) -> None:
     """How far a model stays from fixed-point overflow, on sentences in the clear.

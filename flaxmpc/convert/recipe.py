@@ -11,7 +11,7 @@ from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune
 from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.training import hosts
 
-Config = TypeVar("Config", bound=FineTuning | Conversion)
+_Config = TypeVar("_Config", bound=FineTuning | Conversion)
 
 
 def make(config: FineTuning | Conversion) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def make(config: FineTuning | Conversion) -> dict[str, Any]:
         )
 
 
-def with_epochs(config: Config, epochs: int) -> Config:
+def with_epochs(config: _Config, epochs: int) -> _Config:
     """The config with so many epochs in every stage."""
     stages = ("schedule",) if isinstance(config, FineTuning) else ("stage1", "stage2")
     return dataclasses.replace(

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 from flaxmpc import files
 from flaxmpc.convert.contents import Digests
 
-Config = TypeVar("Config")
+_Config = TypeVar("_Config")
 Made = TypeVar("Made")
 
 
-def alone(make: Callable[[Config], Made]) -> Callable[[Config], Made]:
+def alone(make: Callable[[_Config], Made]) -> Callable[[_Config], Made]:
     """Makes what a config says with the folders of the config claimed, see `files.claimed`."""
 
     @functools.wraps(make)

@@ -18,12 +18,12 @@ from flaxmpc.nn.attention import Keys
 from flaxmpc.serve.answers import Inference, Prediction, head, predict
 
 # A text is padded to the first of these that holds it, see `Client.bucket`.
-LENGTHS = (16, 32, 64, 128, 256, 512)
+_LENGTHS = (16, 32, 64, 128, 256, 512)
 
 
 def buckets(longest: int) -> list[int]:
     """The lengths that texts of up to `longest` tokens are padded to, see `BertConfig.longest`."""
-    return [*(length for length in LENGTHS if length < longest), longest]
+    return [*(length for length in _LENGTHS if length < longest), longest]
 
 
 def limit(config: BertConfig) -> str:
@@ -46,7 +46,7 @@ class TextError(ValueError):
         self.reason = reason
 
 
-class Run(NamedTuple):
+class TextRun(NamedTuple):
     """Texts of one length that are computed together.
 
     Attributes:
@@ -136,7 +136,7 @@ class Client:
         )
         return f"is {one}, but {why}"
 
-    def runs(self, encoded: Encoded, places: Iterable[int], sizes: Callable[[int], Sequence[int]]) -> Iterator[Run]:
+    def runs(self, encoded: Encoded, places: Iterable[int], sizes: Callable[[int], Sequence[int]]) -> Iterator[TextRun]:
         """The runs that answer some of the texts, the shortest first.
 
         Args:
@@ -153,7 +153,7 @@ class Client:
                 yield self.run(encoded, left[:size], size)
                 left = left[size:]
 
-    def run(self, encoded: Encoded, places: Sequence[int], size: int) -> Run:
+    def run(self, encoded: Encoded, places: Sequence[int], size: int) -> TextRun:
         """A run of `size` rows: texts of one length, then copies of the first of them."""
         length = max(self.bucket(len(encoded.input_ids[place])) for place in places)
         ids = np.full((size, length), self.config.pad_token_id, np.int32)
@@ -165,7 +165,7 @@ class Client:
             mask[row, : len(tokens)] = 1
             if encoded.token_type_ids is not None:
                 types[row, : len(tokens)] = encoded.token_type_ids[place]
-        return Run(places, ids, mask, None if encoded.token_type_ids is None else types)
+        return TextRun(places, ids, mask, None if encoded.token_type_ids is None else types)
 
     def share(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> tuple[Any, Keys]:
         """The client's part: what of its texts becomes secret shares (embeddings or one-hot tokens, and keys).
@@ -226,13 +226,15 @@ class Classifier(Client, abc.ABC):
         """The numbers of rows that a run of that length may have, ascending."""
 
     @abc.abstractmethod
-    def answer(self, run: Run) -> tuple[np.ndarray, np.ndarray | None, secure.Cost]:
+    def answer(self, run: TextRun) -> tuple[np.ndarray, np.ndarray | None, secure.Cost]:
         """The logits (row, label) on shares, those in the clear where there are any, and the run's cost.
 
         A row where the model is known to have diverged is NaN.
         """
 
-    def classify(self, texts: Sequence[Text], progress: Callable[[list[Run]], Iterable[Run]] = list) -> Inference:
+    def classify(
+        self, texts: Sequence[Text], progress: Callable[[list[TextRun]], Iterable[TextRun]] = list
+    ) -> Inference:
         """Texts, or pairs of them, in runs of texts of about one length; answers in the order of the texts.
 
         A text that has no answer has an error in its place: a model may diverge on it, or not be served for its length

@@ -15,7 +15,7 @@ from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification, param_shapes
 from flaxmpc.nn.attention import Keys
 from flaxmpc.nn.normalization import square_mean_by_product
-from flaxmpc.serve.classify import Classifier, Client, Run, limit
+from flaxmpc.serve.classify import Classifier, Client, TextRun, limit
 
 # Tokens of a run, padding included: memory grows with them.
 _RUN_TOKENS = 1024
@@ -178,7 +178,7 @@ class SecureClassifier(Classifier):
         """Any number, as far as memory goes."""
         return range(1, max(1, _RUN_TOKENS // length) + 1)
 
-    def answer(self, run: Run) -> Logits:
+    def answer(self, run: TextRun) -> Logits:
         return self.logits(run.ids, run.mask, run.types)
 
     def logits(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> Logits:

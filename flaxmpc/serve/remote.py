@@ -27,7 +27,7 @@ from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.programs import Approved, compile_program
 from flaxmpc.serve.answers import Inference
-from flaxmpc.serve.classify import Classifier, Client, Run, buckets, limit
+from flaxmpc.serve.classify import Classifier, Client, TextRun, buckets, limit
 from flaxmpc.serve.private import SecureClassifier, logits_and_size, plan, secure_function, sequence_classifier
 
 if TYPE_CHECKING:
@@ -258,7 +258,9 @@ class RemoteClassifier(Classifier):
         _check_shares(self.model.programs, self.config, self.parties.cluster.limits)
         self._loaded = self.model.hash
 
-    def classify(self, texts: Sequence[Text], progress: Callable[[list[Run]], Iterable[Run]] = list) -> Inference:
+    def classify(
+        self, texts: Sequence[Text], progress: Callable[[list[TextRun]], Iterable[TextRun]] = list
+    ) -> Inference:
         """See `Classifier.classify`. All texts are answered by one put of the model."""
         ask = super().classify
         return self._follow(lambda: ask(texts, progress))
@@ -267,7 +269,7 @@ class RemoteClassifier(Classifier):
         """Those that the model was put for."""
         return self._sizes[length]
 
-    def answer(self, run: Run) -> tuple[np.ndarray, None, secure.Cost]:
+    def answer(self, run: TextRun) -> tuple[np.ndarray, None, secure.Cost]:
         inputs = self.share(run.ids, run.mask, run.types)
         name = "x".join(map(str, run.ids.shape))
         outputs, cost = self.parties.infer(self.name, self.model, name, inputs)
