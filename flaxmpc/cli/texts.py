@@ -101,7 +101,8 @@ def _lines(file: Path, name: str) -> Given:
 
 def _table(file: Path, format_: str, name: str, columns: Sequence[str]) -> Given:
     # Imported here: for texts on the command line they are not needed.
-    from flaxmpc.data import tables, tasks
+    from flaxmpc.data import tables
+    from flaxmpc.data.columns import require, text_columns, texts
 
     if file.is_dir():
         raise ValueError(f"{name} is a folder, not a file")
@@ -113,10 +114,7 @@ def _table(file: Path, format_: str, name: str, columns: Sequence[str]) -> Given
             table = dataclasses.replace(tables.read(file)[tables.ALL], source=name)
         except ValueError as error:
             raise ValueError(str(error).replace(str(file), name)) from error
-    if len(table.columns) == 1:
-        columns = columns or tuple(table.columns)
-    columns = columns or tasks._usual_text_columns({tables.ALL: table})
-    if len(columns) > 2:
-        raise ValueError(f"a row has one text or two, not {len(columns)}: {', '.join(columns)}")
-    tasks._need(table, columns)
-    return Given(tasks._texts(table, columns, None), [table.at(row) for row in range(len(table))])
+    only = tuple(table.columns) if len(table.columns) == 1 else ()
+    columns = text_columns(table, columns or only)
+    require(table, columns)
+    return Given(texts(table, columns), [table.at(row) for row in range(len(table))])

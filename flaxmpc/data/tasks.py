@@ -1,29 +1,18 @@
 """Tasks: labelled texts by name or from files, checked, split in three, and encoded. Ready to train on."""
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxmpc.data import tables
+from flaxmpc.data import columns, tables
 from flaxmpc.data.batches import SPLITS, Split, Text, encode, movie_sentences, split_of
-from flaxmpc.data.labels import REGRESSION, read_labels
+from flaxmpc.data.glue import GLUE, Glue, from_hub
+from flaxmpc.data.labels import read_labels
 from flaxmpc.data.tables import ALL, Table
-from flaxmpc.errors import brief, listed, unknown
-
-# The pairs first: a table with question and sentence is one of pairs.
-_TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("premise", "hypothesis"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-    ("sentence",),
-    ("text",),
-)
+from flaxmpc.errors import listed, unknown
 
 # What files and data sets call the splits.
 _SPLIT_NAMES = {
@@ -37,52 +26,6 @@ _SPLIT_NAMES = {
     "dev_matched": "validation",
     "test": "test",
     ALL: ALL,
-}
-
-
-class Glue(NamedTuple):
-    """A task of GLUE (Wang et al., arXiv 1804.07461), with the names that the hub gives to its columns and labels.
-
-    Attributes:
-        text_columns, id2label: the hub's.
-        metrics: what it is ranked by.
-        shipped: the names of columns in the files that GLUE itself ships, where they differ, by the hub's.
-        unnamed: the columns of its files that come without a line of names.
-    """
-
-    text_columns: tuple[str, ...]
-    id2label: tuple[str, ...]
-    metrics: tuple[str, ...] = ("accuracy",)
-    shipped: Mapping[str, str] = {}
-    unnamed: tuple[str, ...] = ()
-
-
-GLUE: dict[str, Glue] = {
-    "cola": Glue(
-        ("sentence",),
-        ("unacceptable", "acceptable"),
-        ("matthews_correlation",),
-        unnamed=("source", "label", "original_label", "sentence"),
-    ),
-    "sst2": Glue(("sentence",), ("negative", "positive")),
-    "mrpc": Glue(
-        ("sentence1", "sentence2"),
-        ("not_equivalent", "equivalent"),
-        ("accuracy", "f1"),
-        {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
-    ),
-    "qqp": Glue(
-        ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), {"label": "is_duplicate"}
-    ),
-    "stsb": Glue(("sentence1", "sentence2"), REGRESSION, ("pearson", "spearman"), {"label": "score"}),
-    "mnli": Glue(
-        ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
-        shipped={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
-    ),
-    "qnli": Glue(("question", "sentence"), ("entailment", "not_entailment")),
-    "rte": Glue(("sentence1", "sentence2"), ("entailment", "not_entailment")),
-    "wnli": Glue(("sentence1", "sentence2"), ("not_entailment", "entailment")),
 }
 
 
@@ -154,62 +97,27 @@ def load(
         FileNotFoundError: a folder with no data in it.
         ConnectionError: the hub cannot be reached.
     """
-    name, separator, path = data.partition("=")
-    glue = GLUE.get(name)
-    if glue is not None and separator:
-        if not path:
-            raise ValueError(f"{data} names no folder")
-        found = _read(path, glue, _SPLIT_NAMES)
-    elif glue is not None:
-        found = _from_hub(name)
-    elif data == "movie":
-        found = {split: tables.from_dataset(rows, f"movie {split}") for split, rows in movie_sentences().items()}
-    elif Path(data).exists():
-        found = _read(data, None, _SPLIT_NAMES)
-    else:
-        raise unknown("data set or path", data, ("movie", *GLUE))
-    name = name if glue is not None else data
-    found = _named(found, name)
-    if glue is not None:
-        found.pop("test", None)
-
+    name, glue, found = _source(data)
+    usual = glue.text_columns if glue else ()
+    named = columns.text_columns(next(iter(found.values())), text_columns or usual)
     for table in found.values():
-        if not len(table):
-            raise ValueError(f"{table.source} has no rows")
-    columns = tuple(text_columns) or (glue.text_columns if glue else _usual_text_columns(found))
-    if len(columns) > 2:
-        raise ValueError(f"a row has one text or two, not {len(columns)}: {', '.join(columns)}")
-    for table in found.values():
-        _need(table, (*columns, label_column))
+        columns.require(table, (*named, label_column))
 
     warnings: list[str] = []
-    texts = {split: _texts(table, columns, warnings if glue else None) for split, table in found.items()}
+    texts = {split: columns.texts(table, named, warnings if glue else None) for split, table in found.items()}
     labels, id2label = read_labels(found, label_column, glue.id2label if glue else None, warnings)
     rows = _three({split: Rows(texts[split], labels[split]) for split in found})
-    for split in SPLITS:
-        if not rows[split].texts:
-            whole = len(found.get(ALL) or found["train"])
-            raise ValueError(f"{name} has {whole} rows to be split: too few, none falls in {split}")
-    if len(id2label) > 1:
-        lacking = sorted(set(range(len(id2label))) - set(rows["train"].labels.tolist()))
-        if lacking:
-            raise ValueError(f"the training split of {name} has no row of class {lacking[0]} ({id2label[lacking[0]]})")
-        warnings += _contradictions(rows)
+    _refuse_lacking(name, len(found.get(ALL) or found["train"]), rows, id2label)
+    warnings += _contradictions(rows) if len(id2label) > 1 else []
     warnings += _leaks(rows)
-
-    encoded: dict[str, Split] = {}
-    for split in SPLITS:
-        ids, types, truncated = encode(tokenizer, rows[split].texts, max_length)
-        encoded[split] = Split(ids, rows[split].labels, types, rows[split].texts)
-        if truncated.any():
-            warnings.append(f"{split}: {truncated.sum()} of {len(ids)} texts are cut at {max_length} tokens")
+    encoded = {split: _encoded(split, rows[split], tokenizer, max_length, warnings) for split in SPLITS}
     default = ("pearson", "spearman") if len(id2label) == 1 else ("accuracy",)
     return Task(
         name,
         **encoded,
         id2label=id2label,
         metrics=glue.metrics if glue else default,
-        text_columns=columns,
+        text_columns=named,
         warnings=tuple(warnings),
     )
 
@@ -223,11 +131,12 @@ def unlabelled(path: Path, task: Task, tokenizer: Any, max_length: int) -> Split
         ValueError: a broken file; a missing column (says which exist); an empty text (says in which row); no texts.
         FileNotFoundError: there is no such path, or no data in it.
     """
-    found = _read(path, GLUE.get(task.name)).values()
+    glue = GLUE.get(task.name)
+    found = (glue.read(path) if glue else tables.read(path)).values()
     for table in found:
-        _need(table, task.text_columns)
+        columns.require(table, task.text_columns)
     held_out = {*(task.validation.texts or ()), *(task.test.texts or ())}
-    texts = [text for table in found for text in _texts(table, task.text_columns, None) if text not in held_out]
+    texts = [text for table in found for text in columns.texts(table, task.text_columns) if text not in held_out]
     if not texts:
         raise ValueError(f"{path} has no texts but those of {task.name}'s validation and test rows")
     ids, types, _ = encode(tokenizer, texts, max_length)
@@ -244,32 +153,34 @@ class Rows(NamedTuple):
         return Rows([self.texts[row] for row in np.flatnonzero(mask)], self.labels[mask])
 
 
-def _read(path: str | Path, glue: Glue | None, splits: Container[str] | None = None) -> dict[str, Table]:
-    """The tables of a path; a task's in the files that GLUE ships have the hub's names of columns too."""
-    if glue is None:
-        return tables.read(path, splits)
-    found = tables.read(path, splits, glue.unnamed)
-    for split, table in found.items():
-        columns, class_names = dict(table.columns), dict(table.class_names)
-        for ours, theirs in glue.shipped.items():
-            if ours not in columns and theirs in columns:
-                columns[ours] = columns[theirs]
-                class_names |= {ours: class_names[theirs]} if theirs in class_names else {}
-        found[split] = dataclasses.replace(table, columns=columns, class_names=class_names)
-    return found
+def _source(data: str) -> tuple[str, Glue | None, dict[str, Table]]:
+    """What `load` is asked for: its name, the task of GLUE that it is, and its tables by our names of splits.
 
-
-def _from_hub(name: str) -> dict[str, Table]:
-    import datasets
-
-    try:
-        dataset: Any = datasets.load_dataset("nyu-mll/glue", name)
-    except Exception as error:  # the hub's client, its transport and datasets each raise their own
-        raise ConnectionError(
-            f"GLUE's {name} cannot be had from the hub ({error}). Give a local copy: {name}=FOLDER, with "
-            "train and validation as files or as datasets.save_to_disk writes them"
-        ) from error
-    return {split: tables.from_dataset(rows, f"glue {name} {split}") for split, rows in dataset.items()}
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: see `load`.
+    """
+    name, separator, path = data.partition("=")
+    glue = GLUE.get(name)
+    if glue is not None and separator:
+        if not path:
+            raise ValueError(f"{data} names no folder")
+        found = glue.read(path, _SPLIT_NAMES)
+    elif glue is not None:
+        found = from_hub(name)
+    elif data == "movie":
+        found = {split: tables.from_dataset(rows, f"movie {split}") for split, rows in movie_sentences().items()}
+    elif Path(data).exists():
+        found = tables.read(data, _SPLIT_NAMES)
+    else:
+        raise unknown("data set or path", data, ("movie", *GLUE))
+    name = name if glue is not None else data
+    found = _named(found, name)
+    if glue is not None:
+        found.pop("test", None)
+    for table in found.values():
+        if not len(table):
+            raise ValueError(f"{table.source} has no rows")
+    return name, glue, found
 
 
 def _named(found: Mapping[str, Table], name: str) -> dict[str, Table]:
@@ -286,45 +197,6 @@ def _named(found: Mapping[str, Table], name: str) -> dict[str, Table]:
     return renamed
 
 
-def _usual_text_columns(found: Mapping[str, Table]) -> tuple[str, ...]:
-    table = next(iter(found.values()))
-    for columns in _TEXT_COLUMNS:
-        if set(columns) <= set(table.columns):
-            return columns
-    usual = " or ".join("+".join(columns) for columns in _TEXT_COLUMNS)
-    raise ValueError(
-        f"{table.source} has no column of text that is named as usual ({usual}). Its columns are "
-        f"{listed(table.columns)}: name one or two as text_columns"
-    )
-
-
-def _need(table: Table, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise ValueError(f"{table.source} has no column {listed(missing)}. Its columns are {listed(table.columns)}")
-
-
-def _texts(table: Table, columns: Sequence[str], warnings: list[str] | None) -> list[Text]:
-    """The texts of a table, pairs where there are two columns.
-
-    An empty one is an error; with `warnings` it is counted there, since published sets have some (QQP).
-    """
-    empty = 0
-    texts = [list(table.columns[column][:]) for column in columns]
-    for column, values in zip(columns, texts, strict=True):
-        for row, value in enumerate(values):
-            if not isinstance(value, str):
-                what = "is missing" if value is None else f"is {brief(value)}, not a string"
-                raise ValueError(f"{table.at(row)}: {column} {what}")
-            if not value.strip():
-                if warnings is None:
-                    raise ValueError(f"{table.at(row)}: {column} is empty")
-                empty += 1
-    if empty and warnings is not None:
-        warnings.append(f"{table.source}: {empty} texts are empty")
-    return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))  # pyright: ignore[reportReturnType]
-
-
 def _three(rows: dict[str, Rows]) -> dict[str, Rows]:
     """Train, validation and test; see `load` for what becomes of fewer."""
     if all(split in rows for split in SPLITS):
@@ -336,6 +208,24 @@ def _three(rows: dict[str, Rows]) -> dict[str, Rows]:
         return {split: whole.where(buckets == split) for split in SPLITS}
     chosen = buckets == "validation"
     return {"train": whole.where(~chosen), "validation": whole.where(chosen), "test": held_out}
+
+
+def _refuse_lacking(name: str, whole: int, rows: Mapping[str, Rows], id2label: Sequence[str]) -> None:
+    """ValueError: a split has no rows, or train no row of some class. `whole` is the number of rows that were split."""
+    for split in SPLITS:
+        if not rows[split].texts:
+            raise ValueError(f"{name} has {whole} rows to be split: too few, none falls in {split}")
+    lacking = sorted(set(range(len(id2label))) - set(rows["train"].labels.tolist()))
+    if len(id2label) > 1 and lacking:
+        raise ValueError(f"the training split of {name} has no row of class {lacking[0]} ({id2label[lacking[0]]})")
+
+
+def _encoded(split: str, rows: Rows, tokenizer: Any, max_length: int, warnings: list[str]) -> Split:
+    """The rows of a split as token ids; says in `warnings` how many texts are cut."""
+    ids, types, truncated = encode(tokenizer, rows.texts, max_length)
+    if truncated.any():
+        warnings.append(f"{split}: {truncated.sum()} of {len(ids)} texts are cut at {max_length} tokens")
+    return Split(ids, rows.labels, types, rows.texts)
 
 
 def _contradictions(rows: Mapping[str, Rows]) -> list[str]:

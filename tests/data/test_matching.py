@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from flaxmpc.data.batches import Split
+from flaxmpc.data.glue import GLUE
 from flaxmpc.data.matching import matched, refuse_other_order
-from flaxmpc.data.tasks import GLUE, Task
+from flaxmpc.data.tasks import Task
 
 
 def task(*id2label, labels=(0, 1, 2, 1)) -> Task:

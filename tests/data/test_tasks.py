@@ -11,7 +11,9 @@ import pytest
 
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import SPLITS, split_of
-from flaxmpc.data.tasks import GLUE, REGRESSION, load
+from flaxmpc.data.glue import GLUE
+from flaxmpc.data.labels import REGRESSION
+from flaxmpc.data.tasks import load
 from flaxmpc.models.folder import load_tokenizer
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from flaxmpc.data.tasks import GLUE
+from flaxmpc.data.glue import GLUE
 from flaxmpc.training import metrics
 from flaxmpc.training.metrics import METRICS, accuracy, correct, f1, matthews_correlation, paired_difference
 
