@@ -16,7 +16,7 @@ from flaxmpc.data.batches import Batch, Split
 from flaxmpc.models.bert import BertForSequenceClassification, Intermediates, init_params
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.training import losses
-from flaxmpc.training.fit import Schedule, fit
+from flaxmpc.training.fit import Objective, Schedule, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,17 +200,13 @@ def distill(
         total = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
         return total, {name: value for name, (_, value) in terms.items()}
 
-    return fit(
+    objective = Objective(
         loss,
-        params,
-        epoch_batches(train, stage, seed, student.config.max_position_embeddings),
-        stage,
-        folder,
-        name=folder.name,
-        seed=seed,
         prepare=teacher,
         frozen=frozen,
         evaluate=evaluate,
         choose_by=evaluate.chooses,
         locate=first_bad_layer(student),
     )
+    batches_of = epoch_batches(train, stage, seed, student.config.max_position_embeddings)
+    return fit(objective, params, batches_of, stage, folder, seed=seed)

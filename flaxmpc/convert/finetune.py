@@ -14,7 +14,7 @@ from flaxmpc.data.batches import Batch, Split, batches
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.params import flatten
 from flaxmpc.training import losses, metrics
-from flaxmpc.training.fit import Loss, Schedule, fit
+from flaxmpc.training.fit import Loss, Objective, Schedule, fit
 
 # Lengths that sentences are padded to while training: one program each.
 LENGTHS = (16, 24, 32, 48, 64, 128, 256, 512)
@@ -156,16 +156,12 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains on labelled sentences; resumable, see `fit`. Returns the parameters of the best epoch."""
 
-    return fit(
+    objective = Objective(
         classification_loss(model),
-        params,
-        epoch_batches(train, schedule, seed, model.config.max_position_embeddings),
-        schedule,
-        folder,
-        name="fine-tuning",
-        seed=seed,
         frozen=frozen,
         evaluate=evaluate,
         choose_by=evaluate.chooses,
         locate=first_bad_layer(model),
     )
+    batches_of = epoch_batches(train, schedule, seed, model.config.max_position_embeddings)
+    return fit(objective, params, batches_of, schedule, folder, seed=seed)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,20 +157,87 @@ class _Divergence:
         return None
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run trains for: its loss, what of the parameters may change, and which epoch is the best.
+
+    Attributes:
+        loss: (params, prepared batch, key) -> (loss, metrics).
+        prepare: makes of a batch what the loss gets: any pytree of arrays whose first axis is the batch's.
+        frozen: the start of the paths that are not trained; empty: everything is trained.
+        evaluate: called with the parameters after every epoch; the figures that it returns are logged.
+        choose_by: the name of the figure, the larger the better, that decides about the epoch whose parameters are
+            returned (the last of equals); None takes the last epoch.
+        locate: says where in the model a loss that is not finite comes from.
+    """
+
+    loss: Loss
+    prepare: Callable[[Batch], Any] = lambda batch: batch
+    frozen: str = ""
+    evaluate: Callable[[Params], dict[str, float]] | None = None
+    choose_by: str | None = None
+    locate: Callable[[Params, Batch], str] | None = None
+
+
+class _Trainer:
+    """The state of a run on all devices, and one step after the other.
+
+    Attributes:
+        state: {"params": what is trained, "optimizer": its moments}, see `train_step`.
+    """
+
+    def __init__(
+        self, objective: Objective, params: Params, schedule: Schedule, folder: Path, *, num_steps: int, seed: int
+    ):
+        """See `fit`. `num_steps` is the number of steps of the whole run."""
+        self._objective, self._schedule, self._folder = objective, schedule, folder
+        self._devices = _Devices(schedule.batch_size)
+        optimizer = schedule.optimizer(num_steps)
+        trainable, fixed = partition(jax.tree.map(jnp.asarray, dict(params)), objective.frozen)
+        self.state = self._devices.everywhere({"params": trainable, "optimizer": optimizer.init(trainable)})
+        self._fixed = self._devices.everywhere(fixed)
+        self._update = train_step(objective.loss, optimizer)
+        self._key = jax.random.key(seed)
+        self._divergence = _Divergence()
+
+    def restore(self, state: Any) -> None:
+        """Goes on from a state that was kept."""
+        self.state = self._devices.everywhere(state)
+
+    def whole(self, trained: Params) -> dict[str, Any]:
+        """What is trained and what is frozen, as one tree in the memory of this host."""
+        return jax.device_get(merge(trained, self._fixed))
+
+    def step(self, number: int, batch: Batch) -> dict[str, float]:
+        """Step `number`, from 0, over all epochs. Returns its loss and metrics.
+
+        Raises:
+            FloatingPointError: the loss is not finite or has diverged; says at which step and in which layer.
+        """
+        before = self.state["params"]
+        rows = self._devices.split(self._objective.prepare(self._devices.own_rows(batch)))
+        key = jax.random.fold_in(self._key, number)
+        self.state, metrics = self._update(self.state, self._fixed, rows, key)
+        values = {metric: float(value) for metric, value in metrics.items()}
+        if (what := self._divergence.bad(values["loss"])) is not None:
+            locate = self._objective.locate
+            where = "" if locate is None else f", first in {locate(self.whole(before), batch)}"
+            raise FloatingPointError(
+                f"{self._folder.name}: {what} at step {number}{where}; a lower learning rate than "
+                f"{self._schedule.learning_rate:g} or a longer warm-up than {self._schedule.warmup:g} may do. The last "
+                f"checkpoint is in {self._folder}"
+            )
+        return values
+
+
 def fit(
-    loss: Loss,
+    objective: Objective,
     params: Params,
     epoch_batches: Callable[[int], Iterator[Batch]],
     schedule: Schedule,
     folder: Path,
     *,
-    name: str,
     seed: int,
-    prepare: Callable[[Batch], Any] = lambda batch: batch,
-    frozen: str = "bert/embeddings/",
-    evaluate: Callable[[Params], dict[str, float]] | None = None,
-    choose_by: str | None = None,
-    locate: Callable[[Params, Batch], str] | None = None,
 ) -> dict[str, Any]:
     """Trains, and returns the parameters: after the last step, or of the best epoch.
 
@@ -178,62 +245,41 @@ def fit(
     Every batch is split over all of `jax.devices()`, those of all hosts.
 
     Args:
-        loss: (params, prepared batch, key) -> (loss, metrics).
+        objective: see `Objective`.
         params: where to start.
         epoch_batches: the batches of an epoch; the same number for every epoch, and the same batches when asked again.
         schedule: see `Schedule`. With 0 epochs the parameters are returned as they are.
-        folder: of this run, and of this host: checkpoints (the first host's), metrics.jsonl with one object an epoch,
-            and TensorBoard events.
-        name: shown with the progress.
-        seed: of dropout.
-        prepare: what the loss gets of a batch, any pytree of arrays whose first axis is the batch's.
-        frozen: the start of the paths that are not trained; empty: everything is.
-        evaluate: called with the parameters after every epoch; what it returns is logged.
-        choose_by: which of `evaluate`'s figures, the larger the better, decides about the epoch whose parameters are
-            returned (the last of equals); None takes the last.
-        locate: says where in the model a loss that is not finite comes from.
+        folder: the folder of this run, and of this host: checkpoints (the first host's), metrics.jsonl with one object
+            an epoch, and TensorBoard events. Its name is shown with the progress.
+        seed: the seed of dropout.
 
     Raises:
-        ValueError: a batch size that the devices do not divide; another run in the folder, see `claimed`; checkpoints
-            or metrics that are damaged, see `Checkpoints`.
+        ValueError: a batch size that the devices do not divide; another run in the folder, see `files.claimed`;
+            checkpoints or metrics that are damaged, see `Checkpoints`.
         FloatingPointError: the loss is not finite or has diverged; says at which step and in which layer.
     """
     if schedule.epochs == 0:
         return jax.device_get(dict(params))
     folder.mkdir(parents=True, exist_ok=True)
-    devices = _Devices(schedule.batch_size)
     steps_per_epoch = sum(1 for _ in epoch_batches(0))
     num_steps = schedule.epochs * steps_per_epoch
-    optimizer = schedule.optimizer(num_steps)
-    trainable, fixed = partition(jax.tree.map(jnp.asarray, dict(params)), frozen)
-    state = devices.everywhere({"params": trainable, "optimizer": optimizer.init(trainable)})
-    fixed = devices.everywhere(fixed)
-    key = jax.random.key(seed)
-    step = train_step(loss, optimizer)
-
-    def stop(what: str, number: int, params: Params, batch: Batch) -> NoReturn:
-        where = "" if locate is None else f", first in {locate(jax.device_get(params), batch)}"
-        raise FloatingPointError(
-            f"{name}: {what} at step {number}{where}; a lower learning rate than {schedule.learning_rate:g} or a "
-            f"longer warm-up than {schedule.warmup:g} may do. The last checkpoint is in {folder}"
-        )
-
+    trainer = _Trainer(objective, params, schedule, folder, num_steps=num_steps, seed=seed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(folder))
         latest = stack.enter_context(Checkpoints(folder / "checkpoints"))
-        best = None if choose_by is None else stack.enter_context(Checkpoints(folder / "best", best=choose_by))
+        best = None
+        if objective.choose_by is not None:
+            best = stack.enter_context(Checkpoints(folder / "best", best=objective.choose_by))
         done = max(0, latest.latest_step())
         if done:
-            state = devices.everywhere(latest.restore(done, state))
+            trainer.restore(latest.restore(done, trainer.state))
         if best is not None and done >= steps_per_epoch and best.best_step() < 0:
             raise ValueError(
                 f"{folder / 'best'} lacks the parameters of the best epoch, which was trained: remove {folder}, and it "
                 "is trained anew"
             )
-        divergence = _Divergence()
         log = TrainingLog(
             folder,
-            name,
             epochs=schedule.epochs,
             steps_per_epoch=steps_per_epoch,
             batch_size=schedule.batch_size,
@@ -244,20 +290,14 @@ def fit(
             for number, batch in enumerate(epoch_batches(epoch), epoch * steps_per_epoch):
                 if number < done:
                     continue
-                before = state["params"]
-                rows = devices.split(prepare(devices.own_rows(batch)))
-                state, metrics = step(state, fixed, rows, jax.random.fold_in(key, number))
-                values = {metric: float(value) for metric, value in metrics.items()}
-                if (what := divergence.bad(values["loss"])) is not None:
-                    stop(what, number, merge(before, fixed), batch)
-                log.step(number, values)
+                log.step(number, trainer.step(number, batch))
                 if (number + 1) % schedule.checkpoint_every == 0 and (number + 1) % steps_per_epoch:
-                    latest.save(number + 1, state)
-            figures = {} if evaluate is None else evaluate(jax.device_get(merge(state["params"], fixed)))
+                    latest.save(number + 1, trainer.state)
+            figures = {} if objective.evaluate is None else objective.evaluate(trainer.whole(trainer.state["params"]))
             if best is not None:
-                best.save(epoch, state["params"], {**figures, "epoch": epoch}, wait=True)
+                best.save(epoch, trainer.state["params"], {**figures, "epoch": epoch}, wait=True)
             log.epoch(epoch + 1, figures)
             # Not before: what goes on from the end of an epoch goes on with the next.
-            latest.save((epoch + 1) * steps_per_epoch, state)
-        chosen = state["params"] if best is None else best.restore(best.best_step(), state["params"])
-    return jax.device_get(merge(chosen, fixed))
+            latest.save((epoch + 1) * steps_per_epoch, trainer.state)
+        trained = trainer.state["params"]
+        return trainer.whole(trained if best is None else best.restore(best.best_step(), trained))

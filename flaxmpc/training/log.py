@@ -13,22 +13,21 @@ from flaxmpc import files
 class TrainingLog:
     """Progress in the terminal, metrics.jsonl with one object an epoch, and TensorBoard events."""
 
-    def __init__(self, folder: Path, name: str, *, epochs: int, steps_per_epoch: int, batch_size: int, done: int):
+    def __init__(self, folder: Path, *, epochs: int, steps_per_epoch: int, batch_size: int, done: int):
         """Goes on with what an earlier run left in the folder.
 
         Args:
-            folder: of the run; metrics.jsonl and tensorboard/ are written there.
-            name: shown with the progress, and in metrics.jsonl.
-            epochs, steps_per_epoch: of the whole run.
-            batch_size: sentences a step.
-            done: steps that are in the last checkpoint.
+            folder: the run's; metrics.jsonl and tensorboard/ are written there, its name is shown with the progress.
+            epochs, steps_per_epoch: how long the whole run is.
+            batch_size: sentences in a step.
+            done: how many steps are in the last checkpoint.
 
         Raises:
             ValueError: a line of metrics.jsonl is damaged.
         """
         from tensorboardX import SummaryWriter
 
-        self._name, self._batch_size = name, batch_size
+        self._name, self._batch_size = folder.name, batch_size
         self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
         self._path = folder / "metrics.jsonl"
         # Epochs that a killed run logged after its last checkpoint are run, and logged, again.
@@ -43,7 +42,7 @@ class TrainingLog:
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(),
         )
-        self._bar = self._progress.add_task(name, total=epochs * steps_per_epoch, completed=done, shown="")
+        self._bar = self._progress.add_task(self._name, total=epochs * steps_per_epoch, completed=done, shown="")
         self._start_epoch()
 
     def __enter__(self) -> "TrainingLog":

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from flaxmpc.data.batches import Batch
-from flaxmpc.training.fit import Schedule, fit, merge, partition
+from flaxmpc.training.fit import Objective, Schedule, fit, merge, partition
 
 PARAMS = {
     "bert": {"embeddings": {"table": np.full((4, 1), 0.5, np.float32)}, "layer": {"w": np.zeros((4, 1), np.float32)}},
@@ -44,7 +44,9 @@ def epoch_batches(epoch):
 
 
 def train(folder, schedule=SCHEDULE, **options):
-    return fit(loss, PARAMS, epoch_batches, schedule, folder, **{"name": "toy", "seed": 0, **options})
+    own = {"loss": loss, "frozen": "bert/embeddings/", **options}
+    seed, batches_of = own.pop("seed", 0), own.pop("epoch_batches", epoch_batches)
+    return fit(Objective(**own), PARAMS, batches_of, schedule, folder, seed=seed)
 
 
 def records(folder):
@@ -132,7 +134,7 @@ def test_a_killed_run_goes_on_to_the_same_parameters(kill_at, run, tmp_path):
         jax.debug.callback(lambda: steps.append(1))
         return loss(params, batch, key)
 
-    params = fit(spy, PARAMS, epoch_batches, SCHEDULE, tmp_path, name="toy", seed=0)
+    params = train(tmp_path, loss=spy)
     jax.effects_barrier()
     assert len(steps) == 16 - kept[-1]
     assert same(params, run[1])
@@ -218,7 +220,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
     third = list(epoch_batches(0))[2].input_ids
     with pytest.raises(FloatingPointError, match=r"^toy: the loss is nan at step 2; a lower learning rate than 0\.3"):
-        fit(diverges, PARAMS, epoch_batches, SCHEDULE, tmp_path, name="toy", seed=0)
+        train(tmp_path / "toy", loss=diverges)
 
 
 def test_the_loss_gets_what_is_prepared_of_a_batch(tmp_path):
@@ -229,9 +231,7 @@ def test_the_loss_gets_what_is_prepared_of_a_batch(tmp_path):
     def prepare(batch):
         return batch, np.full((6, 1), 7.0, np.float32)
 
-    params = fit(
-        to_target, PARAMS, epoch_batches, SCHEDULE, tmp_path, name="toy", seed=0, prepare=prepare, frozen="bert/"
-    )
+    params = train(tmp_path, loss=to_target, prepare=prepare, frozen="bert/")
     assert params["head"]["b"][0] > 0.5
     assert same(params["bert"], PARAMS["bert"])
 
@@ -357,9 +357,8 @@ def test_two_hosts_go_on_from_what_the_first_kept(run, tmp_path):
             raise KeyboardInterrupt
         return epoch_batches(epoch)
 
-    options = {"name": "toy", "seed": 0, "evaluate": third_weight, "choose_by": "third"}
     with pytest.raises(KeyboardInterrupt):
-        fit(loss, PARAMS, three_epochs, SCHEDULE, first, **options)
+        train(first, epoch_batches=three_epochs, evaluate=third_weight, choose_by="third")
     on_two_hosts(first, second)
     assert_close(run, first)
     assert [record["epoch"] for record in records(second)] == [4]  # the checkpoint is of the end of the third

@@ -7,11 +7,12 @@ from flaxmpc.training.log import TrainingLog
 
 
 def log(folder, done=0):
-    return TrainingLog(folder, "toy", epochs=3, steps_per_epoch=2, batch_size=4, done=done)
+    (folder / "toy").mkdir(exist_ok=True)
+    return TrainingLog(folder / "toy", epochs=3, steps_per_epoch=2, batch_size=4, done=done)
 
 
 def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "toy" / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_an_epoch_is_a_line_with_the_means_of_its_steps_and_its_figures(tmp_path, capsys):
@@ -53,7 +54,7 @@ def test_metrics_go_to_tensorboard(tmp_path):
         found.epoch(1, {"accuracy": 0.5})
     with log(tmp_path, done=2):  # at once: in the same second
         pass
-    files = list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    files = list((tmp_path / "toy" / "tensorboard").glob("events.out.tfevents.*"))
     assert len(files) == 2
     written = b"".join(path.read_bytes() for path in files)
     assert b"train/loss" in written
@@ -65,7 +66,7 @@ def test_a_damaged_line_is_named(line, tmp_path):
     with log(tmp_path) as killed:
         killed.step(0, {"loss": 1.0})
         killed.epoch(1, {})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    with (tmp_path / "toy" / "metrics.jsonl").open("a") as file:
         file.write(line)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged: remove the line"):
         log(tmp_path, done=2)
