@@ -19,7 +19,7 @@ from typing import Annotated
 
 import tyro
 
-from flaxmpc.convert.conversion import Conversion, FineTuning
+from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.recipe import make, with_epochs
 from flaxmpc.training.fit import Schedule

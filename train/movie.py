@@ -26,7 +26,7 @@ import tyro
 
 from flaxmpc import files
 from flaxmpc.convert import card
-from flaxmpc.convert.conversion import Conversion, FineTuning
+from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.recipe import make, minilm_l6, with_epochs
 from flaxmpc.models import zoo

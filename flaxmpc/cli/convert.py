@@ -6,7 +6,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flaxmpc.convert.conversion import Conversion, FineTuning
+from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.training.hosts import Hosts
 
 _ALONE = Hosts()

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from flaxmpc import files
 from flaxmpc.convert import card
-from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
+from flaxmpc.convert.configs import Conversion, FineTuning
+from flaxmpc.convert.conversion import convert, finetune_encoder
 from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.training import hosts
 

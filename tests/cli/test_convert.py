@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flaxmpc.cli import main as cli
-from flaxmpc.convert.conversion import FineTuning
+from flaxmpc.convert.configs import FineTuning
 from flaxmpc.convert.evaluate import evaluate, spread
 from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.activation import ACTIVATIONS

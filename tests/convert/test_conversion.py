@@ -15,7 +15,8 @@ from safetensors.numpy import load, load_file, save
 
 from flaxmpc import files
 from flaxmpc.convert import conversion as conversion_module
-from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
+from flaxmpc.convert.configs import Conversion, FineTuning
+from flaxmpc.convert.conversion import convert, finetune_encoder
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.models import folder as folders

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from flaxmpc.convert.conversion import Conversion
+from flaxmpc.convert.configs import Conversion
 from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.convert.runs import resolve
 from flaxmpc.models import folder as folders

@@ -13,7 +13,7 @@ import pytest
 
 import flaxmpc
 from flaxmpc.convert import conversion, recipe, runs
-from flaxmpc.convert.conversion import Conversion, FineTuning
+from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.data import tables
 from flaxmpc.data.batches import movie_sentences
 from flaxmpc.models import folder as folders

@@ -8,7 +8,7 @@ import pytest
 
 from flaxmpc import files
 from flaxmpc.convert import runs
-from flaxmpc.convert.conversion import FineTuning
+from flaxmpc.convert.configs import FineTuning
 
 INPUTS = {"data": "00ff", "encoder": "1234"}
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from flaxmpc.convert.conversion import FineTuning
+from flaxmpc.convert.configs import FineTuning
 from flaxmpc.training import hosts
 
 CONFIG = FineTuning(Path("encoder"), "movie", Path("out"))
