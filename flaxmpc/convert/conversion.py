@@ -1,18 +1,20 @@
 """A whole conversion: from a pre-trained encoder to a teacher, and from a teacher to a zoo folder."""
 
 import dataclasses
-from typing import Any
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flaxmpc import files
 from flaxmpc.convert import calibrate, contents
 from flaxmpc.convert.configs import Conversion, FineTuning
-from flaxmpc.convert.distill import Teacher, distill, start_student
+from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
 from flaxmpc.convert.finetune import Evaluate, finetune, in_order, lengths, looking_up, predict
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
 from flaxmpc.data import tasks
-from flaxmpc.data.batches import SPLITS, Split, batches
+from flaxmpc.data.batches import SPLITS, Batch, Split, batches
 from flaxmpc.data.matching import matched, named, refuse_other_order
 from flaxmpc.data.pieces import pieces
 from flaxmpc.models import folder as folders
@@ -75,9 +77,14 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, logits)}
     if not task.regression:
         results["correct"] = _bits(correct(logits, task.test.labels))
+    _record(config, results, inputs)
+    return results
+
+
+def _record(config: FineTuning | Conversion, results: dict[str, Any], inputs: contents.Digests) -> None:
+    """Writes results.json, and last recipe.json, see `unfinished`."""
     files.write_json(config.out / "results.json", results)
     files.write_json(config.out / "recipe.json", recipe(config, inputs))
-    return results
 
 
 def _embedding(trained: bool, start: BertConfig) -> str:
@@ -109,16 +116,6 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: BertConfi
             if largest >= known:
                 raise ValueError(f"the tokenizer gives {what} {largest}, but the model has {known}: they do not fit")
     return task
-
-
-def _calibrated(
-    student: BertForSequenceClassification, params: Any, train: Split, validation: Split, part: Ranged
-) -> BertForSequenceClassification:
-    """With LayerNorms for the variances of what is trained on, see `calibrate.with_newton`."""
-    finite = BertForSequenceClassification(calibrate.for_training(student.config))
-    most = student.config.max_position_embeddings
-    seen, held_out = (calibrate.variances(finite, params, in_order(split, most=most)) for split in (train, validation))
-    return BertForSequenceClassification(calibrate.with_newton(student.config, seen, held_out, part))
 
 
 def _beside_teacher(
@@ -156,6 +153,143 @@ def _teacher(config: Conversion) -> folders.LoadedModel:
     return teacher._replace(model=looking_up(teacher.model))
 
 
+class _Material(NamedTuple):
+    """What a conversion learns from.
+
+    Attributes:
+        task: the data, with the teacher's ids of the labels.
+        by_name: whether these ids were matched by the names of the labels, or are those of a regression.
+        train, validation: the rows of these splits, and pieces of them.
+        everything: the rows of `train`, and the texts without labels.
+        inputs: the digests of the data and of the teacher.
+    """
+
+    task: tasks.Task
+    by_name: bool
+    train: Split
+    validation: Split
+    everything: Split
+    inputs: contents.Digests
+
+
+def _material(config: Conversion, teacher: folders.LoadedModel) -> _Material:
+    """The data of a conversion.
+
+    Raises:
+        ValueError: see `_load_task` and `matched`; or rows of another number of texts than the teacher answers.
+    """
+    own = teacher.model.config
+    loaded = _load_task(config, teacher.tokenizer, own)
+    task = matched(loaded, own.id2label, str(config.teacher))
+    num_texts = len(task.text_columns)
+    if own.num_texts not in (None, num_texts):
+        raise ValueError(f"{config.teacher} answers {own.num_texts} text(s) at a time, {config.data} has {num_texts}")
+    train, validation = (
+        split + pieces(split, config.pieces, seed=config.seed) for split in (task.train, task.validation)
+    )
+    everything = train
+    inputs = {"data": contents.of_task(task), "teacher": contents.of_model(teacher)}
+    if config.unlabelled is not None:
+        more = tasks.unlabelled(config.unlabelled, task, teacher.tokenizer, config.max_length)
+        everything += more
+        inputs["unlabelled texts"] = contents.of_split(more)
+    by_name = task.regression or (named(own.id2label) and named(loaded.id2label))
+    return _Material(task, by_name, train, validation, everything, inputs)
+
+
+def _calibrated(
+    student: BertForSequenceClassification, params: Any, material: _Material, part: Ranged
+) -> BertForSequenceClassification:
+    """The student with LayerNorms for the variances of what is trained on, see `calibrate.with_newton`."""
+    finite = BertForSequenceClassification(calibrate.for_training(student.config))
+    most = student.config.max_position_embeddings
+    splits = (material.train, material.validation)
+    seen, held_out = (calibrate.variances(finite, params, in_order(split, most=most)) for split in splits)
+    return BertForSequenceClassification(calibrate.with_newton(student.config, seen, held_out, part))
+
+
+def _refuse_other_order(config: Conversion, teacher: folders.LoadedModel, train: Split) -> None:
+    """ValueError: on some rows of `train` the teacher's labels stand in another order, see `refuse_other_order`."""
+    some = train[np.linspace(0, len(train) - 1, min(len(train), 256)).astype(int)]
+    logits = predict(teacher.model, teacher.params, some)
+    refuse_other_order(logits, some.labels, f"{config.teacher} on {config.data}")
+
+
+def _storage(config: Conversion) -> dict[str, int]:
+    """How many bits the weights are stored with, for `folders.save`."""
+    return {"word_embedding_bits": config.word_embedding_bits, "matrix_bits": config.matrix_bits}
+
+
+def _start(
+    config: Conversion, student: BertForSequenceClassification, teacher: folders.LoadedModel, run: Path, batch: Batch
+) -> dict[str, Any]:
+    """The parameters that a student starts from: the teacher's, with its own attention calibrated on a batch.
+
+    They go through a folder and back: the student starts with, and keeps, the embeddings as they will be stored.
+    """
+    folders.save(run / "start", student, start_student(student, teacher.params), config.teacher, **_storage(config))
+    return calibrate.calibrate_attention(student, folders.load(run / "start").params, batch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Distillation:
+    """The stages of a conversion, one after the other.
+
+    Attributes:
+        config: says how long each stage is, and what its losses weigh.
+        material: what is learned from.
+        outputs: the teacher's.
+        ranges: the ranges that the LayerNorms' variances are to stay in; None: any.
+        run: the folder of the checkpoints, of each stage in a folder of its own.
+    """
+
+    config: Conversion
+    material: _Material
+    outputs: Teacher
+    ranges: calibrate.Ranges | None
+    run: Path
+
+    def stage(
+        self, name: str, student: BertForSequenceClassification, params: Any, train: Split
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """The student's parameters after "stage1" or "stage2", and its figures on the test set.
+
+        A stage that looks at labels is trained on the task's rows alone: pieces and unlabelled texts have no labels.
+        """
+        stage: Stage = getattr(self.config, name)
+        task = self.material.task
+        trained = BertForSequenceClassification(calibrate.for_training(student.config))
+        params = distill(
+            trained,
+            params,
+            self.outputs,
+            task.train if stage.label_weight else train,
+            Evaluate(trained, task.validation, task.metrics),
+            stage,
+            self.run / name,
+            ranges=self.ranges,
+            frozen="" if self.config.train_embeddings else _EMBEDDINGS,
+            seed=self.config.seed,
+        )
+        return params, _figures(task, predict(trained, params, task.test), f"{name}_")
+
+
+def _distillation(
+    config: Conversion, teacher: folders.LoadedModel, material: _Material, ranges: calibrate.Ranges | None, run: Path
+) -> _Distillation:
+    """The stages of a conversion, with the teacher's outputs that they ask for."""
+    stages = [stage for stage in (config.stage1, config.stage2) if stage.epochs]
+    outputs = Teacher(
+        teacher.model,
+        teacher.params,
+        material.everything,
+        with_states=any(stage.hidden_weight for stage in stages),
+        with_scores=any(stage.score_weight for stage in stages),
+        memory=config.teacher_memory * 1e9,
+    )
+    return _Distillation(config, material, outputs, ranges, run)
+
+
 @alone
 def convert(config: Conversion) -> dict[str, Any]:
     """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
@@ -169,83 +303,44 @@ def convert(config: Conversion) -> dict[str, Any]:
         FloatingPointError: see `fit`.
     """
     teacher = _teacher(config)
-    newton = NORMALIZATIONS.resolve(config.layer_norm)
     own = teacher.model.config
-    exact = dataclasses.replace(own, attention=config.attention, hidden_act=config.activation)
-    loaded = _load_task(config, teacher.tokenizer, own)
-    task = matched(loaded, own.id2label, str(config.teacher))
-    num_texts = len(task.text_columns)
-    if own.num_texts not in (None, num_texts):
-        raise ValueError(f"{config.teacher} answers {own.num_texts} text(s) at a time, {config.data} has {num_texts}")
-    exact = dataclasses.replace(exact, id2label=task.id2label, model_max_length=config.max_length, num_texts=num_texts)
-    student = BertForSequenceClassification(exact)
-    train, validation = (
-        split + pieces(split, config.pieces, seed=config.seed) for split in (task.train, task.validation)
-    )
-    everything = train
-    inputs = {"data": contents.of_task(task), "teacher": contents.of_model(teacher)}
-    if config.unlabelled is not None:
-        more = tasks.unlabelled(config.unlabelled, task, teacher.tokenizer, config.max_length)
-        everything += more
-        inputs["unlabelled texts"] = contents.of_split(more)
-    if hosts.from_first(np.bool_(done(config, hosts.agreed(inputs)))):
+    norm = NORMALIZATIONS.resolve(config.layer_norm)
+    replaced = dataclasses.replace(own, attention=config.attention, hidden_act=config.activation)
+    material = _material(config, teacher)
+    task = material.task
+    if hosts.from_first(np.bool_(done(config, hosts.agreed(material.inputs)))):
         again = "remove it, and the model is finished again from its checkpoints"
         return files.read_object(config.out / "results.json", mend=again) if hosts.first() else {}
-    run = run_folder(config, inputs)
+    run = run_folder(config, material.inputs)
     teacher_logits = predict(teacher.model, teacher.params, task.test)
-    if not (task.regression or (named(own.id2label) and named(loaded.id2label))):
-        some = task.train[np.linspace(0, len(task.train) - 1, min(len(task.train), 256)).astype(int)]
-        logits = predict(teacher.model, teacher.params, some)
-        refuse_other_order(logits, some.labels, f"{config.teacher} on {config.data}")
+    if not material.by_name:
+        _refuse_other_order(config, teacher, task.train)
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
 
-    bits = {"word_embedding_bits": config.word_embedding_bits, "matrix_bits": config.matrix_bits}
-    # Through a folder and back: the student starts, and keeps, the embeddings as they will be stored.
-    folders.save(run / "start", student, start_student(student, teacher.params), config.teacher, **bits)
-    params = folders.load(run / "start").params
+    answers = {"id2label": task.id2label, "model_max_length": config.max_length, "num_texts": len(task.text_columns)}
+    student = BertForSequenceClassification(dataclasses.replace(replaced, **answers))
     padded = lengths(own.max_position_embeddings)
-    calibration = list(batches(task.train, batch_size=64, lengths=padded, seed=config.seed))[:8]
-    params = calibrate.calibrate_attention(student, params, calibration[0])
+    some = list(itertools.islice(batches(task.train, batch_size=64, lengths=padded, seed=config.seed), 8))
+    params = _start(config, student, teacher, run, some[0])
     results |= _figures(task, predict(student, params, task.test), "untrained_")
 
-    ranged = isinstance(newton, Ranged)
-    ranges = calibrate.ranges(calibrate.variances(teacher.model, teacher.params, calibration)) if ranged else None
-    stages = {"stage1": config.stage1, "stage2": config.stage2}
-    learnt = {"stage1": everything, "stage2": train}
-    outputs = Teacher(
-        teacher.model,
-        teacher.params,
-        everything,
-        with_states=any(stage.epochs and stage.hidden_weight for stage in stages.values()),
-        with_scores=any(stage.epochs and stage.score_weight for stage in stages.values()),
-        memory=config.teacher_memory * 1e9,
-    )
-    for name, stage in stages.items():
-        if name == "stage2" and ranged:  # the last stage trains the very function that will run
-            student = _calibrated(student, params, train, validation, newton)
-        trained = BertForSequenceClassification(calibrate.for_training(student.config))
-        params = distill(
-            trained,
-            params,
-            outputs,
-            task.train if stage.label_weight else learnt[name],
-            Evaluate(trained, task.validation, task.metrics),
-            stage,
-            run / name,
-            ranges=ranges,
-            frozen="" if config.train_embeddings else _EMBEDDINGS,
-            seed=config.seed,
-        )
-        results |= _figures(task, predict(trained, params, task.test), f"{name}_")
+    ranged = norm if isinstance(norm, Ranged) else None
+    ranges = calibrate.ranges(calibrate.variances(teacher.model, teacher.params, some)) if ranged else None
+    distillation = _distillation(config, teacher, material, ranges, run)
+    params, figures = distillation.stage("stage1", student, params, material.everything)
+    results |= figures
+    if ranged:  # the last stage trains the very function that will run
+        student = _calibrated(student, params, material, ranged)
+    params, figures = distillation.stage("stage2", student, params, material.train)
+    results |= figures
     if ranged:  # it may have moved some variances out of their ranges
-        student = _calibrated(student, params, train, validation, newton)
+        student = _calibrated(student, params, material, ranged)
 
     mode = _embedding(config.train_embeddings, BertConfig.from_folder(config.teacher))
     kept = BertForSequenceClassification(dataclasses.replace(student.config, embedding=mode))
     unfinished(config)
-    folders.save(config.out, kept, params, config.teacher, **bits)
+    folders.save(config.out, kept, params, config.teacher, **_storage(config))
     stored = folders.load(config.out).params
     results |= _beside_teacher(student, stored, teacher, teacher_logits, task)
-    files.write_json(config.out / "results.json", results)
-    files.write_json(config.out / "recipe.json", recipe(config, inputs))
+    _record(config, results, material.inputs)
     return results
