@@ -1,4 +1,4 @@
-"""The commands of a deployment: cluster, party, put; and what `infer` asks of one."""
+"""The commands of a deployment: cluster, party, put, approve; and how `infer` asks one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tyro
 from flaxmpc.cli.results import Asked
 from flaxmpc.data.batches import Text
 
-# It says on standard error what a peer does wrong, without end; what matters is raised. It looks when it is loaded.
+# gRPC would say on standard error, without end, what a peer does wrong; what matters is raised. It looks when loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 _Cluster = Annotated[Path, tyro.conf.arg(metavar="PATH")]
@@ -41,8 +41,8 @@ def cluster(
 
     Args:
         action: init, up or certificate.
-        folder: that holds cluster.toml and the certificates.
-        protocol: init: of the secure computation.
+        folder: the folder of cluster.toml and the certificates.
+        protocol: init: the protocol of the secure computation.
         timeout: init: seconds that a party that is absent or silent is waited for.
         allow_insecure_dealer: init: allow SEMI2K, which hides nothing from party 0.
         name: certificate: the client's; letters, digits, "_" and "-".
@@ -87,7 +87,7 @@ def party(
 
     Args:
         cluster: cluster.toml, or its folder.
-        rank: which of its parties this is.
+        rank: the number of this party, from 0.
         allow_insecure_dealer: run SEMI2K, which hides nothing from party 0.
     """
     from flaxmpc.secure.deploy.cluster import ClusterFile
@@ -112,9 +112,9 @@ def put(
     Args:
         model: a name of the zoo or a model folder.
         cluster: cluster.toml, or its folder.
-        name: for the clients; by default the folder's.
-        lengths: of tokens that texts are padded to, of 16, 32, 64, 128, 256, 512, and the longest that the model takes.
-        batches: numbers of texts in a run.
+        name: the model's name for clients; by default the folder's.
+        lengths: the tokens that texts are padded to: 16, 32, 64, 128, 256, 512, or the most that the model takes.
+        batches: the numbers of texts that a run may have.
     """
     from flaxmpc import secure
     from flaxmpc.models import folder, zoo
@@ -147,9 +147,9 @@ def approve(
     Args:
         model: a name of the zoo or a folder with the model's config.json; its weights are not needed.
         cluster: cluster.toml, or its folder.
-        name: of the model, a remark in the file; by default the folder's.
-        lengths: as the owner puts them.
-        batches: as the owner puts them.
+        name: the model's name, a remark in the file; by default the folder's.
+        lengths: the lengths that the owner puts it for.
+        batches: the numbers of texts that the owner puts it for.
     """
     from flaxmpc.models import zoo
     from flaxmpc.secure.deploy.cluster import ClusterFile
@@ -162,7 +162,7 @@ def approve(
 
 
 def ask(cluster: Path, model: str | None, texts: Sequence[Text], progress: Callable[..., Any]) -> Asked:
-    """Asks a model on a cluster; what is answered was opened here and is known to nobody else."""
+    """Asks a model on a cluster. The answers are opened here, and are known to nobody else."""
     from flaxmpc import secure
     from flaxmpc.secure.deploy.process import hide_memory
     from flaxmpc.serve import remote

@@ -34,7 +34,7 @@ class FixedPoint:
     """The fixed point that secrets are computed in.
 
     Attributes:
-        ring: of the shares: integers modulo 2^32, 2^64 or 2^128.
+        ring: the shares' ring: integers modulo 2^32, 2^64 or 2^128.
         fraction_bits: bits after the binary point.
     """
 
@@ -42,7 +42,7 @@ class FixedPoint:
     fraction_bits: Annotated[int | None, _or("18", "INT")] = None
 
     def given(self) -> dict[str, Any]:
-        """What of it was said."""
+        """The options that were given, by name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
@@ -120,8 +120,8 @@ def infer(
         texts_: texts, for a model of single texts.
         pair: two texts, such as premise and hypothesis, for a model of pairs; may be given again.
         file: more texts, UTF-8: one a line, or the rows of a table, by its suffix; "-" is standard input.
-        format_: of the file, where its suffix does not say it.
-        text_columns: of a table: one, or two for pairs; by default the first usual names that it has.
+        format_: the format of the file, where its suffix does not say it.
+        text_columns: the columns of a table: one, or two for pairs; by default the first usual names that it has.
         out: a file for the answers, .csv or .jsonl, in place of the table on the screen.
         model: a name of the zoo (`flaxmpc zoo list`) or a model folder; on a cluster the name that it was put under, by
             default the only one there.
@@ -164,7 +164,7 @@ def infer(
 
 
 def _ask_here(name: str, runtime: Runtime, given: Sequence[Text]) -> results.Asked:
-    """All parties are threads of this process."""
+    """Asks a model in this process, whose threads are the parties."""
     folder = zoo.with_weights(name)
     from flaxmpc.serve.private import SecureClassifier
 

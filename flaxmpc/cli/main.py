@@ -1,4 +1,4 @@
-"""The command line. It is thin: what it does stands elsewhere."""
+"""The command line: runs a command, and shows the zoo."""
 
 import json
 import platform
@@ -51,7 +51,7 @@ def _zoo_entry(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _zoo_table(entries: list[dict[str, Any]]) -> Table:
-    """Folds what does not fit, and cuts nothing."""
+    """The table of the zoo's models; what does not fit is folded, and nothing is cut."""
     columns = [Column(head, overflow="fold") for head in ("name", "parts", "size", "accuracy", "REF2K")]
     table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for entry in entries:
@@ -77,7 +77,7 @@ def zoo_(
 
     Args:
         action: list or show.
-        model: whose card to show; by default that of the model that `infer` uses.
+        model: the model whose card is shown; by default the one that `infer` uses.
         json_: list: print an array with an object for every model.
     """
     if action == "show":

@@ -1,4 +1,4 @@
-"""What `infer` shows of its answers: a table, one JSON object, or a file of CSV or JSONL."""
+"""Shows the answers of `infer`: as a table, one JSON object, or a file of CSV or JSONL."""
 
 import csv
 import io
@@ -18,19 +18,19 @@ from flaxmpc.serve.answers import Inference, Prediction, head
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Prints sentences and names as they are: no markup, no emoji codes."""
+    """A console that prints sentences and names as they are: no markup, no emoji codes."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 class Asked(NamedTuple):
-    """What was asked of a model, and answered.
+    """A model that was asked, and its answers.
 
     Attributes:
-        model: its name.
-        config: its config.
-        inference: the answers.
-        summary: of the cost, for people.
-        extra: fields of the JSON object.
+        model: the model's name.
+        config: the model's config.
+        inference: the answers, and their cost.
+        summary: a line about the cost, for people.
+        extra: more fields for the JSON object.
     """
 
     model: str
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
 
 
 def check_out(out: Path, file: Path | None) -> None:
-    """ValueError where results can't be written to a file: said before anything is computed."""
+    """Refuses (ValueError) a file that results can't be written to, before anything is computed."""
     if out.suffix.lower() not in _WRITERS:
         raise unknown("suffix of --out", out.suffix, _WRITERS)
     if not out.parent.is_dir():
@@ -53,7 +53,7 @@ def check_out(out: Path, file: Path | None) -> None:
 
 
 def unanswered(predictions: Sequence[Prediction], places: Sequence[str]) -> str | None:
-    """How many texts have no answer, and why not the first of them; None where all have one."""
+    """Says how many texts have no answer, and why the first of them has none; None: all have one."""
     errors = [f"{place}: {each.error}" for place, each in zip(places, predictions, strict=True) if each.error]
     if not errors:
         return None
@@ -62,7 +62,7 @@ def unanswered(predictions: Sequence[Prediction], places: Sequence[str]) -> str 
 
 
 def as_json(asked: Asked, error: str | None) -> str:
-    """One line: results, cost, model, versions and what else there is."""
+    """The answers as one line of JSON: results, cost, model, versions, an error, and `Asked.extra`."""
     predictions, cost = asked.inference
     record: dict[str, Any] = {"results": [prediction.as_dict() for prediction in predictions], "cost": cost.as_dict()}
     record |= {"model": asked.model, "versions": cost.versions}
@@ -72,6 +72,7 @@ def as_json(asked: Asked, error: str | None) -> str:
 
 
 def table(asked: Asked) -> Table:
+    """The answers as a table, a row for each text."""
     predictions = asked.inference.predictions
     kind = head(asked.config)
     compared = any(prediction.logits_plaintext for prediction in predictions)
@@ -107,7 +108,7 @@ _FEW = 5
 
 
 def write(out: Path, asked: Asked) -> None:
-    """Writes one row for each text, in their order. `check_out` says what names are allowed."""
+    """Writes the answers to a file whose name `check_out` allows: a row for each text, in their order."""
     out.write_text(_WRITERS[out.suffix.lower()](asked), "utf-8", newline="")
 
 

@@ -1,4 +1,4 @@
-"""The texts that `infer` is given: on the command line, in a file, or on standard input. Each with where it stands."""
+"""Reads the texts for `infer`: from the command line, a file or standard input. Each is known by where it stands."""
 
 import dataclasses
 import sys
@@ -25,7 +25,7 @@ class Given(NamedTuple):
 
 
 def of_arguments(texts: Sequence[str], pairs: Sequence[tuple[str, str]] = ()) -> Given:
-    """What stands on the command line.
+    """Takes the texts, and pairs of texts, that stand on the command line.
 
     Raises:
         ValueError: an argument whose bytes are not UTF-8.
@@ -42,15 +42,16 @@ def of_arguments(texts: Sequence[str], pairs: Sequence[tuple[str, str]] = ()) ->
 
 
 def of_file(file: Path, format_: str | None = None, columns: Sequence[str] = ()) -> Given:
-    """The texts of a file, "-" being standard input.
+    """Reads the texts of a file.
 
-    In plain text each line that is not blank is one; a line ends in LF or CR LF and nowhere else. The other formats are
-    tables, see `flaxmpc.data.tables.read`.
+    In plain text each line that is not blank is a text; a line ends in LF or CR LF and nowhere else. The other formats
+    are tables, see `flaxmpc.data.tables.read`.
 
     Args:
-        file: its suffix says the format, unless `format_` does; without a suffix, as .txt, it is plain text.
+        file: the file; "-" is standard input. Its suffix says the format, unless `format_` does: none, as .txt, is
+            plain text.
         format_: one of `FORMATS`.
-        columns: of a table: that of the texts, or two of pairs; by default the first usual names that it has.
+        columns: a table's column of texts, or two of pairs; by default the first usual names that it has.
 
     Raises:
         ValueError: a file that can't be read, is broken or holds no text, with the line where there is one; an unknown

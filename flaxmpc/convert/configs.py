@@ -28,19 +28,19 @@ def _require_length(max_length: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning:
-    """What makes a teacher: a pre-trained encoder, fine-tuned on labelled sentences.
+    """Says how a teacher is made: a pre-trained encoder, fine-tuned on labelled sentences.
 
     Attributes:
         encoder: a folder with a pre-trained BERT, HF's or ours.
         data: `movie` (the shipped sentences), a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli; from
             the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
         out: the folder to write.
-        schedule: how long and how fast.
-        max_length: tokens a text is cut at.
+        schedule: how long and how fast it is trained.
+        max_length: the number of tokens that a text is cut at.
         train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
-        text_columns: of the data; by default the usual names.
-        label_column: of the data.
-        seed: of the head, the order of the sentences, and dropout.
+        text_columns: the data's columns of text, one, or two for pairs; by default the usual names.
+        label_column: the data's column of labels.
+        seed: the seed of the head, the order of the sentences, and dropout.
         runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
     """
 
@@ -61,34 +61,34 @@ class FineTuning:
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What makes a student: a fine-tuned teacher, with parts replaced, distilled in two stages.
+    """Says how a student is made: a fine-tuned teacher, with parts replaced, distilled in two stages.
 
     Attributes:
         teacher: the folder of a fine-tuned classifier, HF's or ours.
-        data: that the teacher was fine-tuned on: `movie`, a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte,
-            wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
+        data: the data that the teacher was fine-tuned on: `movie`, a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli,
+            qnli, rte, wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
         out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
-        attention: the student's: a name for all layers, or one for each.
-        activation: the student's: a name for all layers, or one for each.
-        layer_norm: its LayerNorm; `layer_norm_newton` is calibrated when stage 2 begins, and trained to stay in its
-            range. So the student must be near its teacher by then: without a stage 1 `layer_norm` does better.
-        stage1: by default hidden states alone.
-        stage2: by default the hidden states still, and a tenth of the logits, at a tenth of the rate: mostly on logits
-            a student comes nearer to its teacher on the rows it learns from, and on no others.
-        pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.data.pieces`. A stage that
-            looks at labels has none.
+        attention: the student's attention: a name for all layers, or one for each.
+        activation: the student's activation: a name for all layers, or one for each.
+        layer_norm: the student's LayerNorm; `layer_norm_newton` is calibrated when stage 2 begins, and trained to stay
+            in its range. So the student must be near its teacher by then: without a stage 1 `layer_norm` does better.
+        stage1: the first stage; by default it matches hidden states alone.
+        stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
+            rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
+        pieces: the number of pieces of 1 to 6 tokens that are distilled beside each sentence, see
+            `flaxmpc.data.pieces`. A stage that looks at labels has none.
         unlabelled: a file or folder of texts in the data's text columns, that stage 1 learns from too: of any text
             the teacher has hidden states, and a student that has seen few is near it only on those.
-        max_length: tokens a text is cut at.
+        max_length: the number of tokens that a text is cut at.
         train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
         word_embedding_bits: how the table of words is stored: 32, 8 or 4. The student is trained on what is stored.
         matrix_bits: how every other matrix is stored.
-        ref2k_sentences: of the test set under the secure protocols' arithmetic; None: all.
-        aby3_sentences: of the test set on three parties' shares; 0 leaves it out.
+        ref2k_sentences: how many test sentences are measured under the secure protocols' arithmetic; None: all.
+        aby3_sentences: how many test sentences are measured on three parties' shares; 0 leaves it out.
         teacher_memory: gigabytes for the teacher's outputs; if they need more, they are computed in every epoch.
-        text_columns: of the data; by default the usual names.
-        label_column: of the data.
-        seed: of the order of the sentences.
+        text_columns: the data's columns of text, one, or two for pairs; by default the usual names.
+        label_column: the data's column of labels.
+        seed: the seed of the order of the sentences.
         runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
         notes: Markdown for the card: what was tried.
     """

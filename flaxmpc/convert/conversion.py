@@ -1,4 +1,4 @@
-"""A whole conversion: from a pre-trained encoder to a teacher, and from a teacher to a zoo folder."""
+"""Makes a teacher of a pre-trained encoder, and a student of a teacher, each in a folder of its own."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
 from flaxmpc.training import hosts
 from flaxmpc.training.metrics import agreement, correct, evaluate, paired_difference
 
-# What fine-tuning and distillation leave as it is, so that the client may know the table: see `flaxmpc.nn.embedding`.
+# The parameters that stay as they are, so that the client may know the table: see `flaxmpc.nn.embedding`.
 _EMBEDDINGS = "bert/embeddings/"
 
 
@@ -34,12 +34,13 @@ def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str
 
 
 def _bits(hits: np.ndarray) -> str:
+    """For results.json: "1" for every row that is right, "0" for every other."""
     return "".join("01"[int(hit)] for hit in hits)
 
 
 @alone
 def finetune_encoder(config: FineTuning) -> dict[str, Any]:
-    """Makes the teacher, writes its folder with results.json and recipe.json, and returns the results.
+    """Fine-tunes an encoder, writes the teacher's folder with results.json and recipe.json, and returns the results.
 
     A run that was killed goes on from its last checkpoint.
 
@@ -88,12 +89,12 @@ def _record(config: FineTuning | Conversion, results: dict[str, Any], inputs: co
 
 
 def _embedding(trained: bool, start: BertConfig) -> str:
-    """The mode of a trained embedding: a table that is no published one is secret, and so is what starts from it."""
+    """The mode of an embedding after training: a table that is no published one is secret, as is one made of it."""
     return "secret" if trained or not start.embedding.client_embeds else "public"
 
 
 def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: BertConfig) -> tasks.Task:
-    """The data, for a model of this config.
+    """Reads the data for a model of this config, and prints what is odd about it.
 
     Raises:
         ValueError: see `tasks.load`; more tokens than the model has positions, or other tokens than it has.
@@ -125,7 +126,7 @@ def _beside_teacher(
     teacher_logits: np.ndarray,
     task: tasks.Task,
 ) -> dict[str, Any]:
-    """The student's figures on the test set, and how they and its labels differ from the teacher's."""
+    """Measures the student on the test set, and how far its figures and labels differ from the teacher's."""
     logits = predict(student, params, task.test)
     if task.regression:
         return _figures(task, logits)
@@ -143,6 +144,7 @@ def _beside_teacher(
 
 
 def _teacher(config: Conversion) -> folders.LoadedModel:
+    """Loads the teacher. ValueError: it is no classifier of one label, or of a number."""
     teacher = folders.load(config.teacher)
     if not isinstance(teacher.model, BertForSequenceClassification):
         raise ValueError(f"{config.teacher} holds a {type(teacher.model).__name__}, not a sequence classifier")
@@ -238,7 +240,7 @@ class _Distillation:
     Attributes:
         config: says how long each stage is, and what its losses weigh.
         material: what is learned from.
-        outputs: the teacher's.
+        outputs: what the teacher gives for each batch.
         ranges: the ranges that the LayerNorms' variances are to stay in; None: any.
         run: the folder of the checkpoints, of each stage in a folder of its own.
     """
@@ -292,7 +294,7 @@ def _distillation(
 
 @alone
 def convert(config: Conversion) -> dict[str, Any]:
-    """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
+    """Makes a student: replaces, calibrates, distils, evaluates in the clear, and writes the folder and its results.
 
     A run that was killed goes on from its last checkpoint; what is done already is returned. `flaxmpc.convert.evaluate`
     then adds what the student does with longer texts and under MPC, and the card.

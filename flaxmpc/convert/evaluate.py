@@ -1,4 +1,4 @@
-"""What a trained model does under MPC, on a whole test set: beside what it does in the clear."""
+"""Measures a trained model on a whole test set: at every length in the clear, and under MPC."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ from flaxmpc.training import metrics
 def secure_logits(
     classifier: SecureClassifier, split: Split, batch_size: int, description: str = ""
 ) -> tuple[np.ndarray, np.ndarray, secure.Cost]:
-    """The logits (row, label) of a split on shares and in the clear, and the cost of the last run."""
+    """Computes the logits (row, label) of a split on shares and in the clear; returns both, and the last run's cost."""
     shape = (len(split), classifier.config.num_labels)
     secret, plain, cost = np.zeros(shape, np.float32), np.zeros(shape, np.float32), None
     for members in track(plan(split, batch_size=batch_size, lengths=classifier.lengths), description):
@@ -57,10 +57,10 @@ def evaluate(
     ABY3, three parties.
 
     Args:
-        folder: that `convert` wrote.
-        teacher: whose labels it is compared with at every length; None: with nobody's.
-        ref2k_sentences, aby3_sentences: how many of the test set, evenly spread; None: all; 0: none.
-        batch_size: sentences in one secure run.
+        folder: the folder that `convert` wrote.
+        teacher: the folder of the model whose labels it is compared with at every length; None: with nobody's.
+        ref2k_sentences, aby3_sentences: how many rows of the test set, evenly spread; None: all; 0: none.
+        batch_size: how many sentences are in one secure run.
 
     Raises:
         FileNotFoundError: the folder has no recipe.json.
@@ -104,7 +104,7 @@ def evaluate(
         return results
 
 
-# Of a recipe, what says which texts are measured on.
+# The fields of a recipe that say which texts a model is measured on, and whether a value may be theirs.
 _OF_DATA: Mapping[str, Callable[[Any], bool]] = {
     "data": lambda value: isinstance(value, str),
     "label_column": lambda value: isinstance(value, str),
@@ -124,7 +124,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def _task(loaded: folders.LoadedModel, recipe: dict[str, Any], max_length: int) -> tasks.Task:
-    """The data of a recipe, with the model's own ids of the labels, cut at so many tokens."""
+    """Reads the data of a recipe, with the model's own ids of the labels, cut at `max_length` tokens."""
     columns = {name: recipe[name] for name in ("text_columns", "label_column")}
     task = tasks.load(recipe["data"], loaded.tokenizer, max_length, **columns)
     return matched(task, loaded.model.config.id2label, str(loaded.folder))
@@ -133,7 +133,7 @@ def _task(loaded: folders.LoadedModel, recipe: dict[str, Any], max_length: int) 
 def _at_every_length(
     loaded: folders.LoadedModel, test: Split, max_length: int, teacher: Path | None
 ) -> tuple[dict[int, Split], list[dict[str, Any]]]:
-    """The rows of each bucket, and what the model does with them in the clear: a record for each that has rows."""
+    """Measures a model in the clear in each length bucket. Returns the rows, and the record, of each that has rows."""
     exact = None if teacher is None else folders.load(teacher)
     rows, records = {}, []
     for length, (split, joined) in bucketed(test, loaded.tokenizer, buckets(max_length)).items():
@@ -155,7 +155,7 @@ def _finite(logits: np.ndarray) -> int:
 
 
 def _longest(folder: Path, records: Sequence[dict[str, Any]]) -> int:
-    """The longest bucket up to which every row is finite."""
+    """The longest bucket up to which every row is finite. FloatingPointError: not even the first is."""
     longest = 0
     for record in records:
         if record["finite"] < record["rows"]:
@@ -171,7 +171,7 @@ def _longest(folder: Path, records: Sequence[dict[str, Any]]) -> int:
 
 
 def _answering(loaded: folders.LoadedModel, longest: int) -> folders.LoadedModel:
-    """The model with another `model_max_length`, in its folder too."""
+    """Gives the model another `model_max_length`, in its folder too."""
     config = dataclasses.replace(loaded.model.config, model_max_length=longest)
     path = loaded.folder / "config.json"
     stored = files.read_object(path)
@@ -181,17 +181,17 @@ def _answering(loaded: folders.LoadedModel, longest: int) -> folders.LoadedModel
 
 
 def _largest_difference(secret: np.ndarray, plain: np.ndarray) -> float:
-    """Of the rows that are finite in both."""
+    """The largest difference of logits (row, label), over the rows that are finite in both."""
     finite = np.isfinite(secret).all(-1) & np.isfinite(plain).all(-1)
     return float(np.abs(secret[finite] - plain[finite]).max(initial=0.0))
 
 
-# Sentences whose largest numbers are looked at before a model runs in fixed point, and the bits that must be left.
+# How many sentences are looked at for large numbers before a model runs in fixed point; the bits that must be left.
 _CHECKED, _MARGIN = 200, 2.0
 
 
 def _margin(loaded: folders.LoadedModel, split: Split) -> dict[str, Any]:
-    """The margin to overflow on validation rows, each a run of its own, so that padding is as it will be."""
+# How many sentences are searched for large numbers before a model runs in fixed point; the bits that must be left.
     rows = split[spread(len(split), _CHECKED)]
     lengths = buckets(loaded.model.config.longest)
     found = (collate(rows, members, batch_size=1) for members in plan(rows, batch_size=1, lengths=lengths))

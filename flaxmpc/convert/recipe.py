@@ -1,4 +1,4 @@
-"""From a config to a finished folder: what commands and the recipes in train/ do with `FineTuning` and `Conversion`."""
+"""Makes a finished folder of a `FineTuning` or a `Conversion`, for the commands and for the recipes in train/."""
 
 import dataclasses
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ def make(config: FineTuning | Conversion) -> dict[str, Any]:
 
 
 def with_epochs(config: _Config, epochs: int) -> _Config:
-    """The config with so many epochs in every stage."""
+    """The same config with so many epochs in every stage."""
     stages = ("schedule",) if isinstance(config, FineTuning) else ("stage1", "stage2")
     return dataclasses.replace(
         config, **{stage: dataclasses.replace(getattr(config, stage), epochs=epochs) for stage in stages}

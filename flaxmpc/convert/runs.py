@@ -1,4 +1,4 @@
-"""A run of fine-tuning or conversion: its folders, which are its own, its config, and what it learns from."""
+"""Keeps a run of fine-tuning or conversion apart: its folders are its own, and it knows its config and its inputs."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ Made = TypeVar("Made")
 
 
 def alone(make: Callable[[_Config], Made]) -> Callable[[_Config], Made]:
-    """Makes what a config says with the folders of the config claimed, see `files.claimed`."""
+    """Wraps what makes something of a config: meanwhile both folders of the config are claimed, see `files.claimed`."""
 
     @functools.wraps(make)
     def made(config: Any) -> Any:
@@ -33,7 +33,7 @@ def _folder(config: Any) -> Path:
 
 
 def run_folder(config: Any, inputs: Digests) -> Path:
-    """Where checkpoints go. The resolved config and what the run learns from are written there, and known again.
+    """Gives the folder of checkpoints. The resolved config and the inputs are written there, and known again.
 
     Raises:
         ValueError: the folder holds a run of another config, or from other data or weights, and names what differs;
@@ -61,7 +61,7 @@ def run_folder(config: Any, inputs: Digests) -> Path:
 
 
 def recipe(config: Any, inputs: Digests) -> dict[str, Any]:
-    """recipe.json: the resolved config, and what was learnt from."""
+    """The content of recipe.json: the resolved config, and the digests of what was learnt from."""
     return {**resolve(config), "inputs": dict(inputs)}
 
 
@@ -79,7 +79,7 @@ def done(config: Any, inputs: Digests) -> bool:
 
 
 def unfinished(config: Any) -> None:
-    """To be said before a model is written: recipe.json comes last, so that it is never that of another model."""
+    """Removes recipe.json before a model is written: it comes last, so that it is never that of another model."""
     (config.out / "recipe.json").unlink(missing_ok=True)
 
 

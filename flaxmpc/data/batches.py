@@ -1,4 +1,4 @@
-"""Sentences, or pairs of them, with labels: how they are split, encoded and batched. `tasks` loads them."""
+"""Splits labelled texts in three, encodes them as token ids, and puts them in batches. `tasks` reads them."""
 
 import csv
 import dataclasses
@@ -22,9 +22,9 @@ SPLITS = ("train", "validation", "test")
 
 
 def split_of(text: Text) -> str:
-    """The split that a sentence or a pair belongs to: 80 % train, 10 % validation, 10 % test, by a hash of its text.
+    """Chooses the split of a sentence or a pair by a hash of its text: 80 % train, 10 % validation, 10 % test.
 
-    The split needs no seed and no file, and equal texts never stand on both sides of it.
+    So splits need no seed and no file, and equal texts never stand in two of them.
     """
     sentence = text if isinstance(text, str) else "\t".join(text)
     bucket = int.from_bytes(hashlib.sha256(sentence.strip().encode()).digest()[:8], "big") % 10
@@ -66,10 +66,11 @@ class Split:
     the rows of both.
 
     Attributes:
-        input_ids: token ids of every row, each (token,).
-        labels: (row,), integers, or floats for regression.
-        token_type_ids: of every row, each (token,), 0 in the first sentence and 1 in the second; None: all 0.
-        texts: of every row, as they were before encoding; None where nobody needs them.
+        input_ids: the token ids of every row, each (token,).
+        labels: the label of every row, (row,): integers, or floats for regression.
+        token_type_ids: the types of every row's tokens, each (token,): 0 in the first sentence of a pair and 1 in the
+            second; None: all are 0.
+        texts: the text of every row, as it was before encoding; None where nobody needs them.
 
     Raises:
         ValueError: not one label, row of types and text for every row of ids.
@@ -103,7 +104,7 @@ class Split:
         )
 
     def __add__(self, other: "Split") -> "Split":
-        """The rows of both, without texts; with types where both have them."""
+        """The rows of both. Their texts are left out, and so are token types unless both have them."""
         types = None
         if self.token_type_ids is not None and other.token_type_ids is not None:
             types = [*self.token_type_ids, *other.token_type_ids]
@@ -114,9 +115,9 @@ class Encoded(NamedTuple):
     """What a tokenizer makes of texts.
 
     Attributes:
-        input_ids: of every text, (token,) int32, [CLS] and [SEP] included.
-        token_type_ids: of every pair, (token,) int8; None for sentences.
-        truncated: (text,) bool, whether a text was longer and is cut.
+        input_ids: the token ids of every text, each (token,) int32, [CLS] and [SEP] included.
+        token_type_ids: the types of every pair's tokens, each (token,) int8; None for sentences.
+        truncated: whether each text was longer and is cut, (row,) bool.
     """
 
     input_ids: list[np.ndarray]
@@ -125,13 +126,14 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Any, texts: Sequence[Text], max_length: int) -> Encoded:
-    """Token ids of sentences, or of pairs: [CLS] first [SEP], or [CLS] first [SEP] second [SEP].
+    """Makes token ids of sentences, or of pairs: [CLS] first [SEP], or [CLS] first [SEP] second [SEP].
 
     A text of more than `max_length` tokens is cut; of a pair, the longer sentence.
 
     Args:
         tokenizer: a fast tokenizer, see `flaxmpc.models.folder.load_tokenizer`.
-        texts: all sentences, or all pairs.
+        texts: all of them sentences, or all pairs.
+        max_length: the most tokens that a text may have.
 
     Raises:
         ValueError: `max_length` leaves no place for a token of each sentence, or the tokenizer fails.
@@ -157,12 +159,12 @@ def encode(tokenizer: Any, texts: Sequence[Text], max_length: int) -> Encoded:
 
 
 class Batch(NamedTuple):
-    """A batch of one length. `row_mask` is 0 for rows that only fill it up.
+    """Rows of a split, padded to one length, that are computed together; the last ones may only fill the batch up.
 
     Attributes:
-        input_ids, attention_mask, token_type_ids: (batch, token) int32; the types are 0 on padding.
+        input_ids, attention_mask, token_type_ids: (batch, token) int32; mask and types are 0 on padding.
         label: (batch,) int32, or float32 for regression.
-        row_mask: (batch,) float32.
+        row_mask: (batch,) float32, 1; 0 for rows that only fill up.
         place: (batch,) int32, the row's place in its split; 0 for rows that only fill up.
     """
 
@@ -184,14 +186,14 @@ class Members(NamedTuple):
 def plan(
     split: Split, *, batch_size: int, lengths: Sequence[int], seed: int | Sequence[int] | None = None
 ) -> list[Members]:
-    """Which rows make which batch: rows of about one length, so that little is computed on padding.
+    """Chooses which rows make which batch: rows of about one length, so that little is computed on padding.
 
     Every row is in one batch. Another seed gives other batches, but equally many of each length.
 
     Args:
-        split: no row longer than the last of `lengths`.
-        batch_size: rows of a batch; the last of a length may have fewer.
-        lengths: ascending; a row is padded to the first that holds it. One program is compiled for each.
+        split: the rows, of which none is longer than the last of `lengths`.
+        batch_size: how many rows a batch has; the last batch of a length may have fewer.
+        lengths: numbers of tokens, ascending; a row is padded to the first that holds it. Each has its own program.
         seed: shuffles the rows within a length and the order of the batches; None keeps the given order.
 
     Raises:
@@ -214,7 +216,7 @@ def plan(
 
 
 def collate(split: Split, members: Members, *, batch_size: int, pad_token_id: int = 0) -> Batch:
-    """The batch of some rows of a split, in their order, then rows that only fill it up."""
+    """Puts rows of a split in one batch, in their order, then rows that only fill it up."""
     shape = (batch_size, members.length)
     label_type = np.float32 if split.labels.dtype.kind == "f" else np.int32
     batch = Batch(
@@ -248,7 +250,7 @@ def batches(
     pad_token_id: int = 0,
     seed: int | Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """The batches of a `plan`, one after the other.
+    """Makes the batches of a split one after the other, as `plan` chooses them.
 
     Raises:
         ValueError: see `plan`.

@@ -1,4 +1,4 @@
-"""Columns of Parquet and Arrow files, which a process of its own decodes.
+"""Reads columns of Parquet and Arrow files, which a process of its own decodes.
 
 A file of 0.1 MB may hold 5 GB, and say otherwise; and what is damaged may end the process that decodes it. So that one
 has a limit of memory, and hands over what it found without compression.
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Memory for what a file holds: text is rarely packed more than tenfold. And for the smallest.
+# Bytes of memory for each byte of a file, as text is rarely packed more than tenfold; and the least for any file.
 _TIMES, _LEAST_BYTES = 20, 256 << 20
 
 # The decoder's own threads and pools would take of its memory.
@@ -24,7 +24,7 @@ class Column:
     """A column of text, numbers, true and false; read when it is asked for."""
 
     def __init__(self, name: str, values: Any, unread: str):
-        """`name`: with its file, for a message. `unread`: its type, if that is none of the above."""
+        """`name` is the column's, with its file, for a message. `unread` is its type, if it is none of the above."""
         self._name, self._values, self._unread = name, values, unread
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Columns(NamedTuple):
 
 
 def read(form: str, files: Sequence[Path]) -> Columns:
-    """The columns of files, one below the other: of "parquet" or "arrow", the stream that `datasets` saves.
+    """Reads files of one form, "parquet" or "arrow" (the stream that `datasets` saves), one below the other.
 
     Raises:
         ValueError: a file that is damaged, unlike the first, or takes more memory than 20 times its size and 256 MB.

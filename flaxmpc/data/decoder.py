@@ -1,4 +1,4 @@
-"""Parquet and Arrow to plain columns: a program of its own, see `columnar`. It imports nothing of this project.
+"""Decodes Parquet and Arrow to plain columns, as a program that `columnar` runs. It imports nothing of this project.
 
     python decoder.py parquet|arrow BYTES FILE ...
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 MOST_ROWS, MOST_COLUMNS = 10_000_000, 1_000
 
 UNREAD, CLASS_NAMES = b"flaxmpc.unread", b"flaxmpc.class_names"
-"""Metadata: of a column that is not read, its type; of a table, the names of its classes by column."""
+"""Keys of metadata: a column's has its type, if it is not read; a table's the names of classes by column."""
 
 _SECONDS = 300
 
@@ -35,7 +35,7 @@ def limit(most: int) -> None:
 
 
 def read(form: str, files: Sequence[str]) -> pa.Table:
-    """The table of the files, one below the other.
+    """Reads files into one table, one below the other.
 
     Columns are text, numbers, true and false, or null; any other is null throughout, with its type as metadata.
 
@@ -113,7 +113,7 @@ def _unread(field: pa.Field) -> pa.Field:
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    """Names of categories in place of their numbers; and of HF's metadata the names of classes."""
+    """The table with the names of categories in place of their numbers, and of HF's metadata only names of classes."""
     table.validate(full=True)
     for place, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
@@ -126,7 +126,7 @@ def _plain(table: pa.Table) -> pa.Table:
 
 
 def class_names(features: Any) -> dict[str, list[str]]:
-    """Of the features that `datasets` writes: those of the columns whose integers stand for classes with names."""
+    """The names of classes in the features that `datasets` writes, by the column whose integers stand for them."""
     classes = {name: part for name, part in (features or {}).items() if isinstance(part, dict)}
     return {name: list(map(str, part["names"])) for name, part in classes.items() if part.get("_type") == "ClassLabel"}
 

@@ -1,4 +1,4 @@
-"""Labels: the ids, or numbers, that a column of names, ids, true and false, or numbers stands for."""
+"""Reads a column of labels: names, ids, or true and false become ids of classes; numbers stay numbers to learn."""
 
 import collections
 import re
@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf|i
 
 
 def _label(value: Any) -> int | float | str | None:
-    """A label as an id, true or false, a number or a name; None if it is missing. A string may hold a number.
+    """Parses a label: an id, true or false, a number or a name; None if it is missing. A string may hold a number.
 
     An integer of more digits than Python reads is an infinite number.
     """
@@ -87,11 +87,17 @@ class _Labels(NamedTuple):
 def read_labels(
     found: Mapping[str, Table], column: str, names: tuple[str, ...] | None, warnings: list[str]
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The ids, or numbers, of every table, and the names of the classes.
+    """Reads the labels of every table: ids (row,) int32, or numbers (row,) float32; and the names of the classes.
 
     Args:
-        names: of the classes where they are known, `REGRESSION` for numbers; None: as the column says.
-        warnings: where one is added for numbers that look like classes.
+        found: the tables by split, one of them of training.
+        column: the name of the column.
+        names: the names of the classes where they are known, `REGRESSION` for numbers; None: as the column says.
+        warnings: gets a sentence where numbers look like classes.
+
+    Raises:
+        ValueError: a label that is missing, negative, unknown or of another kind than most (says in which row); or
+            labels that nothing can be learned from.
     """
     labels = _Labels.parse(found, column)
     given = {table.class_names.get(column) for table in found.values()}
@@ -130,10 +136,10 @@ def read_labels(
 
 
 def _numbers(labels: _Labels, warnings: list[str] | None) -> dict[str, np.ndarray]:
-    """The numbers of a regression.
+    """The numbers of a regression, by split.
 
-    With `warnings`, only a decimal point says that it is one: whole numbers get a warning there, and 1 beside 1.0 is
-    refused.
+    With `warnings` only a decimal point says that labels are numbers: for whole ones a warning is added there, and 1
+    beside 1.0 is refused.
     """
     labels.refuse(lambda value: isinstance(value, (str, bool)), "is not a number")
     labels.refuse(lambda value: abs(value) == np.inf, "is not finite")
@@ -150,7 +156,7 @@ def _numbers(labels: _Labels, warnings: list[str] | None) -> dict[str, np.ndarra
 
 
 def _numbered(train: Sequence[int]) -> tuple[str, ...]:
-    """HF's names of classes that have none. Ids that leave one out are refused: it could not be learnt."""
+    """HF's names, LABEL_0 and so on, of classes without. ValueError: ids leave one out, which could not be learnt."""
     present, largest = set(train), max(train)
     gap = next((i for i in range(largest) if i not in present), None)
     if gap is not None:

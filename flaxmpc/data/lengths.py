@@ -1,4 +1,4 @@
-"""Texts of every length that users send: a model is measured on them, one length bucket after the other."""
+"""Makes texts of every length that users send, for measuring a model one length bucket after the other."""
 
 import re
 from collections.abc import Sequence
@@ -8,19 +8,20 @@ import numpy as np
 
 from flaxmpc.data.batches import Split, Text, encode
 
-# Rows of a bucket at least, where texts have to be joined for it; and texts of one word.
+# The rows that a bucket is filled up to by joining texts; and the number of texts that repeat one word.
 JOINED, REPEATED = 64, 32
 
 
 def bucketed(split: Split, tokenizer: Any, lengths: Sequence[int]) -> dict[int, tuple[Split, int]]:
-    """The rows of each length bucket, and how many of them were made by joining texts.
+    """Sorts rows into length buckets. Returns each bucket's rows, and how many of them were made by joining texts.
 
     Test sets have few long texts, and users send paragraphs: a bucket with less than `JOINED` rows is filled up with
     random rows joined until they are longer than the bucket before, and cut where they are too long.
 
     Args:
-        split: with its texts; no row longer than the last of `lengths`.
-        lengths: ascending; a row is in the first that holds it.
+        split: the rows, with their texts; none is longer than the last of `lengths`.
+        tokenizer: the tokenizer that the rows were encoded with.
+        lengths: the buckets in tokens, ascending; a row is in the first that holds it.
     """
     sizes = np.fromiter(map(len, split.input_ids), int, len(split))
     special = tokenizer.num_special_tokens_to_add(split.token_type_ids is not None)
@@ -35,7 +36,7 @@ def bucketed(split: Split, tokenizer: Any, lengths: Sequence[int]) -> dict[int, 
 
 
 def repeated(split: Split, tokenizer: Any, length: int) -> Split:
-    """Texts of one word of the split again and again, `length` tokens long: the least like what a model learns from."""
+    """Makes texts of one word again and again, `length` tokens long: the least like what a model learns from."""
     assert split.texts is not None
     words = sorted({word for text in split.texts for word in re.findall(r"\w+", "".join(text))})
     chosen = np.random.default_rng(0).choice(words, min(REPEATED, len(words)), replace=False)
@@ -45,7 +46,7 @@ def repeated(split: Split, tokenizer: Any, length: int) -> Split:
 
 
 def _joined(split: Split, sizes: np.ndarray, least: int, rng: np.random.Generator) -> Text:
-    """Random texts, joined to more than `least` tokens."""
+    """Random texts of the split, joined to one of more than `least` tokens."""
     assert split.texts is not None
     chosen: list[Text] = []
     tokens = 0
@@ -61,6 +62,6 @@ def _joined(split: Split, sizes: np.ndarray, least: int, rng: np.random.Generato
 
 
 def _encoded(texts: Sequence[Text], tokenizer: Any, most: int, like: Split) -> Split:
-    """Without labels of their own: all 0."""
+    """The texts as a split of rows of at most `most` tokens. They have no labels of their own: all are 0."""
     ids, types, _ = encode(tokenizer, texts, most)
     return Split(ids, np.zeros(len(texts), like.labels.dtype), types)

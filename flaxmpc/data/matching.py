@@ -1,4 +1,4 @@
-"""Which label is which: the classes of data and the labels of a model are matched by their names."""
+"""Matches the classes of data with the labels of a model, by their names."""
 
 import dataclasses
 import re
@@ -11,15 +11,15 @@ from flaxmpc.data.tasks import Task
 
 
 def matched(task: Task, id2label: Sequence[str], owner: str) -> Task:
-    """The task with its classes as the ids that a model gives them, by their names: case, spaces, _ and - apart.
+    """Numbers the classes of a task as a model does, by their names: case, spaces, _ and - make no difference.
 
-    Where the model or the data has no names (LABEL_0, LABEL_1, ...) the ids are the model's already, and the names are
-    those that there are: see `refuse_other_order`.
+    Where the model or the data has no names (LABEL_0, LABEL_1, ...) the ids are left as they are, and the task gets
+    those names that there are; `refuse_other_order` looks whether the ids are the model's.
 
     Args:
         task: the data.
-        id2label: the model's.
-        owner: whose they are, for messages.
+        id2label: the names of the model's labels, in order of their ids.
+        owner: the model's name, for messages.
 
     Raises:
         ValueError: other names, or not as many.
@@ -46,14 +46,15 @@ def named(id2label: Sequence[str]) -> bool:
 
 
 def refuse_other_order(logits: np.ndarray, labels: np.ndarray, both: str) -> None:
-    """ValueError where a model is right on far more rows if its labels stand in another order than the data's.
-
-    For labels that could not be matched by name. Far more: by four deviations of a count.
+    """Refuses labels that stand in another order in a model than in the data, where no names can tell.
 
     Args:
         logits: (row, label), the model's.
-        labels: (row,).
-        both: whose they are, for the message.
+        labels: (row,), the data's.
+        both: the names of the model and of the data, for the message.
+
+    Raises:
+        ValueError: in another order the model is right on far more rows: by four deviations of a count.
     """
     from scipy.optimize import linear_sum_assignment
 

@@ -1,24 +1,24 @@
-"""Short pieces of sentences, which a student learns beside them: people type single words, data sets have sentences."""
+"""Cuts sentences into short pieces, which a student learns too: people type single words, data sets have sentences."""
 
 import numpy as np
 
 from flaxmpc.data.batches import Split
 
-# Tokens of each sentence of a piece. Longer texts are as much in range as sentences are.
+# The longest piece of a sentence, in tokens; longer ones stay in the calibrated ranges, as sentences do.
 _LONGEST = 6
 
 
 def pieces(split: Split, share: float, *, seed: int) -> Split:
-    """Short pieces of random rows: of each sentence of a row 1 to 6 tokens in a row.
+    """Makes short pieces of random rows: 1 to 6 successive tokens of each sentence.
 
     A student that has seen no text of three tokens, [CLS] word [SEP], is nowhere near its teacher there: its attention
     is not divided by what it sums to, and the variances leave their ranges. A piece has no label of its own, only the
-    teacher's answer: its row's stands in its place.
+    teacher's answer; the label of its row stands in its place.
 
     Args:
         split: rows [CLS] sentence [SEP], or [CLS] first [SEP] second [SEP].
-        share: pieces for each row, in [0, 1].
-        seed: of the choice.
+        share: how many pieces are made for each row, in [0, 1].
+        seed: the seed of which rows and which tokens.
 
     Raises:
         ValueError: a share outside [0, 1].
@@ -30,7 +30,7 @@ def pieces(split: Split, share: float, *, seed: int) -> Split:
     chosen = split[rows]
     kept = [_piece(np.asarray(ids), rng) for ids in chosen.input_ids]
 
-    def cut(column):  # of what every row has one for each token
+    def cut(column):  # with a value for each token
         return None if column is None else [np.asarray(row)[places] for row, places in zip(column, kept, strict=True)]
 
     ids = cut(chosen.input_ids)

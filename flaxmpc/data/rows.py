@@ -1,4 +1,4 @@
-"""Rows of text files with the lines that they start on: CSV, TSV, JSONL, JSON. What is broken is named by its line.
+"""Reads rows of text files, with the lines that they start on: CSV, TSV, JSONL, JSON. An error names the line.
 
 `datasets` names no line, and copies the file into a cache; `csv` reads no field over 131,072 characters unless the
 whole process allows it, and names no line of a quote left open. A line ends in LF or CR LF and nowhere else.
@@ -13,9 +13,10 @@ from typing import Any
 
 from flaxmpc.errors import brief
 
-_MOST_BYTES = 512 << 20  # what is read of it takes several times as much memory
+_MOST_BYTES = 512 << 20  # of a file: its rows take several times as much memory
 
-_ENCODINGS = {  # by the mark at the start; that of UTF-32 starts with that of UTF-16
+# Encodings by the mark at the start of a file. UTF-32's come first, as they start with those of UTF-16.
+_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -24,7 +25,11 @@ _ENCODINGS = {  # by the mark at the start; that of UTF-32 starts with that of U
 
 
 def read_text(file: Path) -> str:
-    """The text of a file, without the mark that some programs put before UTF-8."""
+    """Reads a file of UTF-8, without the mark that some programs put before it.
+
+    Raises:
+        ValueError: it is too large, empty, or no UTF-8 (names the line).
+    """
     if (size := file.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"{file} has {size} bytes; at most {_MOST_BYTES} are read")
     data = file.read_bytes()
@@ -45,7 +50,7 @@ def read_text(file: Path) -> str:
 
 
 def twice(names: Sequence[str]) -> str | None:
-    """The first name that stands twice, for a message."""
+    """The first name that stands twice, for a message; None: none does."""
     if len(set(names)) == len(names):
         return None
     seen: set[str] = set()
@@ -60,7 +65,7 @@ _FIELD = re.compile(rf'(?:{_QUOTED.pattern}|((?!")[^,\r\n]*))(,|\r?\n|\Z)')
 
 
 def csv_rows(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Fields, and the line that they start on."""
+    """The rows of CSV: the line that each starts on, and its fields."""
     place, line = 0, 1
     while place < len(text):
         start, fields, end = line, [], ","
@@ -87,6 +92,7 @@ def _what_is_no_field(text: str, place: int) -> str:
 
 
 def tsv_rows(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of TSV: the line of each, and its fields, which are never quoted."""
     for line, row in enumerate(text.split("\n"), 1):
         row = row.removesuffix("\r")
         if "\r" in row:
@@ -111,7 +117,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _value(text: str, place: int) -> tuple[Any, int]:
-    """The JSON value at a place, and the place after it and the space that follows.
+    """Reads the JSON value at a place. Returns it, and the place after it and the space that follows.
 
     Raises:
         ValueError: no JSON (then a JSONDecodeError), or what could not be used: a name twice, half a surrogate pair.
@@ -133,6 +139,7 @@ def _skip(text: str, place: int) -> int:
 
 
 def jsonl_rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """The rows of JSONL: the line of each, and its value."""
     for line, row in enumerate(text.split("\n"), 1):
         start = _skip(row, 0)
         if start == len(row):
@@ -149,7 +156,7 @@ def jsonl_rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def json_rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """The values of a list, one by one, since each is then known by its line."""
+    """The values of a JSON list, read one by one: so the line is known that each starts on."""
     line, counted = 1, 0
     place = _skip(text, _skip(text, 0) + 1)
     more = text[place : place + 1] != "]"

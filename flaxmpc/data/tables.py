@@ -1,4 +1,4 @@
-"""Tables of labelled text from files: CSV, TSV, JSONL, JSON, Parquet, Arrow. Nothing is written beside them."""
+"""Reads tables of labelled text from files: CSV, TSV, JSONL, JSON, Parquet, Arrow. Nothing is written beside them."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from flaxmpc.data.rows import csv_rows, json_rows, jsonl_rows, read_text, tsv_ro
 from flaxmpc.errors import brief
 
 ALL = ""
-"""In place of the name of a split: a table that is not split yet."""
+"""Stands in place of the name of a split, for a table that is not split yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Table:
     """Columns of equal length, and where each of their rows stands.
 
     Attributes:
-        source: a file, or a split of a data set; starts every message about a row.
-        columns: by name; `column[:]` reads one whole.
-        lines: the line of the file that a row starts on; None where rows have no lines.
-        class_names: of the columns whose integers stand for classes with names.
+        source: the file, or the split of a data set, that every message about a row starts with.
+        columns: the columns by name; `column[:]` reads one whole.
+        lines: the line of the file that each row starts on; None where rows have no lines.
+        class_names: the names of classes, by the column whose integers stand for them.
     """
 
     source: str
@@ -40,7 +40,7 @@ class Table:
 
 
 def from_dataset(dataset: Any, source: str) -> Table:
-    """The table of a `datasets.Dataset`. Its columns are read when they are asked for."""
+    """Makes a table of a `datasets.Dataset`, whose columns are read when they are asked for."""
     import datasets
 
     features = dataset.features.items()
@@ -52,12 +52,12 @@ def from_dataset(dataset: Any, source: str) -> Table:
 
 
 def read(path: str | Path, splits: Container[str] | None = None, unnamed: Sequence[str] = ()) -> dict[str, Table]:
-    """The tables of a path by the name of their split; a single table that is not split is `ALL`.
+    """Reads a file or a folder: its tables by the name of their split; a single table that is not split is `ALL`.
 
     Args:
         path: a file (.csv, .tsv, .jsonl, .json, .parquet), a folder with such files whose names are those of splits
             (train.csv, dev.csv, test.csv, train-00000-of-00002.parquet), or a folder of `datasets.save_to_disk`.
-        splits: the files of a folder that are read; None: all.
+        splits: the names of the files of a folder that are read; None: all.
         unnamed: the columns of CSV and TSV files that come without a line of names: those whose first line has as many
             fields, but none of these names.
 
@@ -127,7 +127,7 @@ def _read_file(file: Path, unnamed: Sequence[str]) -> Table:
 
 
 def _fields(file: Path, rows: Iterable[tuple[int, list[str]]], unnamed: Sequence[str]) -> Table:
-    """The table of rows of fields, of which the first names the columns unless `unnamed` does."""
+    """Makes a table of rows of fields. The first names the columns, unless `unnamed` does."""
     lines, found = zip(*rows, strict=True)
     if len(found[0]) == len(unnamed) and not set(found[0]) & set(unnamed):
         names = unnamed
@@ -146,7 +146,7 @@ _MOST_COLUMNS = 1_000
 
 
 def _objects(file: Path, rows: Iterable[tuple[int, Any]]) -> Table:
-    """The table of JSON objects; what an object lacks is None."""
+    """Makes a table of JSON objects; what an object lacks is None."""
     names: dict[str, None] = {}
     found, lines = [], []
     for line, row in rows:
@@ -161,21 +161,21 @@ def _objects(file: Path, rows: Iterable[tuple[int, Any]]) -> Table:
 
 
 def _read_json(file: Path) -> Table:
-    """A list of objects; or JSONL, which often is named so too."""
+    """Reads a list of objects; or JSONL, which often is named .json too."""
     text = read_text(file)
     rows = json_rows if text.lstrip(" \t\r\n").startswith("[") else jsonl_rows
     return _objects(file, rows(file, text))
 
 
 def _read_parquet(parts: Sequence[Path]) -> Table:
-    """The table of a file, or of all shards of a split."""
+    """Reads a file, or all shards of a split, as one table."""
     source = str(parts[0]) if len(parts) == 1 else f"{parts[0]} and shards"
     found = columnar.read("parquet", parts)
     return Table(source, found.columns, class_names=found.class_names)
 
 
 def _read_saved(folder: Path) -> dict[str, Table]:
-    """What `datasets.save_to_disk` wrote."""
+    """Reads a folder that `datasets.save_to_disk` wrote: its tables by the name of their split."""
     try:
         splits = ("",)
         if (folder / "dataset_dict.json").is_file():
@@ -187,7 +187,7 @@ def _read_saved(folder: Path) -> dict[str, Table]:
 
 
 def _read_split(folder: Path, split: Path) -> Table:
-    """A split of it: the Arrow files that its state names, and the names of classes of its features."""
+    """Reads a split of such a folder: the Arrow files that its state names, and its features' names of classes."""
     from flaxmpc.data import decoder
 
     state = files.read_object(split / "state.json", root=folder)
@@ -206,7 +206,7 @@ def _read_split(folder: Path, split: Path) -> Table:
 
 
 def _names(names: Any) -> list[str]:
-    """ValueError: no list of names of what stands in the folder itself."""
+    """The names that a file of a folder gives. ValueError: no list of names of what stands in the folder itself."""
     if not isinstance(names, list) or not names:
         raise ValueError(f"{brief(names)} is no list of names")
     for name in names:

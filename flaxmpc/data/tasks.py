@@ -1,4 +1,4 @@
-"""Tasks: labelled texts by name or from files, checked, split in three, and encoded. Ready to train on."""
+"""Makes tasks of labelled texts, by name or from files: checked, split in three, encoded, and ready to train on."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -34,9 +34,9 @@ class Task:
     """A data set ready to train on.
 
     Attributes:
-        name: of the data set, or the path it was read from.
-        train, validation, test: see `Split`; none is empty, and every class is in train. Validation chooses the
-            checkpoint, test is looked at once.
+        name: the name of the data set, or the path it was read from.
+        train, validation, test: the rows; none of the splits is empty, and every class is in train. Validation chooses
+            the checkpoint, test is looked at once.
         id2label: the names of the classes in order of their ids; one name for regression.
         metrics: names in `flaxmpc.training.metrics.METRICS`; the first decides which checkpoint is best.
         text_columns: one, or two for pairs.
@@ -85,10 +85,11 @@ def load(
     them, it is these that count and not their order.
 
     Args:
-        tokenizer: see `flaxmpc.models.folder.load_tokenizer`.
-        max_length: tokens that a row is cut at, see `encode`.
-        text_columns: one, or two for pairs; by default the first usual names that exist.
-        label_column: its name.
+        data: what is read, see above.
+        tokenizer: a fast tokenizer, see `flaxmpc.models.folder.load_tokenizer`.
+        max_length: the number of tokens that a row is cut at, see `encode`.
+        text_columns: the columns of text, one, or two for pairs; by default the first usual names that exist.
+        label_column: the column of labels.
 
     Raises:
         ValueError: an unknown name; a broken file; a missing column (says which exist); no rows; a missing, negative
@@ -123,9 +124,9 @@ def load(
 
 
 def unlabelled(path: Path, task: Task, tokenizer: Any, max_length: int) -> Split:
-    """Texts of a file or folder, see `tables.read`, in the columns of a task's texts; every label is the first.
+    """Reads more texts for a task from a file or folder, in the columns of its texts, see `tables.read`.
 
-    A text that is a validation or test row of the task too is left out.
+    They have no labels: every one is the first. A text that is a validation or test row of the task is left out.
 
     Raises:
         ValueError: a broken file; a missing column (says which exist); an empty text (says in which row); no texts.
@@ -184,7 +185,7 @@ def _source(data: str) -> tuple[str, Glue | None, dict[str, Table]]:
 
 
 def _named(found: Mapping[str, Table], name: str) -> dict[str, Table]:
-    """The tables under our names of splits; others, such as MNLI's mismatched ones, are left out."""
+    """Gives tables our names of splits; others, such as MNLI's mismatched ones, are left out."""
     renamed: dict[str, Table] = {}
     for split, table in found.items():
         ours = _SPLIT_NAMES.get(split)
@@ -198,7 +199,7 @@ def _named(found: Mapping[str, Table], name: str) -> dict[str, Table]:
 
 
 def _three(rows: dict[str, Rows]) -> dict[str, Rows]:
-    """Train, validation and test; see `load` for what becomes of fewer."""
+    """Splits rows into train, validation and test; see `load` for what becomes of fewer splits."""
     if all(split in rows for split in SPLITS):
         return rows
     whole = rows.get(ALL) or rows["train"]

@@ -1,4 +1,4 @@
-"""What a classifier's logits say about a text: one label of several, a set of labels, or a value."""
+"""Reads a classifier's logits: one label of several, a set of labels, or a value."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,19 +13,19 @@ from flaxmpc.models.config import BertConfig
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One text's answer: the fields of its kind of head (see `Head`), or an error. All others are None or empty.
+    """The answer to one text: the fields of its kind of head (see `Head`), or an error. All others are None or empty.
 
     Attributes:
-        text: as it was given; a pair is a tuple of two.
-        truncated: whether it was longer than `BertConfig.longest`, and is cut.
-        cost: of the secure run that the text was in.
-        label: of one label of several: that of the largest logit.
-        score: its probability, in [0, 1].
-        labels: of a set of labels: those with a probability above 0.5.
-        probabilities: of each label of a set, by name.
-        value: of a regression.
-        logits: opened from the shares.
-        logits_plaintext: of the model as it was trained, in the clear; on a cluster nobody has it.
+        text: the text as it was given; a pair is a tuple of two.
+        truncated: whether the text was longer than `BertConfig.longest`, and is cut.
+        cost: the cost of the secure run that the text was in.
+        label: the label with the largest logit, where a text has one label of several.
+        score: the probability of `label`, in [0, 1].
+        labels: the labels with a probability above 0.5, where a text has a set of labels.
+        probabilities: the probability of each label of a set, by name.
+        value: the number that a regression gives.
+        logits: the logits (label,) that were opened from the shares.
+        logits_plaintext: the logits (label,) of the trained model in the clear; on a cluster nobody has them.
         error: why there is no answer.
     """
 
@@ -49,7 +49,7 @@ class Prediction:
         return float(np.abs(np.subtract(self.logits, self.logits_plaintext)).max())
 
     def as_dict(self) -> dict[str, Any]:
-        """What there is, as a JSON value: a pair as text1 and text2, and no cost, which a text shares with others."""
+        """The fields that there are, as JSON has them. A pair is text1 and text2; the run's cost is left out."""
         text = {"text": self.text} if isinstance(self.text, str) else {"text1": self.text[0], "text2": self.text[1]}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         left_out = ("text", "cost")
@@ -59,20 +59,20 @@ class Prediction:
 
 
 class Inference(NamedTuple):
-    """Predictions in the order of the texts, and what their secure runs cost in all."""
+    """The answers to some texts, in their order, and what their secure runs cost in all."""
 
     predictions: list[Prediction]
     cost: secure.Cost
 
 
 class Head(NamedTuple):
-    """A kind of head.
+    """A kind of head: what its logits mean, and how its answers are shown.
 
     Attributes:
-        fields: of `Prediction`, that it gives.
-        read: (logits (label,), names of the labels) -> those.
-        columns: of a table of its answers.
-        cells: a prediction's, as text.
+        fields: the fields of `Prediction` that it gives.
+        read: (logits (label,), names of the labels) -> these fields.
+        columns: the names of the columns in a table of its answers.
+        cells: (prediction) -> what stands in these columns.
     """
 
     fields: tuple[str, ...]
@@ -114,7 +114,7 @@ _HEADS = {"regression": VALUE, "single_label_classification": ONE_LABEL, "multi_
 
 
 def head(config: BertConfig) -> Head:
-    """What the logits of a sequence classifier mean, by its problem_type; one logit is a value unless that says else.
+    """Finds the kind of a classifier's head by its problem_type; a single logit is a value, unless that says else.
 
     Raises:
         ValueError: a regression of more than one value.
@@ -130,10 +130,18 @@ def head(config: BertConfig) -> Head:
 def predict(
     text: Text, logits: np.ndarray, plain: np.ndarray | None, config: BertConfig, truncated: bool, cost: secure.Cost
 ) -> Prediction:
-    """The prediction that a row of logits (label,) gives, those in the clear beside it where there are any.
+    """Makes the answer to one text of its logits.
 
-    There is no answer, but an error, where the logits cannot be right: they are not finite, or on shares far from those
-    in the clear.
+    There is an error in its place where the logits cannot be right: they are not finite, or on shares far from those in
+    the clear.
+
+    Args:
+        text: the text as it was given.
+        logits: the logits (label,) that were opened from the shares.
+        plain: the logits (label,) in the clear; None: nobody has them.
+        config: the model's.
+        truncated: whether the text is cut.
+        cost: the cost of the secure run that the text was in.
     """
     error = _wrong(logits, plain)
     if error is not None:
@@ -144,7 +152,7 @@ def predict(
 
 
 def _wrong(logits: np.ndarray, plain: np.ndarray | None) -> str | None:
-    """Why logits on shares cannot be right, or None."""
+    """Why logits on shares cannot be right; None: they may be."""
     if plain is not None and not np.isfinite(plain).all():
         return "the model diverges on this text: its logits in the clear are not finite"
     if not np.isfinite(logits).all():

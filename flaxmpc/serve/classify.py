@@ -1,4 +1,4 @@
-"""The client's half of a classifier: texts to what becomes secret shares, and opened logits to answers."""
+"""Does the client's half of a classifier: makes of texts what becomes secret shares, and of opened logits answers."""
 
 import abc
 import functools
@@ -17,17 +17,17 @@ from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.attention import Keys
 from flaxmpc.serve.answers import Inference, Prediction, head, predict
 
-# A text is padded to the first of these that holds it, see `Client.bucket`.
+# The lengths, in tokens, of which a text is padded to the first that holds it, see `Client.bucket`.
 _LENGTHS = (16, 32, 64, 128, 256, 512)
 
 
 def buckets(longest: int) -> list[int]:
-    """The lengths that texts of up to `longest` tokens are padded to, see `BertConfig.longest`."""
+    """The lengths that a model's texts are padded to; `longest` is the most tokens of a text, `BertConfig.longest`."""
     return [*(length for length in _LENGTHS if length < longest), longest]
 
 
 def limit(config: BertConfig) -> str:
-    """The most tokens of a model's texts, for a message, with the reason."""
+    """Says for a message how many tokens a model's texts may have, and why."""
     why = "has positions for" if config.model_max_length is None else "was trained and measured for"
     return f"{config.longest} tokens, all that the model {why}"
 
@@ -36,8 +36,8 @@ class TextError(ValueError):
     """A text that no model can answer.
 
     Attributes:
-        place: of the text among those given, from 0.
-        reason: what is wrong with it.
+        place: the place of the text among those given, from 0.
+        reason: what is wrong with the text.
     """
 
     def __init__(self, place: int, total: int, reason: str):
@@ -50,9 +50,9 @@ class TextRun(NamedTuple):
     """Texts of one length that are computed together.
 
     Attributes:
-        places: of the texts, among those given.
-        ids, mask: (row, token); rows beyond the texts only fill up.
-        types: (row, token), HF's token_type_ids of pairs; None: all 0.
+        places: the places of the texts among those given.
+        ids, mask: token ids and mask, (batch, token); rows beyond the texts only fill up.
+        types: HF's token_type_ids of pairs, (batch, token); None: all are 0.
     """
 
     places: Sequence[int]
@@ -71,13 +71,13 @@ class Client:
         params: dict[str, Any],
         lengths: Sequence[int] | None = None,
     ):
-        """What a client needs of a model.
+        """Takes what a client needs of a model.
 
         Args:
-            model: as it runs on shares (folded).
-            tokenizer: see `flaxmpc.models.folder.load_tokenizer`.
-            params: the embedding's, if the client embeds; see `split_at_shares`.
-            lengths: that texts are padded to; by default `buckets`.
+            model: the model as it runs on shares (folded).
+            tokenizer: a fast tokenizer, see `flaxmpc.models.folder.load_tokenizer`.
+            params: the parameters of the embedding, if the client embeds; see `split_at_shares`.
+            lengths: the lengths that texts are padded to; by default `buckets`.
 
         Raises:
             ValueError: the model's logits have no meaning, see `flaxmpc.serve.answers.head`.
@@ -99,7 +99,7 @@ class Client:
         return found
 
     def encode(self, texts: Sequence[Text]) -> Encoded:
-        """Ids and types of texts or pairs, cut at `BertConfig.longest`.
+        """Makes token ids and types of texts or pairs, cut at `BertConfig.longest`.
 
         Raises:
             TextError: a text that is empty, or of the wrong form: a pair where the model takes single texts, one
@@ -137,12 +137,12 @@ class Client:
         return f"is {one}, but {why}"
 
     def runs(self, encoded: Encoded, places: Iterable[int], sizes: Callable[[int], Sequence[int]]) -> Iterator[TextRun]:
-        """The runs that answer some of the texts, the shortest first.
+        """Puts texts together in runs that answer them, the shortest texts first.
 
         Args:
-            encoded: see `encode`.
-            places: which of them; none longer than the last of `lengths`.
-            sizes: of a length, the numbers of rows that a run may have, ascending.
+            encoded: all texts, see `encode`.
+            places: the places of those to answer; none is longer than the last of `lengths`.
+            sizes: (length) -> the numbers of rows that a run of that length may have, ascending.
         """
         by_length: dict[int, list[int]] = {length: [] for length in self.lengths}
         for place in places:
@@ -154,7 +154,7 @@ class Client:
                 left = left[size:]
 
     def run(self, encoded: Encoded, places: Sequence[int], size: int) -> TextRun:
-        """A run of `size` rows: texts of one length, then copies of the first of them."""
+        """Makes a run of `size` rows: texts of one length, then copies of the first of them."""
         length = max(self.bucket(len(encoded.input_ids[place])) for place in places)
         ids = np.full((size, length), self.config.pad_token_id, np.int32)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
@@ -168,11 +168,11 @@ class Client:
         return TextRun(places, ids, mask, None if encoded.token_type_ids is None else types)
 
     def share(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> tuple[Any, Keys]:
-        """The client's part: what of its texts becomes secret shares (embeddings or one-hot tokens, and keys).
+        """Makes of encoded texts what becomes secret shares: embeddings or one-hot tokens, and keys.
 
         Args:
-            ids, mask: (row, token).
-            types: HF's token_type_ids of pairs; None: all 0.
+            ids, mask: token ids and mask, (batch, token).
+            types: HF's token_type_ids of pairs, (batch, token); None: all are 0.
 
         Raises:
             ValueError: more tokens than `BertConfig.longest`, or an id that the model does not have.
@@ -187,7 +187,7 @@ class Client:
         return jax.device_get((tokens, self.config.keys(jnp.asarray(mask))))
 
     def _tokens(self, ids: np.ndarray, types: np.ndarray | None = None) -> tuple[jax.Array, ...]:
-        """What enters the embedding's lookups: of the words, and of the types where there are any."""
+        """What the embedding looks up: one array for the words, and one for the types where there are any."""
 
         def encoded(name: str, ids: np.ndarray, size: int) -> jax.Array:
             if ids.min() < 0 or ids.max() >= size:  # JAX would take another row without a word
@@ -203,7 +203,7 @@ def _is_pair(text: Any) -> bool:
 
 
 def _malformed(text: Any) -> str | None:
-    """Why a text, or a pair, can't be read; or None."""
+    """Why a text, or a pair, can't be read; None: it can."""
     sides = [text] if isinstance(text, str) else text
     form = isinstance(text, str) or (isinstance(text, (list, tuple)) and len(text) == 2)
     if not form or not all(isinstance(side, str) for side in sides):
@@ -219,7 +219,7 @@ def _malformed(text: Any) -> str | None:
 
 
 class Classifier(Client, abc.ABC):
-    """A client that asks: texts to predictions."""
+    """A client that asks a model: it makes predictions of texts. A subclass says who computes."""
 
     @abc.abstractmethod
     def sizes(self, length: int) -> Sequence[int]:
@@ -227,15 +227,15 @@ class Classifier(Client, abc.ABC):
 
     @abc.abstractmethod
     def answer(self, run: TextRun) -> tuple[np.ndarray, np.ndarray | None, secure.Cost]:
-        """The logits (row, label) on shares, those in the clear where there are any, and the run's cost.
+        """Asks for one run: its logits (batch, label) on shares, those in the clear or None, and its cost.
 
-        A row where the model is known to have diverged is NaN.
+        The logits of a row are NaN where the model is known to have diverged.
         """
 
     def classify(
         self, texts: Sequence[Text], progress: Callable[[list[TextRun]], Iterable[TextRun]] = list
     ) -> Inference:
-        """Texts, or pairs of them, in runs of texts of about one length; answers in the order of the texts.
+        """Answers texts, or pairs of them, in runs of texts of about one length.
 
         A text that has no answer has an error in its place: a model may diverge on it, or not be served for its length
         (if it is for none of the texts, that is raised).
@@ -243,6 +243,9 @@ class Classifier(Client, abc.ABC):
         Args:
             texts: strings, or pairs of strings.
             progress: is given all runs, and asked for one after the other; such as `rich.progress.track`.
+
+        Returns:
+            The answers in the order of the texts, and their cost.
 
         Raises:
             ValueError: see `encode`.

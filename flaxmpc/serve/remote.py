@@ -1,4 +1,4 @@
-"""A zoo model on a cluster: the owner puts it there, clients ask it. `flaxmpc.secure` knows nothing of models."""
+"""Serves a model on a cluster: its owner puts it there, and clients ask it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from flaxmpc.serve.private import SecureClassifier, logits_and_size, plan, secur
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy.cluster import Limits
 
-# Of `logits_and_size`; a calibrated LayerNorm leaves 1 within some hundredths.
+# How far from 1 the size that `logits_and_size` gives may be; a calibrated LayerNorm leaves 1 within some hundredths.
 _SIZE_TOLERANCE = 0.5
 
 _TABLE = "embeddings.safetensors"
@@ -54,11 +54,11 @@ def put(
     programs are kept in the cache folder.
 
     Args:
-        loaded: see `flaxmpc.models.folder.load`.
-        parties: with the role "owner".
-        name: for the clients; by default the folder's.
-        lengths: length buckets, see `classify.buckets`; a text is padded to the next. By default those up to 64.
-        batches: numbers of texts that a request may have.
+        loaded: the model, see `flaxmpc.models.folder.load`.
+        parties: the cluster, with the role "owner".
+        name: the model's name for clients; by default the folder's.
+        lengths: the lengths that texts are padded to, of `classify.buckets`; by default those up to 64.
+        batches: the numbers of texts that a request may have.
 
     Returns:
         What the parties say of it.
@@ -87,10 +87,10 @@ def approve(
     """Compiles the programs that `put` would, and adds their digests to those that a party takes.
 
     Args:
-        folder: with a model's config.json; who runs a party need not have its weights.
-        cluster: the party's.
-        name: of the model, a remark; by default the folder's.
-        lengths, batches: see `put`.
+        folder: a folder with a model's config.json; who runs a party need not have its weights.
+        cluster: the cluster.toml of the party.
+        name: the model's name, a remark in the file; by default the folder's.
+        lengths, batches: the same as the owner gives to `put`.
 
     Returns:
         The programs by name.
@@ -115,7 +115,7 @@ def approve(
 
 
 def _sizes(config: BertConfig, lengths: Sequence[int] | None, batches: Sequence[int]) -> list[tuple[int, int]]:
-    """Batches and lengths of the programs. ValueError: a length that is none of the model's buckets, or no number."""
+    """Batch and length of each program. ValueError: a length that is none of the model's buckets, or no number."""
     known = buckets(config.longest)
     if lengths is None:
         lengths = [length for length in known if length <= 64] or known
@@ -145,7 +145,7 @@ def _programs(
 
 
 def _bundle(classifier: SecureClassifier) -> bytes:
-    """What clients need in the clear: config, tokenizer, and the embedding if it is public."""
+    """Packs what clients need in the clear: config, tokenizer, and the embedding if it is public."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         save_tokenizer(classifier.tokenizer, folder)
@@ -156,7 +156,7 @@ def _bundle(classifier: SecureClassifier) -> bytes:
 
 
 def _fetched(parties: secure.Cluster, name: str, model: m.Model) -> bytes:
-    """The bundle of a model: from the cache folder, where it is kept under its hash, or from a party."""
+    """Fetches the bundle of a model: from the cache folder, where it is kept under its hash, or from a party."""
     folder = secure.cache_dir()
     path = None if folder is None else folder / "bundles" / f"{model.bundle}.bundle"
     if path is not None and (content := cache.read(path)) is not None and m.digest(content) == model.bundle:
@@ -188,7 +188,7 @@ class _Bundle(NamedTuple):
 
     @classmethod
     def read(cls, bundle: bytes) -> _Bundle:
-        """From the owner's bytes, which may be anything.
+        """Unpacks a bundle from the owner's bytes, which may be anything.
 
         Raises:
             ValueError: they are no bundle, or ask for more than any model does.
@@ -218,8 +218,8 @@ class RemoteClassifier(Classifier):
         """Fetches what a client needs of the model, once: it is kept in the cache folder under its hash.
 
         Args:
-            parties: with the role "client".
-            model: its name; by default the only one that the parties hold.
+            parties: the cluster, with the role "client".
+            model: the model's name; by default the only one that the parties hold.
 
         Raises:
             secure.SecureError: no such model, or a party can't be reached.
@@ -232,7 +232,7 @@ class RemoteClassifier(Classifier):
         self._follow(lambda: None)
 
     def _follow(self, action: Callable[[], T]) -> T:
-        """What `action` gives with the model that the parties hold; again, where another was put meanwhile."""
+        """Does something with the model that the parties hold; again, where another was put meanwhile."""
         while True:
             put = self.model.hash
             try:
@@ -246,7 +246,7 @@ class RemoteClassifier(Classifier):
                     raise
 
     def _load(self) -> None:
-        """What a client needs of the model."""
+        """Takes what a client needs of the model that the parties hold."""
         self._sizes: dict[int, list[int]] = {}
         for name, program in self.model.programs.items():
             _check_size(name, program, self.parties.cluster.limits)
@@ -261,12 +261,12 @@ class RemoteClassifier(Classifier):
     def classify(
         self, texts: Sequence[Text], progress: Callable[[list[TextRun]], Iterable[TextRun]] = list
     ) -> Inference:
-        """See `Classifier.classify`. All texts are answered by one put of the model."""
+        """Answers texts, see `Classifier.classify`; all of them by one put of the model."""
         ask = super().classify
         return self._follow(lambda: ask(texts, progress))
 
     def sizes(self, length: int) -> Sequence[int]:
-        """Those that the model was put for."""
+        """The numbers of rows that the model was put for, at a length."""
         return self._sizes[length]
 
     def answer(self, run: TextRun) -> tuple[np.ndarray, None, secure.Cost]:
@@ -285,7 +285,7 @@ class RemoteClassifier(Classifier):
 
 
 def _check_size(name: str, program: m.Signature, limits: Limits) -> None:
-    """ValueError: a program that this client's cluster.toml does not allow."""
+    """Refuses (ValueError) a program that this client's cluster.toml does not allow."""
     fits = 1 <= program.batch <= limits.max_batch and 1 <= program.length <= limits.max_length
     if not fits or name != f"{program.batch}x{program.length}":
         raise ValueError(
@@ -295,7 +295,7 @@ def _check_size(name: str, program: m.Signature, limits: Limits) -> None:
 
 
 def _check_shares(programs: Mapping[str, m.Signature], config: BertConfig, limits: Limits) -> None:
-    """ValueError: a run whose shares are larger than this client's cluster.toml allows: they are made at once."""
+    """Refuses (ValueError) runs with larger shares than this client's cluster.toml allows: they are made at once."""
     of_token = config.hidden_size if config.embedding.client_embeds else config.vocab_size + config.type_vocab_size
     for name, program in programs.items():
         size = 8 * program.batch * program.length * of_token  # at least: a number of the ring, for each party

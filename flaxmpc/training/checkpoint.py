@@ -1,4 +1,4 @@
-"""Checkpoints of training, by orbax: the last, that a killed run goes on from, and the best epoch's."""
+"""Keeps checkpoints of training, by orbax: the last, from which a killed run goes on, and the best epoch's."""
 
 import hashlib
 import shutil
@@ -13,8 +13,8 @@ import numpy as np
 from flaxmpc import files
 from flaxmpc.training import hosts
 
-# In the folder of each step, beside what orbax wrote there. The other file is orbax's note of when a step was written:
-# it is changed after the seal, so nothing vouches for it; and nothing needs it.
+# Files in the folder of each step: our seal, beside what orbax wrote there; and orbax's note of when it wrote, which it
+# changes after the seal, so that nothing vouches for it. Nothing needs it.
 _SEAL, _NOTE = "sha256.json", "_CHECKPOINT_METADATA"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step's folder, until all is written
 _REMOVED = "removed"  # where a step goes before its files are deleted: under its name it is whole
@@ -28,7 +28,7 @@ class _Seal(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Checkpoints:
-    """Trees by their step, in a folder of the first host; every host makes the same calls.
+    """Keeps trees of arrays by their step, in a folder of the first host; every host makes the same calls.
 
     What is restored is what was saved: each step has the SHA-256 of its files. A step is there whole or not at all,
     whenever the process is killed.
@@ -38,9 +38,9 @@ class Checkpoints:
         """Checks all that is there. A step that is damaged is removed, if an earlier or later one stands in for it.
 
         Args:
-            folder: is made if need be.
-            best: a figure's name: of all steps only that with the largest is kept, the last of equals, and no other
-                stands in for it. None: the last two are kept.
+            folder: where the steps are kept; it is made if need be.
+            best: the name of a figure: only the step with the largest is kept, the last of equals, and no other stands
+                in for it. None: the last two steps are kept.
 
         Raises:
             ValueError: a step is damaged, and none stands in for it; names the file.
@@ -121,7 +121,7 @@ class Checkpoints:
         return int(hosts.from_first(np.int32(-1 if found is None else found)))
 
     def save(self, step: int, tree: Any, figures: dict[str, float] | None = None, *, wait: bool = False) -> None:
-        """A step that is there is left. It is written while training goes on, unless it is waited for."""
+        """Keeps the tree of a step, unless it is there already. It is written while training goes on, unless `wait`."""
         if self._manager is not None and step not in self._manager.all_steps():
             self._manager.wait_until_finished()
             self._delete_removed()
@@ -145,7 +145,7 @@ class Checkpoints:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is not as it was written in a step's folder: a file, and what is wrong with it."""
+    """Names a file in a step's folder that is not as it was written, and what is wrong with it; None: all is whole."""
     path = folder / _SEAL
     try:
         seal = msgspec.json.decode(path.read_bytes(), type=_Seal)

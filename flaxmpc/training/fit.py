@@ -1,4 +1,4 @@
-"""The training loop of fine-tuning and distillation: AdamW on all devices, progress, metrics, resumable checkpoints.
+"""Trains by AdamW on all devices, with progress, metrics and checkpoints from which a killed run goes on.
 
 Of several hosts (`jax.distributed`) the first keeps checkpoints and metrics, and hands the others what it reads, so
 they need no common folder.
@@ -29,15 +29,15 @@ Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: AdamW, linear warm-up, then a cosine to zero.
+    """Says how long and how fast a model is trained: by AdamW, with a linear warm-up, then a cosine to zero.
 
     Attributes:
         epochs: passes over the data; 0 leaves the stage out.
-        learning_rate: at the end of the warm-up.
+        learning_rate: the rate at the end of the warm-up.
         warmup: the share of all steps that warms up.
-        weight_decay: of AdamW, on matrices only.
+        weight_decay: AdamW's, on matrices only.
         clip_norm: the largest norm of the gradient of one step.
-        batch_size: sentences a step, over all devices.
+        batch_size: sentences in a step, over all devices.
         checkpoint_every: steps between checkpoints within an epoch, after which there is one too; a killed run goes on
             from the last.
     """
@@ -58,6 +58,7 @@ class Schedule:
             )
 
     def optimizer(self, num_steps: int) -> optax.GradientTransformation:
+        """The optimizer of a run of so many steps."""
         rate = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, max(1, int(self.warmup * num_steps)), max(2, num_steps)
         )
@@ -68,7 +69,7 @@ class Schedule:
 
 
 def partition(params: Params, frozen: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits into what is trained and what is frozen: everything whose path starts with `frozen`. Flat dicts."""
+    """Splits parameters into flat dicts: what is trained, and what is frozen, as its path starts with `frozen`."""
     flat = flatten(params)
     return (
         {path: leaf for path, leaf in flat.items() if not (frozen and path.startswith(frozen))},
@@ -82,11 +83,11 @@ def merge(trainable: Params, frozen: Params) -> dict[str, Any]:
 
 
 def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """One compiled step: (state, frozen, batch, key) -> (state, metrics).
+    """Makes one compiled step: (state, frozen, batch, key) -> (state, metrics).
 
-    The state is {"params": what is trained, "optimizer": its moments}, frozen the other part of `partition`. The memory
-    of the given moments goes to the new ones: faster than asking for more. The given parameters stay, for `fit`
-    to see where a loss that is not finite comes from.
+    The state is {"params": what is trained, "optimizer": its moments}, `frozen` the other part of `partition`. The
+    memory of the given moments goes to the new ones: faster than asking for more. The given parameters stay, to see
+    where a loss that is not finite comes from.
     """
 
     @functools.partial(jax.jit, donate_argnames="moments")
@@ -108,7 +109,7 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[
 
 
 class _Devices:
-    """All devices of all hosts: each batch is split over them, parameters are on every one."""
+    """Puts arrays on all devices of all hosts: each batch is split over them, parameters are on every one."""
 
     def __init__(self, batch_size: int):
         self.count = jax.device_count()
@@ -133,6 +134,7 @@ class _Devices:
         return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self._split, np.asarray(leaf)), rows)
 
     def everywhere(self, tree: Any) -> Any:
+        """A tree of arrays that every device has whole."""
         return jax.device_put(tree, self._everywhere)
 
 
@@ -141,13 +143,14 @@ _DIVERGED = 20.0
 
 
 class _Divergence:
-    """Watches the loss. `bad` says what is wrong with a step's, or None."""
+    """Watches the loss from step to step, for `bad` to say when it will not come back."""
 
     def __init__(self):
         self._mean: float | None = None
         self._lowest = float("inf")
 
     def bad(self, loss: float) -> str | None:
+        """What is wrong with the loss of the next step; None: nothing."""
         if not np.isfinite(loss):
             return f"the loss is {loss}"
         self._mean = loss if self._mean is None else 0.98 * self._mean + 0.02 * loss
@@ -245,10 +248,10 @@ def fit(
     Every batch is split over all of `jax.devices()`, those of all hosts.
 
     Args:
-        objective: see `Objective`.
-        params: where to start.
+        objective: what is trained for.
+        params: the parameters to start from.
         epoch_batches: the batches of an epoch; the same number for every epoch, and the same batches when asked again.
-        schedule: see `Schedule`. With 0 epochs the parameters are returned as they are.
+        schedule: how long and how fast. With 0 epochs the parameters are returned as they are.
         folder: the folder of this run, and of this host: checkpoints (the first host's), metrics.jsonl with one object
             an epoch, and TensorBoard events. Its name is shown with the progress.
         seed: the seed of dropout.

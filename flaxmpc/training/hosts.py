@@ -1,4 +1,4 @@
-"""Several hosts that train together (`jax.distributed`): they compute the same, and the first keeps what is kept."""
+"""Trains on several hosts together (`jax.distributed`): they compute the same, and the first keeps what is kept."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ class Hosts:
     Attributes:
         coordinator: HOST:PORT of the first host, that the others reach; without it, this host trains alone.
         num_processes: the number of hosts.
-        process_id: of this host, from 0, which writes what is made; the others write nothing.
+        process_id: the number of this host. Number 0 writes what is made; the others write nothing.
     """
 
     coordinator: str | None = None
@@ -62,12 +62,12 @@ def first() -> bool:
 
 
 def from_first(tree: T) -> T:
-    """The first host's tree, of arrays whose shapes are the same on every host; a call that all hosts make."""
+    """Gives every host the first host's tree of arrays, whose shapes are the same on all; all hosts call it."""
     return multihost_utils.broadcast_one_to_all(tree)
 
 
 def agreed(digests: Mapping[str, str]) -> Mapping[str, str]:
-    """The digests, which are the same on every host; a call that all hosts make.
+    """Makes sure that digests are the same on every host, and returns them; all hosts call it.
 
     Raises:
         ValueError: on a host whose inputs are not the first's; names them.
@@ -83,7 +83,7 @@ def agreed(digests: Mapping[str, str]) -> Mapping[str, str]:
 
 @contextlib.contextmanager
 def kept(config: Any) -> Iterator[Any]:
-    """The config with its `out` and `runs`; on all hosts but the first these are a folder that is removed after."""
+    """The config as it is; on all hosts but the first with a folder for `out` and `runs` that is removed after."""
     if first():
         yield config
         return

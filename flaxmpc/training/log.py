@@ -1,4 +1,4 @@
-"""What training says while it runs, and what it leaves to be looked at: progress, metrics, TensorBoard events."""
+"""Shows the progress of training, and writes its metrics and TensorBoard events."""
 
 import json
 import time
@@ -64,7 +64,7 @@ class TrainingLog:
         return {metric: total / self._steps for metric, total in self._totals.items()}
 
     def step(self, number: int, values: dict[str, float]) -> None:
-        """Of step `number`, from 0, over all epochs."""
+        """Notes the loss and metrics of step `number`, from 0, over all epochs."""
         self._steps += 1
         self._seconds = time.perf_counter() - self._started
         self._totals = {metric: self._totals.get(metric, 0.0) + value for metric, value in values.items()}
@@ -76,7 +76,7 @@ class TrainingLog:
                 self._board.add_scalar(f"train/{metric}", value, number)
 
     def epoch(self, epoch: int, figures: dict[str, float]) -> None:
-        """After epoch `epoch`, from 1, with the figures of its evaluation."""
+        """Notes that epoch `epoch`, from 1, is done, and the figures of its evaluation."""
         seconds = {"seconds": round(self._seconds, 1)}
         record = {"name": self._name, "epoch": epoch, **seconds, **self._means(), **figures}
         for figure, value in figures.items():
@@ -90,7 +90,7 @@ class TrainingLog:
 
 
 def _logged(path: Path) -> Iterator[tuple[int, str]]:
-    """The epoch, and the line, of each that is logged."""
+    """The epoch, and the line, of each record in metrics.jsonl. ValueError: a line is damaged."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:

@@ -48,14 +48,14 @@ def hidden_loss(student: Intermediates, teacher: Intermediates, token_mask: Floa
 def score_loss(student: Intermediates, teacher: Intermediates, token_mask: Float[Array, "batch token"]) -> Array:
     """Mean squared difference of the attention scores over pairs of tokens, summed over the layers (TinyBERT, eq. 7).
 
-    Of two scores that a row's normaliser makes equal weights, one is a constant above the other, so each row is
-    compared without its mean.
+    What is added to all scores of a query changes none of its weights in softmax, so each query's scores are compared
+    without their mean.
     """
     pair_mask = token_mask[:, None, :, None] * token_mask[:, None, None, :]
-    n = jnp.maximum(token_mask.sum(-1), 1.0)[:, None, None, None]
+    num_tokens = jnp.maximum(token_mask.sum(-1), 1.0)[:, None, None, None]
 
     def centred(scores: Array) -> Array:
-        return scores - (scores * token_mask[:, None, None, :]).sum(-1, keepdims=True) / n
+        return scores - (scores * token_mask[:, None, None, :]).sum(-1, keepdims=True) / num_tokens
 
     pairs = zip(student.scores, teacher.scores, strict=True)
     return sum(
@@ -66,14 +66,15 @@ def score_loss(student: Intermediates, teacher: Intermediates, token_mask: Float
 def range_loss(
     variances: Mapping[str, Array], ranges: Mapping[str, tuple[float, float]], token_mask: Float[Array, "batch token"]
 ) -> Array:
-    """How far a LayerNorm's variances lie outside their range: the mean of the squared distance in log, summed.
+    """Penalises LayerNorms whose variances leave their range: the mean squared distance of their logarithms, summed.
 
     A student whose variances stay within a factor of 30 needs four Newton steps for their inverse roots; left alone,
     a few outlier tokens reach a thousand times the median.
 
     Args:
-        variances: (batch, token, 1) by LayerNorm.
-        ranges: (low, high) of each.
+        variances: those of each LayerNorm by its name, (batch, token, 1).
+        ranges: the lowest and the highest variance of each LayerNorm by its name.
+        token_mask: 0 on padding.
     """
     total = jnp.zeros(())
     for name, (low, high) in ranges.items():

@@ -1,4 +1,4 @@
-"""Metrics by the names that GLUE uses, as fractions, and the interval of a difference. All take numpy arrays."""
+"""Computes GLUE's metrics by name, as fractions, and the interval of a difference. All take numpy arrays."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ def f1(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def matthews_correlation(logits: np.ndarray, labels: np.ndarray) -> float:
-    """In [-1, 1]; 0 where all rows get, or have, the same label."""
+    """Matthews' correlation of found and true labels, in [-1, 1]; 0 where all rows get, or have, the same label."""
     from sklearn.metrics import matthews_corrcoef
 
     predicted = _predicted(logits, labels)
@@ -30,7 +30,7 @@ def matthews_correlation(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _predicted(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(row,) the label of the largest logit; where one is not finite, a wrong label."""
+    """The label (row,) of the largest logit; where a logit is not finite, a wrong label."""
     wrong = (np.asarray(labels) + 1) % logits.shape[-1]
     return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), wrong)
 
@@ -40,7 +40,7 @@ def _constant(predicted: np.ndarray, labels: np.ndarray) -> bool:
 
 
 def _scores(logits: np.ndarray) -> np.ndarray:
-    """The one logit (row,); all 0 where one is not finite: then there is no correlation."""
+    """The one logit of each row, (row,); all 0 where one is not finite: then there is no correlation."""
     if logits.shape[-1] != 1:
         raise ValueError(f"a correlation is of models with one logit, not {logits.shape[-1]}")
     return logits[:, 0] if np.isfinite(logits).all() else np.zeros(len(logits))
@@ -64,9 +64,12 @@ def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The share of rows, of logits (row, label), with the same label; of a regression, with scores within 0.05.
+    """The share of rows to which two models give the same label; in a regression, numbers within 0.05.
 
-    A row of which either has a logit that is not finite has no label.
+    A row has no label where either has a logit that is not finite.
+
+    Args:
+        ours, theirs: the logits of each, (row, label).
     """
     finite = np.isfinite(ours).all(-1) & np.isfinite(theirs).all(-1)
     if ours.shape[-1] == 1:
@@ -78,13 +81,13 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     function.__name__: function for function in (accuracy, f1, matthews_correlation, pearson, spearman)
 }
-"""(logits (row, label), labels (row,)) -> the metric. Larger is better for all.
+"""The metrics by name: (logits (row, label), labels (row,)) -> the metric. Larger is better for all.
 
 A row with a logit that is not finite is wrong."""
 
 
 def evaluate(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Several metrics by name, in their order.
+    """Computes several metrics, and returns them by name.
 
     Raises:
         ValueError: an unknown metric; the message lists the known ones.
@@ -96,7 +99,7 @@ def evaluate(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> di
 
 
 def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(row,) bool: whether the largest logit is the label's; not where a logit is not finite."""
+    """Whether the largest logit of each row is its label's, (row,) bool; it is not where a logit is not finite."""
     return (logits.argmax(-1) == np.asarray(labels)) & np.isfinite(logits).all(-1)
 
 
@@ -118,8 +121,9 @@ def paired_difference(
     Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
 
     Args:
-        student, teacher: (row,) bool, see `correct`.
-        seed: of the resampling.
+        student, teacher: whether each row is right, (row,) bool, see `correct`.
+        seed: the seed of the resampling.
+        resamples: how often the rows are drawn.
 
     Raises:
         ValueError: not the same rows, or none.
