@@ -191,7 +191,7 @@ _CHECKED, _MARGIN = 200, 2.0
 
 
 def _margin(loaded: folders.LoadedModel, split: Split) -> dict[str, Any]:
-# How many sentences are searched for large numbers before a model runs in fixed point; the bits that must be left.
+    # How many sentences are searched for large numbers before a model runs in fixed point; the bits that must be left.
     rows = split[spread(len(split), _CHECKED)]
     lengths = buckets(loaded.model.config.longest)
     found = (collate(rows, members, batch_size=1) for members in plan(rows, batch_size=1, lengths=lengths))

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from flaxmpc.data.batches import SPLITS, Batch, Split, batches, collate, encode, movie_sentences, plan, split_of
-from flaxmpc.models.folder import load_tokenizer
 
 LENGTHS = (8, 16)
 
@@ -12,11 +11,6 @@ LENGTHS = (8, 16)
 @pytest.fixture(scope="module")
 def movies():
     return movie_sentences()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(minilm):
-    return load_tokenizer(minilm)
 
 
 def numbered(sizes) -> Split:

@@ -3,12 +3,6 @@ import pytest
 
 from flaxmpc.data.batches import Split, encode
 from flaxmpc.data.lengths import JOINED, bucketed, repeated
-from flaxmpc.models.folder import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(minilm):
-    return load_tokenizer(minilm)
 
 
 def split_of(tokenizer, texts):
