@@ -16,12 +16,13 @@ import jax
 import namespaces
 import numpy as np
 
-from flaxmpc import secure, serving
-from flaxmpc.inference import SecureClassifier
+from flaxmpc import secure
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.secure._spu import thread_limit
 from flaxmpc.secure.deploy.cluster import ClusterFile, write_local
+from flaxmpc.serve import remote
+from flaxmpc.serve.private import SecureClassifier
 
 SENTENCES = ("A gripping, beautifully acted film.", "A tedious, lifeless mess.", "Good, but not very good.")
 MOST_DIFFERENCE = 0.05  # of two runs' outputs: the truncation of shares is random
@@ -54,7 +55,7 @@ def sentences(model: str) -> Workload:
     expected = [local.classify([text]) for text in SENTENCES]
 
     def connect(parties: secure.Cluster) -> Callable[[int], tuple[secure.Cost, float]]:
-        classifier = serving.RemoteClassifier(parties)
+        classifier = remote.RemoteClassifier(parties)
 
         def ask(i: int) -> tuple[secure.Cost, float]:
             (prediction,), cost = classifier.classify([SENTENCES[i % len(SENTENCES)]])
@@ -68,7 +69,7 @@ def sentences(model: str) -> Workload:
     return Workload(
         zoo.find(model).name,
         expected[-1].cost,
-        lambda parties: serving.put(loaded, parties, lengths=(16,)),
+        lambda parties: remote.put(loaded, parties, lengths=(16,)),
         connect,
         sum(leaf.size for leaf in jax.tree.leaves(inputs)),
     )

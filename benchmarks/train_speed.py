@@ -25,14 +25,14 @@ import numpy as np
 import tyro
 from harness import Benchmark, Options, Record, held
 
-from flaxmpc.convert import tasks
-from flaxmpc.convert.data import Batch, batches
 from flaxmpc.convert.finetune import LENGTHS, classification_loss
-from flaxmpc.convert.fit import Schedule, partition, train_step
+from flaxmpc.convert.recipe import minilm_l6
+from flaxmpc.data import tasks
+from flaxmpc.data.batches import Batch, batches
 from flaxmpc.models import folder as folders
 from flaxmpc.models.params import flatten
-from flaxmpc.recipes import minilm_l6
 from flaxmpc.secure.cost import provenance
+from flaxmpc.training.fit import Schedule, partition, train_step
 
 OURS, THEIRS = "flaxmpc", "torch"
 SCHEDULE = Schedule(epochs=3, learning_rate=5e-5)

@@ -10,11 +10,11 @@ import numpy as np
 from flax.core import unfreeze
 
 from flaxmpc import secure
-from flaxmpc.inference import private
 from flaxmpc.models import zoo
 from flaxmpc.models.base import param_shapes, without_embeddings
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig, preset
+from flaxmpc.serve.private import private
 
 
 def _most_steps(place: int) -> Any:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flaxmpc import nn, secure
-    from flaxmpc.inference import private
     from flaxmpc.models.base import init_params
     from flaxmpc.models.bert import (
         ARCHITECTURES,
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     )
     from flaxmpc.models.config import PRESETS, BertConfig, preset
     from flaxmpc.models.folder import LoadedModel, load, load_pretrained, save
+    from flaxmpc.serve.private import private
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # The modules whose names are public here, and those that are public themselves.
-_HOMES = ("models.config", "models.base", "models.bert", "models.folder", "inference")
+_HOMES = ("models.config", "models.base", "models.bert", "models.folder", "serve.private")
 _MODULES = ("nn", "secure")
 
 

@@ -37,7 +37,7 @@ def main() -> None:
 def _run() -> Any:
     """The exit code."""
     try:
-        from flaxmpc import cli
+        from flaxmpc.cli import main as cli
 
         cli.main()
     except SystemExit as end:

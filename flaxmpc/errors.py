@@ -1,8 +1,9 @@
 """Errors that name the bad value and what is allowed."""
 
+import contextlib
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80
@@ -28,3 +29,15 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(str(name)[:80].lower(), by_lower, n=1, cutoff=0.4)
     hint = f" Did you mean {by_lower[close[0]]!r}?" if close else ""
     return ValueError(f"unknown {kind} {brief(name)}.{hint} Known: {', '.join(names)}")
+
+
+@contextlib.contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Whatever a tokenizer raises becomes a ValueError of one line: `tokenizers` raises Exception, and panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what}: {reason}") from error

@@ -4,8 +4,12 @@ A folder that was downloaded may hold links, and its files may name paths: what 
 rights, and a part of it published to clients. So a link is read only where the hub's client makes links itself.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +153,32 @@ def sync(path: Path) -> None:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes an object as `write` does, indented. ValueError: a number that JSON has not."""
     write(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The folder is this run's, until the context or the process ends. A file FOLDER.lock beside it says whose it is.
+
+    Raises:
+        ValueError: another run has it; says which process, on which host.
+        OSError: the file cannot be written, or the file system has no locks.
+    """
+    folder = folder.resolve()
+    path = folder.with_name(f"{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                whose = file.read().strip() or "another process"
+                raise ValueError(f"{whose} writes to {folder}: wait until it ends, or name another folder") from error
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break  # else it was removed meanwhile, by the run that had it
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        stack.callback(path.unlink, missing_ok=True)
+        yield

@@ -86,7 +86,7 @@ class Running:
             if code or path:
                 self._altered.add(rank)
             command = ["party", "--cluster", str(path or self.cluster.path), "--rank", str(rank)]
-            script = f"{code or ''}\nfrom flaxmpc import cli\ncli.main({command})"
+            script = f"{code or ''}\nfrom flaxmpc.cli.main import main\nmain({command})"
             with open(self.log_of(rank), "wb") as log:
                 self.processes[rank] = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=log)
 

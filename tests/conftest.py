@@ -60,7 +60,7 @@ def running():
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The HF folder of the pre-trained MiniLM-L6."""
-    from flaxmpc.recipes import minilm_l6
+    from flaxmpc.convert.recipe import minilm_l6
 
     return minilm_l6()
 

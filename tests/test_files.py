@@ -1,6 +1,11 @@
 """Files of others: no link is followed out of their folder, nothing is waited for, and sizes are bounded. And ours."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -154,3 +159,41 @@ def test_what_cannot_be_read_is_one_line_with_its_file(folder, content, message)
 def test_as_deep_as_is_allowed(folder):
     (folder / "b.json").write_text("[" * 64 + "]" * 64)
     assert files.read_json(folder / "b.json")
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from flaxmpc.files import claimed
+with claimed(Path(sys.argv[1])):
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_runs_until_it_ends_or_is_killed(tmp_path):
+    folder = tmp_path / "models" / "student"
+    root = str(Path(__file__).parents[1])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(folder)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == b"claimed\n"
+        whose = rf"^process {holder.pid} on {socket.gethostname()} writes to .*/student: wait until it ends, or name"
+        linked = tmp_path / "linked"
+        linked.symlink_to(tmp_path / "models")
+        for path in (folder, linked / "student"):
+            with pytest.raises(ValueError, match=whose), files.claimed(path):
+                pass
+        with files.claimed(tmp_path / "models" / "other"):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    for _ in range(2):
+        with files.claimed(folder), pytest.raises(ValueError, match=f"process {os.getpid()} on"), files.claimed(folder):
+            pass
+    assert list((tmp_path / "models").iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 # Runs the commands on each folder, in one process; says what each said on standard error, its seconds, and the peak.
 RUN = """
 import contextlib, io, json, pathlib, sys, time
-from flaxmpc import cli
+from flaxmpc.cli import main as cli
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     for command in json.loads(sys.argv[2]):
         start, err, code = time.process_time(), io.StringIO(), 0

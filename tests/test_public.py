@@ -11,8 +11,8 @@ import flaxmpc
 
 
 def test_every_public_name_is_there_and_is_that_of_its_module():
-    from flaxmpc.inference import private
     from flaxmpc.models import base, config, folder
+    from flaxmpc.serve.private import private
 
     assert flaxmpc.private is private
     assert (flaxmpc.init_params, flaxmpc.BertConfig, flaxmpc.load) == (base.init_params, config.BertConfig, folder.load)
@@ -34,6 +34,6 @@ def test_the_version_is_that_of_the_package():
 
 
 def test_importing_it_alone_imports_nothing_heavy():
-    code = "import sys, flaxmpc; print({'jax', 'flax', 'numpy', 'spu', 'transformers'} & set(sys.modules))"
+    code = "import sys, flaxmpc; print({'jax', 'flax', 'numpy', 'spu', 'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")

@@ -19,10 +19,10 @@ from typing import Annotated
 
 import tyro
 
-from flaxmpc.convert.conversion import Conversion, FineTuning
+from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
-from flaxmpc.convert.fit import Schedule
-from flaxmpc.recipes import make, with_epochs
+from flaxmpc.convert.recipe import make, with_epochs
+from flaxmpc.training.fit import Schedule
 
 RUNS = Path(__file__).parent.parent / "runs"
 

@@ -1,4 +1,4 @@
-"""Makes flaxmpc/convert/movie_sentences.tsv.gz from the source distribution of vaderSentiment 3.2.1 (MIT).
+"""Makes flaxmpc/data/movie_sentences.tsv.gz from the source distribution of vaderSentiment 3.2.1 (MIT).
 
 pip download --no-deps --no-binary :all: vaderSentiment==3.2.1
 python train/make_movie_sentences.py vaderSentiment-3.2.1.tar.gz
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-OUT = Path(__file__).parent.parent / "flaxmpc" / "convert" / "movie_sentences.tsv.gz"
+OUT = Path(__file__).parent.parent / "flaxmpc" / "data" / "movie_sentences.tsv.gz"
 
 
 def main(source: tyro.conf.Positional[Path], out: Path = OUT) -> None:

@@ -26,12 +26,12 @@ import tyro
 
 from flaxmpc import files
 from flaxmpc.convert import card
-from flaxmpc.convert.conversion import Conversion, FineTuning
+from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
-from flaxmpc.convert.fit import Schedule
+from flaxmpc.convert.recipe import make, minilm_l6, with_epochs
 from flaxmpc.models import zoo
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
-from flaxmpc.recipes import make, minilm_l6, with_epochs
+from flaxmpc.training.fit import Schedule
 
 ROOT = Path(__file__).parent.parent
 RUNS, ZOO = ROOT / "runs", ROOT / "models"

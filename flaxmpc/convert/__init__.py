@@ -1,1 +1,1 @@
-"""Replace, distil, evaluate."""
+"""Converts a fine-tuned model into one that is cheap under MPC: replaces parts, distils, measures, writes a card."""

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.convert.data import Batch
 from flaxmpc.convert.finetune import apply_with_states
+from flaxmpc.data.batches import Batch
 from flaxmpc.models.base import Intermediates
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig

@@ -1,15 +1,15 @@
-"""The card of a zoo entry: README.md, written from what its folder holds."""
+"""Writes the card of a model, README.md, from what its folder holds."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flaxmpc import files
-from flaxmpc.convert.metrics import METRICS
 from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.normalization import EXACT
+from flaxmpc.training.metrics import METRICS
 
-# What a card says of data that the library ships.
+# The text of a card about data that the library ships.
 _DATA = {
     "movie": """10,605 sentences of film reviews with the mean of about twenty people's ratings, from C.J. Hutto and
 E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014 (MIT
@@ -20,7 +20,7 @@ sentence decides about its split: 8,470 train, 1,116 validation, 1,019 test.""",
 
 
 def write(folder: Path) -> None:
-    """Writes README.md of a folder with config.json, recipe.json and results.json; notes.md, if there, goes into it."""
+    """Writes README.md of a folder from its config.json, recipe.json and results.json, and notes.md if there is one."""
     files.write(folder / "README.md", text(folder))
 
 
@@ -86,7 +86,7 @@ def _names(results: Mapping[str, Any]) -> list[str]:
     return [name for name in METRICS if name in results]
 
 
-# The rows of the table: the start of the figures' names, and what they are of.
+# The rows of the table of accuracy: the start of the names of a model's figures, and what the card calls this model.
 _ROWS = {
     "teacher_": "teacher: exact, float32, in the clear",
     "untrained_": "student, parts replaced, untrained",

@@ -1,4 +1,4 @@
-"""What a run learns from, known by its content: digests of data and of models, wherever they lie."""
+"""Computes digests of what a run learns from: data and models are known by their content, wherever they lie."""
 
 import hashlib
 import json
@@ -7,35 +7,35 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from flaxmpc.convert.data import SPLITS, Split
-from flaxmpc.convert.tasks import Task
+from flaxmpc.data.batches import SPLITS, Split
+from flaxmpc.data.tasks import Task
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.folder import LoadedModel
 from flaxmpc.models.params import flatten
 from flaxmpc.models.tokenizer import as_text
 
 Digests: TypeAlias = Mapping[str, str]
-"""Of each input of a run, by what it is: "data", "teacher", ..."""
+"""The digest of each input of a run, by what it is: "data", "teacher", ..."""
 
 
 def of_task(task: Task) -> str:
-    """Texts, labels, their names and their order, of all splits."""
+    """The digest of a task: texts, labels, their names and their order, of all splits."""
     return _digest([task.id2label, task.metrics, *(of_split(getattr(task, name)) for name in SPLITS)])
 
 
 def of_split(split: Split) -> str:
-    """The texts, or the tokens where there are none, and the labels."""
+    """The digest of a split: the texts, or the tokens where there are none, and the labels."""
     rows = split.texts if split.texts is not None else [np.asarray(row).tolist() for row in split.input_ids]
     return _digest([list(rows), split.labels])
 
 
 def of_model(loaded: LoadedModel) -> str:
-    """Weights, config and tokenizer."""
+    """The digest of a model: weights, config and tokenizer."""
     return _model(loaded.params, loaded.model.config, loaded.tokenizer)
 
 
 def of_encoder(base: LoadedModel, stored: BertConfig) -> str:
-    """The same of a pre-trained encoder, without the fresh head, and with the config of its folder."""
+    """The digest of a pre-trained encoder, without its fresh head, and with `stored`, the config of its folder."""
     prefix = base.model.base_model_prefix
     return _model({prefix: base.params[prefix]}, stored, base.tokenizer)
 
@@ -46,7 +46,7 @@ def _model(params: Mapping[str, Any], config: BertConfig, tokenizer: Any) -> str
 
 
 def _digest(parts: Iterable[Any]) -> str:
-    """Of arrays, and of what JSON holds; each starts with its length or shape, so that no two run into one another."""
+    """The digest of arrays and JSON values. Each starts with its shape or length, lest two run together."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         array = isinstance(part, np.ndarray)

@@ -1,138 +1,31 @@
-"""A whole conversion: from a pre-trained encoder to a teacher, and from a teacher to a zoo folder."""
+"""Makes a teacher of a pre-trained encoder, and a student of a teacher, each in a folder of its own."""
 
 import dataclasses
+import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 
 from flaxmpc import files
-from flaxmpc.convert import calibrate, contents, hosts, tasks
-from flaxmpc.convert.data import SPLITS, Split, batches
+from flaxmpc.convert import calibrate, contents
+from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
 from flaxmpc.convert.finetune import Evaluate, finetune, in_order, lengths, looking_up, predict
-from flaxmpc.convert.fit import Schedule
-from flaxmpc.convert.matching import matched, named, refuse_other_order
-from flaxmpc.convert.metrics import agreement, correct, evaluate, paired_difference
-from flaxmpc.convert.pieces import pieces
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
+from flaxmpc.data import tasks
+from flaxmpc.data.batches import SPLITS, Batch, Split, batches
+from flaxmpc.data.matching import matched, named, refuse_other_order
+from flaxmpc.data.pieces import pieces
 from flaxmpc.models import folder as folders
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig
-from flaxmpc.nn.activation import ACTIVATIONS
-from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
-from flaxmpc.nn.parts import Registry
+from flaxmpc.training import hosts
+from flaxmpc.training.metrics import agreement, correct, evaluate, paired_difference
 
-# What fine-tuning and distillation leave as it is, so that the client may know the table: see `flaxmpc.nn.embedding`.
+# The parameters that stay as they are, so that the client may know the table: see `flaxmpc.nn.embedding`.
 _EMBEDDINGS = "bert/embeddings/"
-
-
-def _of(registry: Registry[Any], metavar: str) -> Any:
-    """The help of an option that names parts: those that are registered when the help is asked for."""
-    return tyro.conf.arg(
-        metavar=metavar, help_behavior_hint=lambda default: f"(of {', '.join(registry)}; default: {default})"
-    )
-
-
-def _require_length(max_length: int) -> None:
-    if max_length < 3:
-        raise ValueError(f"max_length must be at least 3, [CLS], a token and [SEP], not {max_length}")
-
-
-@dataclasses.dataclass(frozen=True)
-class FineTuning:
-    """What makes a teacher: a pre-trained encoder, fine-tuned on labelled sentences.
-
-    Attributes:
-        encoder: a folder with a pre-trained BERT, HF's or ours.
-        data: `movie` (the shipped sentences), a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli; from
-            the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
-        out: the folder to write.
-        schedule: how long and how fast.
-        max_length: tokens a text is cut at.
-        train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
-        text_columns: of the data; by default the usual names.
-        label_column: of the data.
-        seed: of the head, the order of the sentences, and dropout.
-        runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
-    """
-
-    encoder: Path
-    data: str
-    out: Path
-    schedule: Schedule = Schedule(epochs=3, learning_rate=5e-5)
-    max_length: int = 64
-    train_embeddings: bool = False
-    text_columns: tuple[str, ...] = ()
-    label_column: str = "label"
-    seed: int = 0
-    runs: Path | None = None
-
-    def __post_init__(self):
-        _require_length(self.max_length)
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """What makes a student: a fine-tuned teacher, with parts replaced, distilled in two stages.
-
-    Attributes:
-        teacher: the folder of a fine-tuned classifier, HF's or ours.
-        data: that the teacher was fine-tuned on: `movie`, a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte,
-            wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
-        out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
-        attention: the student's: a name for all layers, or one for each.
-        activation: the student's: a name for all layers, or one for each.
-        layer_norm: its LayerNorm; `layer_norm_newton` is calibrated when stage 2 begins, and trained to stay in its
-            range. So the student must be near its teacher by then: without a stage 1 `layer_norm` does better.
-        stage1: by default hidden states alone.
-        stage2: by default the hidden states still, and a tenth of the logits, at a tenth of the rate: mostly on logits
-            a student comes nearer to its teacher on the rows it learns from, and on no others.
-        pieces: of 1 to 6 tokens, that are distilled beside each sentence: see `flaxmpc.convert.pieces`. A stage that
-            looks at labels has none.
-        unlabelled: a file or folder of texts in the data's text columns, that stage 1 learns from too: of any text
-            the teacher has hidden states, and a student that has seen few is near it only on those.
-        max_length: tokens a text is cut at.
-        train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
-        word_embedding_bits: how the table of words is stored: 32, 8 or 4. The student is trained on what is stored.
-        matrix_bits: how every other matrix is stored.
-        ref2k_sentences: of the test set under the secure protocols' arithmetic; None: all.
-        aby3_sentences: of the test set on three parties' shares; 0 leaves it out.
-        teacher_memory: gigabytes for the teacher's outputs; if they need more, they are computed in every epoch.
-        text_columns: of the data; by default the usual names.
-        label_column: of the data.
-        seed: of the order of the sentences.
-        runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
-        notes: Markdown for the card: what was tried.
-    """
-
-    teacher: Path
-    data: str
-    out: Path
-    attention: Annotated[str | tuple[str, ...], _of(ATTENTION, "NAME [NAME ...]")] = "2quad_freediv"
-    activation: Annotated[str | tuple[str, ...], _of(ACTIVATIONS, "NAME [NAME ...]")] = "quad"
-    layer_norm: Annotated[str, _of(NORMALIZATIONS, "NAME")] = "layer_norm_newton"
-    stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
-    stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
-    pieces: float = 0.25
-    unlabelled: Path | None = None
-    max_length: int = 64
-    train_embeddings: bool = False
-    word_embedding_bits: int = 4
-    matrix_bits: int = 8
-    ref2k_sentences: int | None = None
-    aby3_sentences: int = 100
-    teacher_memory: float = 6.0
-    text_columns: tuple[str, ...] = ()
-    label_column: str = "label"
-    seed: int = 0
-    runs: Path | None = None
-    notes: str = ""
-
-    def __post_init__(self):
-        _require_length(self.max_length)
 
 
 def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str, float]:
@@ -141,12 +34,13 @@ def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str
 
 
 def _bits(hits: np.ndarray) -> str:
+    """For results.json: "1" for every row that is right, "0" for every other."""
     return "".join("01"[int(hit)] for hit in hits)
 
 
 @alone
 def finetune_encoder(config: FineTuning) -> dict[str, Any]:
-    """Makes the teacher, writes its folder with results.json and recipe.json, and returns the results.
+    """Fine-tunes an encoder, writes the teacher's folder with results.json and recipe.json, and returns the results.
 
     A run that was killed goes on from its last checkpoint.
 
@@ -184,18 +78,23 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, logits)}
     if not task.regression:
         results["correct"] = _bits(correct(logits, task.test.labels))
-    files.write_json(config.out / "results.json", results)
-    files.write_json(config.out / "recipe.json", recipe(config, inputs))
+    _record(config, results, inputs)
     return results
 
 
+def _record(config: FineTuning | Conversion, results: dict[str, Any], inputs: contents.Digests) -> None:
+    """Writes results.json, and last recipe.json, see `unfinished`."""
+    files.write_json(config.out / "results.json", results)
+    files.write_json(config.out / "recipe.json", recipe(config, inputs))
+
+
 def _embedding(trained: bool, start: BertConfig) -> str:
-    """The mode of a trained embedding: a table that is no published one is secret, and so is what starts from it."""
+    """The mode of an embedding after training: a table that is no published one is secret, as is one made of it."""
     return "secret" if trained or not start.embedding.client_embeds else "public"
 
 
 def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: BertConfig) -> tasks.Task:
-    """The data, for a model of this config.
+    """Reads the data for a model of this config, and prints what is odd about it.
 
     Raises:
         ValueError: see `tasks.load`; more tokens than the model has positions, or other tokens than it has.
@@ -220,16 +119,6 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: BertConfi
     return task
 
 
-def _calibrated(
-    student: BertForSequenceClassification, params: Any, train: Split, validation: Split, part: Ranged
-) -> BertForSequenceClassification:
-    """With LayerNorms for the variances of what is trained on, see `calibrate.with_newton`."""
-    finite = BertForSequenceClassification(calibrate.for_training(student.config))
-    most = student.config.max_position_embeddings
-    seen, held_out = (calibrate.variances(finite, params, in_order(split, most=most)) for split in (train, validation))
-    return BertForSequenceClassification(calibrate.with_newton(student.config, seen, held_out, part))
-
-
 def _beside_teacher(
     student: BertForSequenceClassification,
     params: Any,
@@ -237,7 +126,7 @@ def _beside_teacher(
     teacher_logits: np.ndarray,
     task: tasks.Task,
 ) -> dict[str, Any]:
-    """The student's figures on the test set, and how they and its labels differ from the teacher's."""
+    """Measures the student on the test set, and how far its figures and labels differ from the teacher's."""
     logits = predict(student, params, task.test)
     if task.regression:
         return _figures(task, logits)
@@ -255,6 +144,7 @@ def _beside_teacher(
 
 
 def _teacher(config: Conversion) -> folders.LoadedModel:
+    """Loads the teacher. ValueError: it is no classifier of one label, or of a number."""
     teacher = folders.load(config.teacher)
     if not isinstance(teacher.model, BertForSequenceClassification):
         raise ValueError(f"{config.teacher} holds a {type(teacher.model).__name__}, not a sequence classifier")
@@ -265,29 +155,37 @@ def _teacher(config: Conversion) -> folders.LoadedModel:
     return teacher._replace(model=looking_up(teacher.model))
 
 
-@alone
-def convert(config: Conversion) -> dict[str, Any]:
-    """Replaces, calibrates, distils, evaluates in the clear, and writes the folder. Returns the results.
+class _Material(NamedTuple):
+    """What a conversion learns from.
 
-    A run that was killed goes on from its last checkpoint; what is done already is returned. `flaxmpc.evaluation`
-    then adds what the student does with longer texts and under MPC, and the card.
+    Attributes:
+        task: the data, with the teacher's ids of the labels.
+        by_name: whether these ids were matched by the names of the labels, or are those of a regression.
+        train, validation: the rows of these splits, and pieces of them.
+        everything: the rows of `train`, and the texts without labels.
+        inputs: the digests of the data and of the teacher.
+    """
+
+    task: tasks.Task
+    by_name: bool
+    train: Split
+    validation: Split
+    everything: Split
+    inputs: contents.Digests
+
+
+def _material(config: Conversion, teacher: folders.LoadedModel) -> _Material:
+    """The data of a conversion.
 
     Raises:
-        ValueError, FileNotFoundError, ConnectionError: an unknown part, or bad data, see `tasks.load`; a teacher with
-            other labels than the data; a run of another config, or from other data or weights.
-        FloatingPointError: see `fit`.
+        ValueError: see `_load_task` and `matched`; or rows of another number of texts than the teacher answers.
     """
-    teacher = _teacher(config)
-    newton = NORMALIZATIONS.resolve(config.layer_norm)
     own = teacher.model.config
-    exact = dataclasses.replace(own, attention=config.attention, hidden_act=config.activation)
     loaded = _load_task(config, teacher.tokenizer, own)
     task = matched(loaded, own.id2label, str(config.teacher))
     num_texts = len(task.text_columns)
     if own.num_texts not in (None, num_texts):
         raise ValueError(f"{config.teacher} answers {own.num_texts} text(s) at a time, {config.data} has {num_texts}")
-    exact = dataclasses.replace(exact, id2label=task.id2label, model_max_length=config.max_length, num_texts=num_texts)
-    student = BertForSequenceClassification(exact)
     train, validation = (
         split + pieces(split, config.pieces, seed=config.seed) for split in (task.train, task.validation)
     )
@@ -297,64 +195,154 @@ def convert(config: Conversion) -> dict[str, Any]:
         more = tasks.unlabelled(config.unlabelled, task, teacher.tokenizer, config.max_length)
         everything += more
         inputs["unlabelled texts"] = contents.of_split(more)
-    if hosts.from_first(np.bool_(done(config, hosts.agreed(inputs)))):
-        again = "remove it, and the model is finished again from its checkpoints"
-        return files.read_object(config.out / "results.json", mend=again) if hosts.first() else {}
-    run = run_folder(config, inputs)
-    teacher_logits = predict(teacher.model, teacher.params, task.test)
-    if not (task.regression or (named(own.id2label) and named(loaded.id2label))):
-        some = task.train[np.linspace(0, len(task.train) - 1, min(len(task.train), 256)).astype(int)]
-        logits = predict(teacher.model, teacher.params, some)
-        refuse_other_order(logits, some.labels, f"{config.teacher} on {config.data}")
-    results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
+    by_name = task.regression or (named(own.id2label) and named(loaded.id2label))
+    return _Material(task, by_name, train, validation, everything, inputs)
 
-    bits = {"word_embedding_bits": config.word_embedding_bits, "matrix_bits": config.matrix_bits}
-    # Through a folder and back: the student starts, and keeps, the embeddings as they will be stored.
-    folders.save(run / "start", student, start_student(student, teacher.params), config.teacher, **bits)
-    params = folders.load(run / "start").params
-    padded = lengths(own.max_position_embeddings)
-    calibration = list(batches(task.train, batch_size=64, lengths=padded, seed=config.seed))[:8]
-    params = calibrate.calibrate_attention(student, params, calibration[0])
-    results |= _figures(task, predict(student, params, task.test), "untrained_")
 
-    ranged = isinstance(newton, Ranged)
-    ranges = calibrate.ranges(calibrate.variances(teacher.model, teacher.params, calibration)) if ranged else None
-    stages = {"stage1": config.stage1, "stage2": config.stage2}
-    learnt = {"stage1": everything, "stage2": train}
-    outputs = Teacher(
-        teacher.model,
-        teacher.params,
-        everything,
-        with_states=any(stage.epochs and stage.hidden_weight for stage in stages.values()),
-        with_scores=any(stage.epochs and stage.score_weight for stage in stages.values()),
-        memory=config.teacher_memory * 1e9,
-    )
-    for name, stage in stages.items():
-        if name == "stage2" and ranged:  # the last stage trains the very function that will run
-            student = _calibrated(student, params, train, validation, newton)
+def _calibrated(
+    student: BertForSequenceClassification, params: Any, material: _Material, part: Ranged
+) -> BertForSequenceClassification:
+    """The student with LayerNorms for the variances of what is trained on, see `calibrate.with_newton`."""
+    finite = BertForSequenceClassification(calibrate.for_training(student.config))
+    most = student.config.max_position_embeddings
+    splits = (material.train, material.validation)
+    seen, held_out = (calibrate.variances(finite, params, in_order(split, most=most)) for split in splits)
+    return BertForSequenceClassification(calibrate.with_newton(student.config, seen, held_out, part))
+
+
+def _refuse_other_order(config: Conversion, teacher: folders.LoadedModel, train: Split) -> None:
+    """ValueError: on some rows of `train` the teacher's labels stand in another order, see `refuse_other_order`."""
+    some = train[np.linspace(0, len(train) - 1, min(len(train), 256)).astype(int)]
+    logits = predict(teacher.model, teacher.params, some)
+    refuse_other_order(logits, some.labels, f"{config.teacher} on {config.data}")
+
+
+def _storage(config: Conversion) -> dict[str, int]:
+    """How many bits the weights are stored with, for `folders.save`."""
+    return {"word_embedding_bits": config.word_embedding_bits, "matrix_bits": config.matrix_bits}
+
+
+def _start(
+    config: Conversion, student: BertForSequenceClassification, teacher: folders.LoadedModel, run: Path, batch: Batch
+) -> dict[str, Any]:
+    """The parameters that a student starts from: the teacher's, with its own attention calibrated on a batch.
+
+    They go through a folder and back: the student starts with, and keeps, the embeddings as they will be stored.
+    """
+    folders.save(run / "start", student, start_student(student, teacher.params), config.teacher, **_storage(config))
+    return calibrate.calibrate_attention(student, folders.load(run / "start").params, batch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Distillation:
+    """The stages of a conversion, one after the other.
+
+    Attributes:
+        config: says how long each stage is, and what its losses weigh.
+        material: what is learned from.
+        outputs: what the teacher gives for each batch.
+        ranges: the ranges that the LayerNorms' variances are to stay in; None: any.
+        run: the folder of the checkpoints, of each stage in a folder of its own.
+    """
+
+    config: Conversion
+    material: _Material
+    outputs: Teacher
+    ranges: calibrate.Ranges | None
+    run: Path
+
+    def stage(
+        self, name: str, student: BertForSequenceClassification, params: Any, train: Split
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """The student's parameters after "stage1" or "stage2", and its figures on the test set.
+
+        A stage that looks at labels is trained on the task's rows alone: pieces and unlabelled texts have no labels.
+        """
+        stage: Stage = getattr(self.config, name)
+        task = self.material.task
         trained = BertForSequenceClassification(calibrate.for_training(student.config))
         params = distill(
             trained,
             params,
-            outputs,
-            task.train if stage.label_weight else learnt[name],
+            self.outputs,
+            task.train if stage.label_weight else train,
             Evaluate(trained, task.validation, task.metrics),
             stage,
-            run / name,
-            ranges=ranges,
-            frozen="" if config.train_embeddings else _EMBEDDINGS,
-            seed=config.seed,
+            self.run / name,
+            ranges=self.ranges,
+            frozen="" if self.config.train_embeddings else _EMBEDDINGS,
+            seed=self.config.seed,
         )
-        results |= _figures(task, predict(trained, params, task.test), f"{name}_")
+        return params, _figures(task, predict(trained, params, task.test), f"{name}_")
+
+
+def _distillation(
+    config: Conversion, teacher: folders.LoadedModel, material: _Material, ranges: calibrate.Ranges | None, run: Path
+) -> _Distillation:
+    """The stages of a conversion, with the teacher's outputs that they ask for."""
+    stages = [stage for stage in (config.stage1, config.stage2) if stage.epochs]
+    outputs = Teacher(
+        teacher.model,
+        teacher.params,
+        material.everything,
+        with_states=any(stage.hidden_weight for stage in stages),
+        with_scores=any(stage.score_weight for stage in stages),
+        memory=config.teacher_memory * 1e9,
+    )
+    return _Distillation(config, material, outputs, ranges, run)
+
+
+@alone
+def convert(config: Conversion) -> dict[str, Any]:
+    """Makes a student: replaces, calibrates, distils, evaluates in the clear, and writes the folder and its results.
+
+    A run that was killed goes on from its last checkpoint; what is done already is returned. `flaxmpc.convert.evaluate`
+    then adds what the student does with longer texts and under MPC, and the card.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: an unknown part, or bad data, see `tasks.load`; a teacher with
+            other labels than the data; a run of another config, or from other data or weights.
+        FloatingPointError: see `fit`.
+    """
+    teacher = _teacher(config)
+    own = teacher.model.config
+    norm = NORMALIZATIONS.resolve(config.layer_norm)
+    replaced = dataclasses.replace(own, attention=config.attention, hidden_act=config.activation)
+    material = _material(config, teacher)
+    task = material.task
+    if hosts.from_first(np.bool_(done(config, hosts.agreed(material.inputs)))):
+        again = "remove it, and the model is finished again from its checkpoints"
+        return files.read_object(config.out / "results.json", mend=again) if hosts.first() else {}
+    run = run_folder(config, material.inputs)
+    teacher_logits = predict(teacher.model, teacher.params, task.test)
+    if not material.by_name:
+        _refuse_other_order(config, teacher, task.train)
+    results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
+
+    answers = {"id2label": task.id2label, "model_max_length": config.max_length, "num_texts": len(task.text_columns)}
+    student = BertForSequenceClassification(dataclasses.replace(replaced, **answers))
+    padded = lengths(own.max_position_embeddings)
+    some = list(itertools.islice(batches(task.train, batch_size=64, lengths=padded, seed=config.seed), 8))
+    params = _start(config, student, teacher, run, some[0])
+    results |= _figures(task, predict(student, params, task.test), "untrained_")
+
+    ranged = norm if isinstance(norm, Ranged) else None
+    ranges = calibrate.ranges(calibrate.variances(teacher.model, teacher.params, some)) if ranged else None
+    distillation = _distillation(config, teacher, material, ranges, run)
+    params, figures = distillation.stage("stage1", student, params, material.everything)
+    results |= figures
+    if ranged:  # the last stage trains the very function that will run
+        student = _calibrated(student, params, material, ranged)
+    params, figures = distillation.stage("stage2", student, params, material.train)
+    results |= figures
     if ranged:  # it may have moved some variances out of their ranges
-        student = _calibrated(student, params, train, validation, newton)
+        student = _calibrated(student, params, material, ranged)
 
     mode = _embedding(config.train_embeddings, BertConfig.from_folder(config.teacher))
     kept = BertForSequenceClassification(dataclasses.replace(student.config, embedding=mode))
     unfinished(config)
-    folders.save(config.out, kept, params, config.teacher, **bits)
+    folders.save(config.out, kept, params, config.teacher, **_storage(config))
     stored = folders.load(config.out).params
     results |= _beside_teacher(student, stored, teacher, teacher_logits, task)
-    files.write_json(config.out / "results.json", results)
-    files.write_json(config.out / "recipe.json", recipe(config, inputs))
+    _record(config, results, material.inputs)
     return results

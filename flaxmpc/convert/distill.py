@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from flaxmpc.convert import losses
 from flaxmpc.convert.calibrate import Ranges, variances_in
-from flaxmpc.convert.data import Batch, Split
 from flaxmpc.convert.finetune import Evaluate, epoch_batches, first_bad_layer, in_order
-from flaxmpc.convert.fit import Schedule, fit
+from flaxmpc.data.batches import Batch, Split
 from flaxmpc.models.base import Intermediates, init_params
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.params import flatten, unflatten
+from flaxmpc.training import losses
+from flaxmpc.training.fit import Objective, Schedule, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,17 +196,13 @@ def distill(
         total = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
         return total, {name: value for name, (_, value) in terms.items()}
 
-    return fit(
+    objective = Objective(
         loss,
-        params,
-        epoch_batches(train, stage, seed, student.config.max_position_embeddings),
-        stage,
-        folder,
-        name=folder.name,
-        seed=seed,
         prepare=teacher,
         frozen=frozen,
         evaluate=evaluate,
         choose_by=evaluate.chooses,
         locate=first_bad_layer(student),
     )
+    batches_of = epoch_batches(train, stage, seed, student.config.max_position_embeddings)
+    return fit(objective, params, batches_of, stage, folder, seed=seed)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.convert import losses, metrics
-from flaxmpc.convert.data import Batch, Split, batches
-from flaxmpc.convert.fit import Loss, Schedule, fit
+from flaxmpc.data.batches import Batch, Split, batches
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.params import flatten
+from flaxmpc.training import losses, metrics
+from flaxmpc.training.fit import Loss, Objective, Schedule, fit
 
 # Lengths that sentences are padded to while training: one program each.
 LENGTHS = (16, 24, 32, 48, 64, 128, 256, 512)
@@ -68,7 +68,7 @@ class Evaluate:
 
     Attributes:
         model, split: whose.
-        metrics: names in `flaxmpc.convert.metrics.METRICS`; the first chooses the best epoch.
+        metrics: names in `flaxmpc.training.metrics.METRICS`; the first chooses the best epoch.
         prefix: of the figures' names.
     """
 
@@ -157,16 +157,12 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains on labelled sentences; resumable, see `fit`. Returns the parameters of the best epoch."""
 
-    return fit(
+    objective = Objective(
         classification_loss(model),
-        params,
-        epoch_batches(train, schedule, seed, model.config.max_position_embeddings),
-        schedule,
-        folder,
-        name="fine-tuning",
-        seed=seed,
         frozen=frozen,
         evaluate=evaluate,
         choose_by=evaluate.chooses,
         locate=first_bad_layer(model),
     )
+    batches_of = epoch_batches(train, schedule, seed, model.config.max_position_embeddings)
+    return fit(objective, params, batches_of, schedule, folder, seed=seed)

@@ -1,61 +1,28 @@
-"""A run of fine-tuning or conversion: its folders, which are its own, its config, and what it learns from."""
+"""Keeps a run of fine-tuning or conversion apart: its folders are its own, and it knows its config and its inputs."""
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
-import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flaxmpc import files
 from flaxmpc.convert.contents import Digests
 
-Config = TypeVar("Config")
+_Config = TypeVar("_Config")
 Made = TypeVar("Made")
 
 
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """The folder is this run's, until the context or the process ends. A file FOLDER.lock beside it says whose it is.
-
-    Raises:
-        ValueError: another run has it; says which process, on which host.
-        OSError: the file cannot be written, or the file system has no locks.
-    """
-    folder = folder.resolve()
-    path = folder.with_name(f"{folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                whose = file.read().strip() or "another process"
-                raise ValueError(f"{whose} writes to {folder}: wait until it ends, or name another folder") from error
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                break  # else it was removed meanwhile, by the run that had it
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        stack.callback(path.unlink, missing_ok=True)
-        yield
-
-
-def alone(make: Callable[[Config], Made]) -> Callable[[Config], Made]:
-    """Makes what a config says with the folders of the config claimed, see `claimed`."""
+def alone(make: Callable[[_Config], Made]) -> Callable[[_Config], Made]:
+    """Wraps what makes something of a config: meanwhile both folders of the config are claimed, see `files.claimed`."""
 
     @functools.wraps(make)
     def made(config: Any) -> Any:
         runs = _folder(config)
         if runs.resolve() == config.out.resolve():
             raise ValueError(f"{runs} is both --out and --runs: checkpoints need a folder of their own")
-        with claimed(config.out), claimed(runs):
+        with files.claimed(config.out), files.claimed(runs):
             return make(config)
 
     return made
@@ -66,7 +33,7 @@ def _folder(config: Any) -> Path:
 
 
 def run_folder(config: Any, inputs: Digests) -> Path:
-    """Where checkpoints go. The resolved config and what the run learns from are written there, and known again.
+    """Gives the folder of checkpoints. The resolved config and the inputs are written there, and known again.
 
     Raises:
         ValueError: the folder holds a run of another config, or from other data or weights, and names what differs;
@@ -94,7 +61,7 @@ def run_folder(config: Any, inputs: Digests) -> Path:
 
 
 def recipe(config: Any, inputs: Digests) -> dict[str, Any]:
-    """recipe.json: the resolved config, and what was learnt from."""
+    """The content of recipe.json: the resolved config, and the digests of what was learnt from."""
     return {**resolve(config), "inputs": dict(inputs)}
 
 
@@ -112,7 +79,7 @@ def done(config: Any, inputs: Digests) -> bool:
 
 
 def unfinished(config: Any) -> None:
-    """To be said before a model is written: recipe.json comes last, so that it is never that of another model."""
+    """Removes recipe.json before a model is written: it comes last, so that it is never that of another model."""
     (config.out / "recipe.json").unlink(missing_ok=True)
 
 

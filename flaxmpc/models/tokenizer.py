@@ -4,16 +4,15 @@ transformers follows what the files of a folder say: to other files, into its ow
 of our own, with those files and fields that decide about the ids of a text, checked.
 """
 
-import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flaxmpc import files
-from flaxmpc.errors import brief, unknown
+from flaxmpc.errors import brief, failing_as, unknown
 from flaxmpc.models.config import MOST_TOKENS, no_model_folder
 from flaxmpc.models.tokenizer_file import MOST_ADDED, MOST_SPECIAL, check_id, check_text, checked, checked_model
 
@@ -104,18 +103,6 @@ def as_text(tokenizer: Any) -> str:
     tokenizer.backend_tokenizer.no_truncation()  # what the last call asked for is no part of it
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer.backend_tokenizer.to_str()
-
-
-@contextlib.contextmanager
-def failing_as(what: str) -> Iterator[None]:
-    """Whatever a tokenizer raises becomes a ValueError of one line: `tokenizers` raises Exception, and panics."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # a panic is no Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{what}: {reason}") from error
 
 
 def _read(path: Path, check: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from flaxmpc.convert.data import Split
+from flaxmpc.data.batches import Split
 from flaxmpc.models.base import init_params
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.models.config import BertConfig

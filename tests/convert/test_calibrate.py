@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from flaxmpc.convert import calibrate
-from flaxmpc.convert.data import Batch, Split, batches, encode, movie_sentences
 from flaxmpc.convert.distill import start_student
 from flaxmpc.convert.finetune import predict
+from flaxmpc.data.batches import Batch, Split, batches, encode, movie_sentences
 from flaxmpc.models import folder as folders
 from flaxmpc.models.base import init_params
 from flaxmpc.models.bert import BertForSequenceClassification

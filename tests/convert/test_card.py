@@ -1,7 +1,7 @@
 import json
 
 from flaxmpc.convert import card
-from flaxmpc.convert.conversion import Conversion
+from flaxmpc.convert.configs import Conversion
 from flaxmpc.convert.runs import resolve
 from flaxmpc.models import zoo
 

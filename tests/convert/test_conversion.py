@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, load_file, save
 
+from flaxmpc import files
 from flaxmpc.convert import conversion as conversion_module
-from flaxmpc.convert import fit, runs
-from flaxmpc.convert.conversion import Conversion, FineTuning, convert, finetune_encoder
+from flaxmpc.convert.configs import Conversion, FineTuning
+from flaxmpc.convert.conversion import convert, finetune_encoder
 from flaxmpc.convert.distill import Stage
-from flaxmpc.convert.fit import Schedule
-from flaxmpc.evaluation import evaluate
+from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.models import folder as folders
+from flaxmpc.training import fit
+from flaxmpc.training.fit import Schedule
 
 TEACHER = Schedule(epochs=8, learning_rate=1e-2, batch_size=8)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -239,13 +241,13 @@ def test_unlabelled_texts_are_inputs_too(teacher, data, tmp_path):
 def test_two_conversions_do_not_write_to_one_folder(teacher, data, tmp_path):
     config = conversion(teacher, data, tmp_path / "out", **UNTRAINED)
     for folder in ("out", "out.run"):
-        with runs.claimed(tmp_path / folder), pytest.raises(ValueError, match=rf"writes to .*/{folder}: wait"):
+        with files.claimed(tmp_path / folder), pytest.raises(ValueError, match=rf"writes to .*/{folder}: wait"):
             convert(config)
-    with runs.claimed(tmp_path / "out"), pytest.raises(ValueError, match=r"writes to .*/out: wait"):
+    with files.claimed(tmp_path / "out"), pytest.raises(ValueError, match=r"writes to .*/out: wait"):
         finetune_encoder(FineTuning(teacher, str(data), tmp_path / "out", Schedule(0, 1e-3), max_length=16))
     convert(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run"]
-    with runs.claimed(tmp_path / "out"), pytest.raises(ValueError, match=r"writes to .*/out: wait"):
+    with files.claimed(tmp_path / "out"), pytest.raises(ValueError, match=r"writes to .*/out: wait"):
         evaluate(tmp_path / "out")
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxmpc.convert.finetune import Evaluate, finetune, predict
-from flaxmpc.convert.fit import Schedule
-from flaxmpc.convert.metrics import accuracy
+from flaxmpc.training.fit import Schedule
+from flaxmpc.training.metrics import accuracy
 
 
 def test_predictions_are_in_the_order_of_the_sentences(tiny, tiny_params, toy_split):

@@ -1,62 +1,21 @@
-"""Who may write to a run's folders, and what they must hold. Whole conversions are in test_conversion.py."""
+"""What a run's folders must hold, and that they are its own. Whole conversions are in test_conversion.py."""
 
 import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from flaxmpc import files
 from flaxmpc.convert import runs
-from flaxmpc.convert.conversion import FineTuning
+from flaxmpc.convert.configs import FineTuning
 
 INPUTS = {"data": "00ff", "encoder": "1234"}
-
-HOLDS = """
-import sys, time
-from pathlib import Path
-from flaxmpc.convert.runs import claimed
-with claimed(Path(sys.argv[1])):
-    print("claimed", flush=True)
-    time.sleep(60)
-"""
 
 
 @pytest.fixture
 def config(tmp_path) -> FineTuning:
     return FineTuning(Path("encoder"), "movie", tmp_path / "out")
-
-
-def test_a_folder_is_one_runs_until_it_ends_or_is_killed(tmp_path):
-    folder = tmp_path / "models" / "student"
-    root = str(Path(__file__).parents[2])
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(folder)],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": root},
-    )
-    assert holder.stdout is not None
-    try:
-        assert holder.stdout.readline() == b"claimed\n"
-        whose = rf"^process {holder.pid} on {socket.gethostname()} writes to .*/student: wait until it ends, or name"
-        linked = tmp_path / "linked"
-        linked.symlink_to(tmp_path / "models")
-        for path in (folder, linked / "student"):
-            with pytest.raises(ValueError, match=whose), runs.claimed(path):
-                pass
-        with runs.claimed(tmp_path / "models" / "other"):
-            pass
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate()
-    for _ in range(2):
-        with runs.claimed(folder), pytest.raises(ValueError, match=f"process {os.getpid()} on"), runs.claimed(folder):
-            pass
-    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_both_folders_of_a_config_are_claimed(config):
@@ -65,13 +24,13 @@ def test_both_folders_of_a_config_are_claimed(config):
     @runs.alone
     def make(config):
         for folder in folders:
-            with pytest.raises(ValueError, match="writes to"), runs.claimed(folder):
+            with pytest.raises(ValueError, match="writes to"), files.claimed(folder):
                 pass
         return "made"
 
     assert make(config) == "made"
     for folder in folders:
-        with runs.claimed(folder), pytest.raises(ValueError, match=f"writes to .*{folder.name}: wait"):
+        with files.claimed(folder), pytest.raises(ValueError, match=f"writes to .*{folder.name}: wait"):
             make(config)
     same = FineTuning(Path("encoder"), "movie", config.out, runs=config.out.parent / "." / "out")
     with pytest.raises(ValueError, match="both --out and --runs"):

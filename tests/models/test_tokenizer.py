@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from flaxmpc.convert.data import encode
+from flaxmpc.data.batches import encode
 from flaxmpc.models import zoo
 from flaxmpc.models.tokenizer import FILES, load_tokenizer, save_tokenizer
 

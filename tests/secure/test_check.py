@@ -8,11 +8,11 @@ import pytest
 from jax import checkpoint as remat  # pyright: ignore[reportPrivateImportUsage]
 
 from flaxmpc import secure
-from flaxmpc.convert.data import movie_sentences
-from flaxmpc.inference import SecureClassifier, check
+from flaxmpc.data.batches import movie_sentences
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.serve.private import SecureClassifier, check
 
 X = np.linspace(-2, 2, 8, dtype=np.float32)
 

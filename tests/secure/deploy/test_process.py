@@ -32,7 +32,7 @@ def test_a_crash_leaves_no_core_file(tmp_path):
 
 COMMANDS = """
 import ctypes, sys
-from flaxmpc import cli
+from flaxmpc.cli import main as cli
 for command in (["party", "--rank", "0"], ["put", "nothing"], ["infer", "a text"]):
     ctypes.CDLL(None).prctl(4, 1)
     try:

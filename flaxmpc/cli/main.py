@@ -1,0 +1,147 @@
+"""The command line: runs a command, and shows the zoo."""
+
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Column, Table
+
+import flaxmpc
+from flaxmpc import files
+from flaxmpc.cli import convert, deploy, infer
+from flaxmpc.cli.infer import Json
+from flaxmpc.cli.results import console
+from flaxmpc.errors import unknown
+from flaxmpc.models import zoo
+
+_DESCRIPTION = """Transformers that classify what they cannot see: Flax under secure MPC.
+
+flaxmpc --version names the versions."""
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _zoo_entry(name: str, folder: Path) -> dict[str, Any]:
+    """What `zoo list --json` says of a model. Accuracy is that in the clear, REF2K's that of the fixed point."""
+    from flaxmpc.models.config import BertConfig
+
+    config = BertConfig.from_folder(folder)
+    layers = range(config.num_hidden_layers)
+    weights = folder / "model.safetensors"
+    measured = zoo.results(folder)
+    return {
+        "name": name,
+        "folder": str(folder),
+        "attention": list(dict.fromkeys(config.attention_of(layer).name for layer in layers)),
+        "hidden_act": list(dict.fromkeys(config.hidden_act_of(layer).name for layer in layers)),
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "weights_bytes": weights.stat().st_size if weights.is_file() else None,
+        **{key: measured.get(key) for key in ("accuracy", "ref2k_accuracy", "made_by")},
+    }
+
+
+def _zoo_table(entries: list[dict[str, Any]]) -> Table:
+    """The table of the zoo's models; what does not fit is folded, and nothing is cut."""
+    columns = [Column(head, overflow="fold") for head in ("name", "parts", "size", "accuracy", "REF2K")]
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for entry in entries:
+        size = entry["weights_bytes"]
+        table.add_row(
+            f"{entry['name']}\n  {(entry['made_by'] or 'no weights') if size is None else _megabytes(size)}",
+            "\n".join(entry["attention"] + entry["hidden_act"]),
+            f"{entry['num_hidden_layers']} x {entry['hidden_size']}",
+            *("" if entry[key] is None else f"{entry[key]:.1%}" for key in ("accuracy", "ref2k_accuracy")),
+        )
+    return table
+
+
+def zoo_(
+    action: Annotated[Literal["list", "show"], tyro.conf.Positional],
+    model: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|FOLDER]", help_behavior_hint="")
+    ] = None,
+    /,
+    json_: Json = False,
+) -> None:
+    """The trained models: `zoo list` is a table, `zoo show NAME` a card.
+
+    Args:
+        action: list or show.
+        model: the model whose card is shown; by default the one that `infer` uses.
+        json_: list: print an array with an object for every model.
+    """
+    if action == "show":
+        if json_:
+            raise ValueError("--json is for zoo list: a card is Markdown, README.md in the model's folder")
+        card = zoo.find(model or zoo.DEFAULT) / "README.md"
+        if not card.is_file():
+            raise ValueError(f"{card.parent} has no card (README.md)")
+        text = files.read(card, files.JSON_BYTES).decode("utf-8", "replace")
+        # What a terminal would obey is left out.
+        Console().print(Markdown("".join(c for c in text if c.isprintable() or c in "\n\t")))
+        return
+    if model is not None:
+        raise ValueError(f"zoo list takes no model: zoo show {model} shows its card")
+    entries = [_zoo_entry(name, folder) for name, folder in zoo.entries().items()]
+    if not entries:
+        raise FileNotFoundError(f"there is no model in the zoo {zoo.zoo_folder()} (FLAXMPC_ZOO)")
+    if json_:
+        print(json.dumps(entries))
+        return
+    out = console()
+    out.print(_zoo_table(entries))
+    if any(entry["weights_bytes"] is None for entry in entries):
+        out.print("A script in place of a size: the weights are not here; it makes them, in the repository.")
+
+
+def _versions() -> str:
+    found = {"flaxmpc": flaxmpc.__version__, **{name: metadata.version(name) for name in ("spu", "jax")}}
+    return ", ".join(f"{name} {version}" for name, version in {**found, "Python": platform.python_version()}.items())
+
+
+_COMMANDS = {
+    "infer": infer.infer,
+    "cost": infer.cost,
+    "check": infer.check,
+    "zoo": zoo_,
+    "finetune": convert.finetune,
+    "convert": convert.convert,
+    "cluster": deploy.cluster,
+    "party": deploy.party,
+    "put": deploy.put,
+    "approve": deploy.approve,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command. What the user can mend is one line on standard error, and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    app = tyro.extras.SubcommandApp()
+    for name, command in _COMMANDS.items():
+        app.command(command, name=name)
+    from flaxmpc.secure import SecureError
+
+    try:
+        if arguments == ["--version"]:
+            print(_versions())
+            return
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
+            raise unknown("command", arguments[0], _COMMANDS)
+        app.cli(prog="flaxmpc", description=_DESCRIPTION, args=arguments)
+    except BrokenPipeError:  # the reader of the output has seen enough
+        raise
+    except (ValueError, OSError, FloatingPointError, SecureError) as error:
+        message = " ".join(str(error).split())
+        # What a terminal would obey is shown: parts of a message may be of a file, or of a party.
+        print("flaxmpc:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message), file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,120 @@
+"""What the commands `finetune` and `convert` are told: which data, which parts, how long, and where to write."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from flaxmpc.convert.distill import Stage
+from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.nn.attention import ATTENTION
+from flaxmpc.nn.normalization import NORMALIZATIONS
+from flaxmpc.nn.parts import Registry
+from flaxmpc.training.fit import Schedule
+
+
+def _of(registry: Registry[Any], metavar: str) -> Any:
+    """The help of an option that names parts: those that are registered when the help is asked for."""
+    return tyro.conf.arg(
+        metavar=metavar, help_behavior_hint=lambda default: f"(of {', '.join(registry)}; default: {default})"
+    )
+
+
+def _require_length(max_length: int) -> None:
+    if max_length < 3:
+        raise ValueError(f"max_length must be at least 3, [CLS], a token and [SEP], not {max_length}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """Says how a teacher is made: a pre-trained encoder, fine-tuned on labelled sentences.
+
+    Attributes:
+        encoder: a folder with a pre-trained BERT, HF's or ours.
+        data: `movie` (the shipped sentences), a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli; from
+            the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
+        out: the folder to write.
+        schedule: how long and how fast it is trained.
+        max_length: the number of tokens that a text is cut at.
+        train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
+        text_columns: the data's columns of text, one, or two for pairs; by default the usual names.
+        label_column: the data's column of labels.
+        seed: the seed of the head, the order of the sentences, and dropout.
+        runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
+    """
+
+    encoder: Path
+    data: str
+    out: Path
+    schedule: Schedule = Schedule(epochs=3, learning_rate=5e-5)
+    max_length: int = 64
+    train_embeddings: bool = False
+    text_columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    seed: int = 0
+    runs: Path | None = None
+
+    def __post_init__(self):
+        _require_length(self.max_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Says how a student is made: a fine-tuned teacher, with parts replaced, distilled in two stages.
+
+    Attributes:
+        teacher: the folder of a fine-tuned classifier, HF's or ours.
+        data: the data that the teacher was fine-tuned on: `movie`, a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli,
+            qnli, rte, wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
+        out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
+        attention: the student's attention: a name for all layers, or one for each.
+        activation: the student's activation: a name for all layers, or one for each.
+        layer_norm: the student's LayerNorm; `layer_norm_newton` is calibrated when stage 2 begins, and trained to stay
+            in its range. So the student must be near its teacher by then: without a stage 1 `layer_norm` does better.
+        stage1: the first stage; by default it matches hidden states alone.
+        stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
+            rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
+        pieces: the number of pieces of 1 to 6 tokens that are distilled beside each sentence, see
+            `flaxmpc.data.pieces`. A stage that looks at labels has none.
+        unlabelled: a file or folder of texts in the data's text columns, that stage 1 learns from too: of any text
+            the teacher has hidden states, and a student that has seen few is near it only on those.
+        max_length: the number of tokens that a text is cut at.
+        train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
+        word_embedding_bits: how the table of words is stored: 32, 8 or 4. The student is trained on what is stored.
+        matrix_bits: how every other matrix is stored.
+        ref2k_sentences: how many test sentences are measured under the secure protocols' arithmetic; None: all.
+        aby3_sentences: how many test sentences are measured on three parties' shares; 0 leaves it out.
+        teacher_memory: gigabytes for the teacher's outputs; if they need more, they are computed in every epoch.
+        text_columns: the data's columns of text, one, or two for pairs; by default the usual names.
+        label_column: the data's column of labels.
+        seed: the seed of the order of the sentences.
+        runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
+        notes: Markdown for the card: what was tried.
+    """
+
+    teacher: Path
+    data: str
+    out: Path
+    attention: Annotated[str | tuple[str, ...], _of(ATTENTION, "NAME [NAME ...]")] = "2quad_freediv"
+    activation: Annotated[str | tuple[str, ...], _of(ACTIVATIONS, "NAME [NAME ...]")] = "quad"
+    layer_norm: Annotated[str, _of(NORMALIZATIONS, "NAME")] = "layer_norm_newton"
+    stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
+    stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
+    pieces: float = 0.25
+    unlabelled: Path | None = None
+    max_length: int = 64
+    train_embeddings: bool = False
+    word_embedding_bits: int = 4
+    matrix_bits: int = 8
+    ref2k_sentences: int | None = None
+    aby3_sentences: int = 100
+    teacher_memory: float = 6.0
+    text_columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    seed: int = 0
+    runs: Path | None = None
+    notes: str = ""
+
+    def __post_init__(self):
+        _require_length(self.max_length)

@@ -1,0 +1,212 @@
+"""Measures a trained model on a whole test set: at every length in the clear, and under MPC."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from flaxmpc import files, secure
+from flaxmpc.convert import card
+from flaxmpc.convert.finetune import predict
+from flaxmpc.data import tasks
+from flaxmpc.data.batches import Split, collate, plan
+from flaxmpc.data.lengths import bucketed, repeated
+from flaxmpc.data.matching import matched
+from flaxmpc.errors import brief
+from flaxmpc.files import claimed
+from flaxmpc.models import folder as folders
+from flaxmpc.models import zoo
+from flaxmpc.models.config import MOST_POSITIONS
+from flaxmpc.serve.classify import buckets
+from flaxmpc.serve.private import SecureClassifier, check_encoded
+from flaxmpc.training import metrics
+
+
+def secure_logits(
+    classifier: SecureClassifier, split: Split, batch_size: int, description: str = ""
+) -> tuple[np.ndarray, np.ndarray, secure.Cost]:
+    """Computes the logits (row, label) of a split on shares and in the clear; returns both, and the last run's cost."""
+    shape = (len(split), classifier.config.num_labels)
+    secret, plain, cost = np.zeros(shape, np.float32), np.zeros(shape, np.float32), None
+    for members in track(plan(split, batch_size=batch_size, lengths=classifier.lengths), description):
+        batch = collate(split, members, batch_size=batch_size, pad_token_id=classifier.config.pad_token_id)
+        types = None if split.token_type_ids is None else batch.token_type_ids
+        found = classifier.logits(batch.input_ids, batch.attention_mask, types)
+        rows, cost = members.rows, found.cost
+        secret[rows], plain[rows] = found.secret[: len(rows)], found.plain[: len(rows)]
+    assert cost is not None, "a split is never empty"
+    return secret, plain, cost
+
+
+def evaluate(
+    folder: Path,
+    *,
+    teacher: Path | None = None,
+    ref2k_sentences: int | None = None,
+    aby3_sentences: int = 100,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Measures a converted model on the test set of its recipe.json, and writes results.json and the card.
+
+    First in the clear, at every length: a bucket in which a logit is not finite, and those above it, are not for this
+    model. Its config.json gets the longest below as `model_max_length`, at which texts are cut from there on. Then in
+    REF2K, the fixed-point arithmetic that the secure protocols compute in, fast enough for a whole test set, and in
+    ABY3, three parties.
+
+    Args:
+        folder: the folder that `convert` wrote.
+        teacher: the folder of the model whose labels it is compared with at every length; None: with nobody's.
+        ref2k_sentences, aby3_sentences: how many rows of the test set, evenly spread; None: all; 0: none.
+        batch_size: how many sentences are in one secure run.
+
+    Raises:
+        FileNotFoundError: the folder has no recipe.json.
+        ValueError: another run writes to the folder, a file in it is damaged, or a recipe that does not say which
+            data; see `flaxmpc.models.folder.load`, `tasks.load`.
+        FloatingPointError: a logit is not finite for texts of the shortest bucket already.
+        secure.OverflowRisk: fewer than 2 bits are left between the model's numbers and the fixed point's largest.
+    """
+    recipe = _recipe(folder / "recipe.json")
+    with claimed(folder):
+        loaded = folders.load(folder)
+        results = zoo.results(folder)
+        measured, results["lengths"] = _at_every_length(
+            loaded, _task(loaded, recipe, recipe["max_length"]).test, recipe["max_length"], teacher
+        )
+        loaded = _answering(loaded, _longest(folder, results["lengths"]))
+        task = _task(loaded, recipe, loaded.model.config.longest)
+        results |= _margin(loaded, task.validation)
+        for protocol, count in (("REF2K", ref2k_sentences), ("ABY3", aby3_sentences)):
+            rows = spread(len(task.test), count)
+            if not len(rows):
+                continue
+            split = task.test[rows]
+            classifier = SecureClassifier(loaded, secure.InProcess(protocol))
+            secret, plain, cost = secure_logits(classifier, split, batch_size, protocol)
+            key = protocol.lower()
+            results[f"{key}_sentences"] = len(rows)
+            results |= {f"{key}_{name}": value for name, value in _figures(task.metrics, secret, split).items()}
+            results[f"{key}_agreement"] = metrics.agreement(secret, plain)
+            results[f"{key}_max_logit_difference"] = _largest_difference(secret, plain)
+            results |= {"versions": cost.versions, "machine": cost.machine, "date": cost.date}
+            if protocol == "REF2K":
+                for record in results["lengths"]:
+                    if record["length"] <= loaded.model.config.longest:
+                        rows = measured[record["length"]]
+                        rows = rows[spread(len(rows), 2 * batch_size)]
+                        secret, plain, _ = secure_logits(classifier, rows, batch_size, f"{record['length']} tokens")
+                        record |= {"ref2k_rows": len(rows), "ref2k_agreement": metrics.agreement(secret, plain)}
+        files.write_json(folder / "results.json", results)
+        card.write(folder)
+        return results
+
+
+# The fields of a recipe that say which texts a model is measured on, and whether a value may be theirs.
+_OF_DATA: Mapping[str, Callable[[Any], bool]] = {
+    "data": lambda value: isinstance(value, str),
+    "label_column": lambda value: isinstance(value, str),
+    "text_columns": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "max_length": lambda value: isinstance(value, int) and 0 < value <= MOST_POSITIONS,
+}
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: it says which data the model is measured on")
+    recipe = files.read_object(path)
+    for field, right in _OF_DATA.items():
+        if not right(recipe.get(field)):
+            raise ValueError(f"{path} has {field} {brief(recipe.get(field))}, as no recipe of `flaxmpc convert` has")
+    return recipe
+
+
+def _task(loaded: folders.LoadedModel, recipe: dict[str, Any], max_length: int) -> tasks.Task:
+    """Reads the data of a recipe, with the model's own ids of the labels, cut at `max_length` tokens."""
+    columns = {name: recipe[name] for name in ("text_columns", "label_column")}
+    task = tasks.load(recipe["data"], loaded.tokenizer, max_length, **columns)
+    return matched(task, loaded.model.config.id2label, str(loaded.folder))
+
+
+def _at_every_length(
+    loaded: folders.LoadedModel, test: Split, max_length: int, teacher: Path | None
+) -> tuple[dict[int, Split], list[dict[str, Any]]]:
+    """Measures a model in the clear in each length bucket. Returns the rows, and the record, of each that has rows."""
+    exact = None if teacher is None else folders.load(teacher)
+    rows, records = {}, []
+    for length, (split, joined) in bucketed(test, loaded.tokenizer, buckets(max_length)).items():
+        if not len(split):
+            continue
+        rows[length] = split
+        logits = predict(loaded.model, loaded.params, split)
+        probes = predict(loaded.model, loaded.params, repeated(test, loaded.tokenizer, length))
+        record: dict[str, Any] = {"length": length, "rows": len(split), "joined": joined, "finite": _finite(logits)}
+        record |= {"repeated": len(probes), "repeated_finite": _finite(probes)}
+        if exact is not None and logits.shape[-1] > 1:
+            record["teacher_agreement"] = metrics.agreement(logits, predict(exact.model, exact.params, split))
+        records.append(record)
+    return rows, records
+
+
+def _finite(logits: np.ndarray) -> int:
+    return int(np.isfinite(logits).all(-1).sum())
+
+
+def _longest(folder: Path, records: Sequence[dict[str, Any]]) -> int:
+    """The longest bucket up to which every row is finite. FloatingPointError: not even the first is."""
+    longest = 0
+    for record in records:
+        if record["finite"] < record["rows"]:
+            break
+        longest = record["length"]
+    if not longest:
+        first = records[0]
+        raise FloatingPointError(
+            f"{folder} has logits that are not finite for {first['rows'] - first['finite']} of {first['rows']} texts "
+            f"of up to {first['length']} tokens: with --layer-norm layer_norm, or more epochs, it may do"
+        )
+    return longest
+
+
+def _answering(loaded: folders.LoadedModel, longest: int) -> folders.LoadedModel:
+    """Gives the model another `model_max_length`, in its folder too."""
+    config = dataclasses.replace(loaded.model.config, model_max_length=longest)
+    path = loaded.folder / "config.json"
+    stored = files.read_object(path)
+    if stored.get("model_max_length") != longest:
+        files.write_json(path, {**stored, "model_max_length": longest})
+    return loaded._replace(model=type(loaded.model)(config))
+
+
+def _largest_difference(secret: np.ndarray, plain: np.ndarray) -> float:
+    """The largest difference of logits (row, label), over the rows that are finite in both."""
+    finite = np.isfinite(secret).all(-1) & np.isfinite(plain).all(-1)
+    return float(np.abs(secret[finite] - plain[finite]).max(initial=0.0))
+
+
+# How many sentences are looked at for large numbers before a model runs in fixed point; the bits that must be left.
+_CHECKED, _MARGIN = 200, 2.0
+
+
+def _margin(loaded: folders.LoadedModel, split: Split) -> dict[str, Any]:
+    # How many sentences are searched for large numbers before a model runs in fixed point; the bits that must be left.
+    rows = split[spread(len(split), _CHECKED)]
+    lengths = buckets(loaded.model.config.longest)
+    found = (collate(rows, members, batch_size=1) for members in plan(rows, batch_size=1, lengths=lengths))
+    types = (lambda batch: None) if split.token_type_ids is None else (lambda batch: batch.token_type_ids)
+    margins = check_encoded(loaded, ((batch.input_ids, batch.attention_mask, types(batch)) for batch in found))
+    margins.require(_MARGIN)
+    return {"margin_bits": margins.margin_bits, "margin_sentences": len(rows), "margin_worst": str(margins.worst)}
+
+
+def spread(total: int, count: int | None) -> np.ndarray:
+    """Places of `count` rows of `total`, evenly spread; all for None."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.linspace(0, total - 1, count).astype(int)
+
+
+def _figures(names: Sequence[str], logits: np.ndarray, split: Split) -> dict[str, float]:
+    return metrics.evaluate(names, logits, split.labels)

@@ -1,0 +1,1 @@
+"""Labelled texts: read from files, checked, split, encoded and put in batches."""

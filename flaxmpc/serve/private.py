@@ -1,0 +1,219 @@
+"""Texts classified on secret shares: where the models meet the secure runtime."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxmpc import secure
+from flaxmpc.data.batches import Text
+from flaxmpc.models import folder as folders
+from flaxmpc.models.base import defer, param_shapes, without_embeddings
+from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.models.config import BertConfig
+from flaxmpc.nn.lazy import Lazy, square_mean_by_product
+from flaxmpc.nn.mask import Mask
+from flaxmpc.nn.normalization import InverseRoot
+from flaxmpc.nn.product import grouped_conv, matmul
+from flaxmpc.serve.classify import Classifier, Client, TextRun, limit
+
+# Tokens of a run, padding included: memory grows with them.
+_RUN_TOKENS = 1024
+
+
+class Logits(NamedTuple):
+    """Logits (row, label) of one secure run: opened from the shares, and in the clear; and what it cost."""
+
+    secret: np.ndarray
+    plain: np.ndarray
+    cost: secure.Cost
+
+
+class Private(NamedTuple):
+    """A model in two: what its client computes, and what runs on shares.
+
+    Attributes:
+        model: as it was trained; its `embed` is the client's where the embedding is public.
+        client_params: the embedding's, where the client embeds; else nothing.
+        function: (weights, what the client shares, mask) -> what was asked for, the logits.
+        weights: numpy arrays, secret; jax.ShapeDtypeStruct where the parameters are.
+    """
+
+    model: Any
+    client_params: dict[str, Any]
+    function: secure.Hoisted
+    weights: list[Any]
+
+
+def private(model: Any, params: dict[str, Any], config: secure.Config, method: Any = "from_embeddings") -> Private:
+    """Folds a model: it runs on a lazy state, and what depends on weights alone is computed here, in float64.
+
+    With a public embedding the client shares embeddings (batch, token, hidden), else one-hot tokens.
+
+    Args:
+        model, params: a trained model; with jax.ShapeDtypeStruct leaves, what its programs are compiled from.
+        config: of the parties: a protocol computes many small products one by one or grouped.
+        method: of the model, from a lazy state of the embeddings and the mask to the output.
+    """
+    bert: BertConfig = model.config
+    embeds = bert.embedding.client_embeds
+    product = grouped_conv if config.grouped_products else matmul
+    client_params, secret_params = without_embeddings(model, params) if embeds else ({}, params)
+
+    def on_shares(params: dict[str, Any], shared: Any, mask: Mask) -> Any:
+        if not embeds:
+            # A state with a unit is 0 at padding.
+            needed = mask.tokens if bert.score_degree is None else None
+            shared = model.apply({"params": params}, *shared, attention_mask=needed, method="embed")
+        return model.apply({"params": params}, defer(bert, shared, mask, product), mask, method=method)
+
+    function, weights = secure.hoist(on_shares, secret_params, *_example(bert), dtype="float64")
+    return Private(model, client_params, function, weights)
+
+
+def _example(config: BertConfig) -> tuple[Any, Mask]:
+    """What a client shares of a text, as shapes."""
+    shape = (1, min(2, config.longest))
+    mask = jax.eval_shape(config.mask, jax.ShapeDtypeStruct(shape, np.int32))
+    if config.embedding.client_embeds:
+        return jax.ShapeDtypeStruct((*shape, config.hidden_size), np.float32), mask
+    sizes = [config.vocab_size] if config.num_texts == 1 else [config.vocab_size, config.type_vocab_size]
+    ids = jax.ShapeDtypeStruct(shape, np.int32)
+    return tuple(jax.eval_shape(lambda ids, n=n: config.embedding.encode(ids, n), ids) for n in sizes), mask
+
+
+def logits_and_size(model: Any, embeddings: Lazy, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    """A method of a sequence classifier for `private`: its logits, and the size of what they read.
+
+    Fixed point has no NaN: where a model diverges, what is opened looks like any other logits. But its last LayerNorm
+    then leaves a state whose size (text,) is not 1 but thousands. It is one number a text, opened to its client. What
+    divides by no deviation does not diverge, and has no size: 1.
+    """
+    hidden: Lazy = model.encoder.encode(embeddings, mask).hidden
+    (state,) = hidden.arrays
+    *_, last = model.config.layer_norms_of(model.config.num_hidden_layers - 1)
+    size = square_mean_by_product(state[:, 0])[:, 0]
+    return model.head(hidden, True), size if isinstance(last, InverseRoot) else jnp.ones_like(size)
+
+
+def sequence_classifier(model: Any, folder: Path) -> BertForSequenceClassification:
+    """The model that a folder holds. ValueError: it is another."""
+    if not isinstance(model, BertForSequenceClassification):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, not a sequence classifier")
+    return model
+
+
+def _private(loaded: folders.LoadedModel, config: secure.Config) -> Private:
+    """ValueError: the model is no sequence classifier."""
+    return private(sequence_classifier(loaded.model, loaded.folder), loaded.params, config)
+
+
+def plan(
+    model: BertForSequenceClassification, config: secure.Config
+) -> tuple[secure.Hoisted, dict[str, Any], secure.Planned]:
+    """What programs are compiled from where a model's weights are not at hand.
+
+    Returns:
+        What runs on shares, which gives `logits_and_size`; zeros in place of the client's params; and what its weights
+        will be.
+    """
+    _, client_params, function, weights = private(model, param_shapes(model), config, logits_and_size)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), client_params)
+    return function, zeros, secure.Planned(weights)
+
+
+def check(
+    loaded: folders.LoadedModel, texts: Sequence[Text], *, ring: str = "FM64", fraction_bits: int = 18
+) -> secure.Margins:
+    """How far a classifier, as it runs on shares, stays from overflow on these texts; computed in the clear.
+
+    Every text is a run of its own.
+
+    Raises:
+        ValueError: see `Client.encode` and `secure.check`; or the model is no sequence classifier.
+    """
+    client = Client(sequence_classifier(loaded.model, loaded.folder), loaded.tokenizer, {})
+    encoded = client.encode(texts)
+    runs = (client.run(encoded, [place], 1) for place in range(len(texts)))
+    return check_encoded(
+        loaded, ((run.ids, run.mask, run.types) for run in runs), ring=ring, fraction_bits=fraction_bits
+    )
+
+
+def check_encoded(
+    loaded: folders.LoadedModel,
+    runs: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+    *,
+    ring: str = "FM64",
+    fraction_bits: int = 18,
+) -> secure.Margins:
+    """The same for runs of encoded texts or pairs: ids, mask and types as `Client.share` takes them.
+
+    Raises:
+        ValueError: see `secure.check`; or the model is no sequence classifier.
+    """
+    model, client_params, function, weights = _private(loaded, secure.Config())
+    client = Client(model, loaded.tokenizer, client_params)
+    weights = jax.device_put(weights)
+    inputs = ((weights, *client.share(*run)) for run in runs)
+    return secure.check(function, inputs, ring=ring, fraction_bits=fraction_bits)
+
+
+class SecureClassifier(Classifier):
+    """A sequence classifier that runs on secret shares; its weights stay resident between calls.
+
+    Attributes:
+        model: as it was trained.
+        function: what runs on shares: (weights, *what the client shares) -> logits.
+        weights: resident.
+    """
+
+    def __init__(self, loaded: folders.LoadedModel, parties: secure.Parties):
+        """Folds the model and shares its weights, see `private`.
+
+        Args:
+            loaded: see `flaxmpc.models.folder.load`.
+            parties: who computes.
+
+        Raises:
+            ValueError: the model is no sequence classifier, or its logits have no meaning.
+        """
+        self.model, client_params, self.function, weights = _private(loaded, parties.config)
+        super().__init__(self.model, loaded.tokenizer, client_params)
+        self._params = loaded.params
+        self._secure = secure.jit(self.function, parties=parties)
+        self.weights = parties.put(weights)
+        self._apply = jax.jit(self.model.apply)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, parties: secure.Parties) -> "SecureClassifier":
+        return cls(folders.load(folder), parties)
+
+    def sizes(self, length: int) -> Sequence[int]:
+        """Any number, as far as memory goes."""
+        return range(1, max(1, _RUN_TOKENS // length) + 1)
+
+    def answer(self, run: TextRun) -> Logits:
+        return self.logits(run.ids, run.mask, run.types)
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> Logits:
+        """The logits of encoded texts or pairs, see `share`; those in the clear are of the model as trained."""
+        secret, cost = self._secure.run(self.weights, *self.share(ids, mask, types))
+        words, *kinds = self._tokens(ids, types)
+        return Logits(secret, np.asarray(self._apply({"params": self._params}, words, mask, *kinds)), cost)
+
+    def estimate(self, num_tokens: int, batch_size: int) -> secure.Cost:
+        """What classifying `batch_size` texts of up to `num_tokens` tokens in one run costs; measured on zeros.
+
+        Raises:
+            ValueError: more tokens than the model takes, or fewer than one of either.
+        """
+        if not 1 <= num_tokens <= self.config.longest:
+            raise ValueError(f"a text has 1 to {limit(self.config)}; {num_tokens} were asked for")
+        if batch_size < 1:
+            raise ValueError(f"a run has at least one text, not {batch_size}")
+        ids = np.zeros((batch_size, self.bucket(num_tokens)), np.int32)
+        return self._secure.estimate(self.weights, *self.share(ids, np.ones_like(ids)))

