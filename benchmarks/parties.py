@@ -21,7 +21,8 @@ from flaxmpc.inference import SecureClassifier
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.secure._spu import thread_limit
-from flaxmpc.secure.deploy.cluster import ClusterFile, write_local
+from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.local import write_local
 
 SENTENCES = ("A gripping, beautifully acted film.", "A tedious, lifeless mess.", "Good, but not very good.")
 MOST_DIFFERENCE = 0.05  # of two runs' outputs: the truncation of shares is random
@@ -109,7 +110,7 @@ class Running:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cluster"
             cluster = write_local(directory, timeout_seconds=self._timeout)
             text = cluster.path.read_text().replace(
-                f"max_batch_sentences = {cluster.limits.max_batch_sentences}", f"max_batch_sentences = {self._together}"
+                f"max_batch_rows = {cluster.limits.max_batch_rows}", f"max_batch_rows = {self._together}"
             )
             place: Callable[[int, Sequence[str]], Sequence[str]] = lambda _, command: command  # noqa: E731
             if self._rate is not None:

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from flaxmpc import cli
-from flaxmpc.secure.deploy.cluster import write_local
+from flaxmpc.secure.deploy.local import write_local
 
 
 @pytest.fixture

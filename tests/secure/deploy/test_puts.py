@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from clusters import ROOT, SHORT, TIMEOUT, W, X, affine, ask, check_served, follow, level, publish, values
 
 from flaxmpc import secure
+from flaxmpc.secure.deploy import client as client_module
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy import streams
 
@@ -193,6 +195,20 @@ def test_an_owner_that_computes_for_long_keeps_what_it_holds(mortal):
         time.sleep(0.5)
         ctypes.PyDLL(None).sleep(5 * int(SHORT))  # as a compiler does that keeps all other threads waiting
         np.testing.assert_allclose(secure.jit(affine, parties=owner)(resident, X), X * 3 + 1, atol=1e-3)
+
+
+def test_the_hash_of_a_put_is_one_of_its_weights_too(owner, monkeypatch):
+    same = types.SimpleNamespace(token_bytes=bytes, token_hex=secrets.token_hex)
+    monkeypatch.setattr(client_module, "secrets", same)  # else the salt alone makes them differ
+    hashes = []
+    for w in (W, 2 * W, W.T + 1, W):
+        weights = owner.put(w)
+        hashes.append(owner.publish("affine", weights, {"2x4": owner.program(affine, weights, X, length=4)}, b""))
+    assert len(set(hashes)) == 3
+    assert hashes[0] == hashes[3]
+    monkeypatch.undo()
+    publish(owner)
+    assert owner.find("affine")[1].hash not in hashes
 
 
 def test_a_put_that_one_party_does_not_hold_is_refused_by_all(settled, owner, client):
