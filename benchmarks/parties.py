@@ -155,4 +155,4 @@ class Running:
         address = self.cluster.party[rank].metrics
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as response:
             lines = response.read().decode().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"flaxmpc_{name} "))
+        return next(int(float(line.split()[1])) for line in lines if line.startswith(f"flaxmpc_{name} "))
