@@ -44,12 +44,8 @@ def compile_program(
         SecureError: SPU cannot compile the function.
     """
     config = cluster.config
-    settings = {
-        "ring": config.ring,
-        "fraction_bits": config.fraction_bits,
-        "exp_mode": config.exp_mode,
-        "shared_reciprocal": shared_reciprocal,
-    }
+    settings: dict[str, Any] = {name: getattr(config, name) for name in ("ring", "fraction_bits", "exp_mode")}
+    settings["shared_reciprocal"] = shared_reciprocal
     arrays = jax.tree.leaves(inputs)
     batch = arrays[0].shape[0]
     most = cluster.limits.max_batch_rows // batch

@@ -49,7 +49,7 @@ class Sessions:
         kept: KeptShares | None,
         check: Callable[[m.Publish], None],
     ):
-        """`check` refuses a put on this party's disk, if it has `kept` shares, that may not be served any more."""
+        """`kept` is the party's disk, if it keeps shares; `check` refuses a put there that may not be served now."""
         self.state = "starting"
         self._cluster = cluster
         self._rank = rank
