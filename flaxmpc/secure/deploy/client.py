@@ -207,8 +207,8 @@ class Cluster(Parties):
         """
         weights.check(self)
         salt = secrets.token_bytes(32)  # a plain hash of secret weights would tell whether they are some known ones
-        values = self._digests.get(weights, " ".join(weights.names))  # those that a run made are not known here
-        hash_ = m.digest(salt, values.encode(), *(program.code for program in programs.values()), bundle)
+        digests = [self._digests[weights], *(f"{name} {program.digest}" for name, program in programs.items())]
+        hash_ = m.digest(salt, *map(str.encode, digests), bundle)
         model = m.Publish(self._session, self._lease, name, hash_, weights.names, dict(programs))
         header, contents = streams.of_model(model, bundle)
         futures = [peer.send_later("publish", header, streams.of_contents(contents)) for peer in self._peers]

@@ -119,8 +119,8 @@ class PublicModel(Message, frozen=True):
     """A party's word on a model that it holds shares of.
 
     Attributes:
-        hash: the put's: a hash of its weights, its programs, its bundle, and a salt that the owner keeps to itself. Two
-            puts of the same model differ in it.
+        hash: the put's: a hash of its weights, its programs and their names, its bundle, and a salt that only the owner
+            knows. Two puts of the same model differ in it.
         bundle: hash of what clients need in the clear.
         bundle_bytes: size of the bundle.
         programs: those that can be asked for, by name.
