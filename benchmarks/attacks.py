@@ -30,7 +30,7 @@ import numpy as np
 from parties import MOST_DIFFERENCE, Running, Workload, sentences
 
 from flaxmpc import secure
-from flaxmpc.secure.deploy.cluster import issue_client
+from flaxmpc.secure.deploy.local import issue_client
 
 _HONEST, _HOSTILE = ("alice", "bob"), "mallory"
 _QUIET = "none"

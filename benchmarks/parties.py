@@ -20,7 +20,8 @@ from flaxmpc import secure
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.secure._spu import thread_limit
-from flaxmpc.secure.deploy.cluster import ClusterFile, write_local
+from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.local import write_local
 from flaxmpc.serve import remote
 from flaxmpc.serve.private import SecureClassifier
 
@@ -110,7 +111,7 @@ class Running:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cluster"
             cluster = write_local(directory, timeout_seconds=self._timeout)
             text = cluster.path.read_text().replace(
-                f"max_batch_sentences = {cluster.limits.max_batch_sentences}", f"max_batch_sentences = {self._together}"
+                f"max_batch_rows = {cluster.limits.max_batch_rows}", f"max_batch_rows = {self._together}"
             )
             place: Callable[[int, Sequence[str]], Sequence[str]] = lambda _, command: command  # noqa: E731
             if self._rate is not None:
@@ -155,4 +156,4 @@ class Running:
         address = self.cluster.party[rank].metrics
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as response:
             lines = response.read().decode().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"flaxmpc_{name} "))
+        return next(int(float(line.split()[1])) for line in lines if line.startswith(f"flaxmpc_{name} "))

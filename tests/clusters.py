@@ -73,7 +73,7 @@ class Running:
     """A cluster whose parties are processes."""
 
     def __init__(self, directory: Path, protocol: str, timeout: float):
-        from flaxmpc.secure.deploy.cluster import write_local
+        from flaxmpc.secure.deploy.local import write_local
 
         self.directory = directory
         self.cluster = write_local(directory, protocol, timeout_seconds=timeout, allow_insecure_dealer=True)

@@ -47,7 +47,8 @@ def cluster(
         allow_insecure_dealer: init: allow SEMI2K, which hides nothing from party 0.
         name: certificate: the client's; letters, digits, "_" and "-".
     """
-    from flaxmpc.secure.deploy.cluster import ClusterFile, issue_client, write_local
+    from flaxmpc.secure.deploy.cluster import ClusterFile
+    from flaxmpc.secure.deploy.local import issue_client, write_local
     from flaxmpc.secure.deploy.process import hide_memory
 
     hide_memory()

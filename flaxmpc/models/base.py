@@ -32,14 +32,14 @@ class Intermediates(NamedTuple):
     variances: tuple[tuple[Any, ...], ...]
 
 
-class Encoded(NamedTuple):
+class EncoderOutput(NamedTuple):
     """What an encoder gives: the last hidden state, (batch, token, hidden), and what led there."""
 
     hidden: State
     intermediates: Intermediates
 
     @classmethod
-    def of(cls, embeddings: State, layers: list[tuple[State, Seen]]) -> "Encoded":
+    def of(cls, embeddings: State, layers: list[tuple[State, Seen]]) -> "EncoderOutput":
         """From the embeddings and what each layer gave."""
         hidden_states = tuple(hidden for hidden, _ in layers)
         intermediates = Intermediates(
@@ -68,7 +68,7 @@ class WithHead(nn.Module):
     `from_embeddings` is what runs on shares; `__call__` is one after the other.
 
     A family's encoder is a submodule of the name `base_model_prefix`, as in HF. It has `embed`, and `encode`, which
-    gives `Encoded`. Its own submodules are `embeddings` and `layer_0`, `layer_1`, ..., each with an `attention`.
+    gives `EncoderOutput`. Its own submodules are `embeddings` and `layer_0`, `layer_1`, ..., each with an `attention`.
     """
 
     base_model_prefix: ClassVar[str]

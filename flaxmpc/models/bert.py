@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flaxmpc.models.base import Encoded, Hidden, WithHead, first_token
+from flaxmpc.models.base import EncoderOutput, Hidden, WithHead, first_token
 from flaxmpc.models.config import BertConfig
 from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, activate
 from flaxmpc.nn.lazy import Lazy, State, force
@@ -99,7 +99,7 @@ class BertModel(nn.Module):
         mask_BxTx1 = jnp.asarray(attention_mask, x_BxTxH.dtype)[..., None]
         return x_BxTxH * mask_BxTx1 + x_BxTxH[:, :1] * (1 - mask_BxTx1)
 
-    def encode(self, x: State, mask: Mask, *, deterministic: bool = True) -> Encoded:
+    def encode(self, x: State, mask: Mask, *, deterministic: bool = True) -> EncoderOutput:
         """Embeddings (batch, token, hidden), or a lazy state of them (`defer`), through all layers."""
         embeddings = x
         unit = x.unit if isinstance(x, Lazy) else None
@@ -108,7 +108,7 @@ class BertModel(nn.Module):
             last = i == len(self.layers) - 1
             x, seen = layer(x, mask, None, deterministic, None if last else unit)
             found.append((x, seen))
-        return Encoded.of(embeddings, found)
+        return EncoderOutput.of(embeddings, found)
 
     def pool(self, hidden: State) -> Float[Array, "batch hidden"]:
         return jnp.tanh(force(self.pooler(first_token(hidden))))

@@ -48,10 +48,10 @@ def put(
     name: str | None = None,
     lengths: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
-) -> m.Model:
+) -> m.PublicModel:
     """Shares a model's weights among the parties, with programs for each length and batch.
 
-    Each is compiled for one request and for 2, 4, 8, ... up to max_batch_sentences, see `Cluster.program`. Compiled
+    Each is compiled for one request and for 2, 4, 8, ... up to max_batch_rows, see `Cluster.program`. Compiled
     programs are kept in the cache folder.
 
     Args:
@@ -84,7 +84,7 @@ def approve(
     name: str | None = None,
     lengths: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
-) -> dict[str, m.Program]:
+) -> dict[str, m.ModelProgram]:
     """Compiles the programs that `put` would, and adds their digests to those that a party takes.
 
     Args:
@@ -134,7 +134,7 @@ def _programs(
     weights: secure.Planned,
     cluster: ClusterFile,
     sizes: Sequence[tuple[int, int]],
-) -> dict[str, m.Program]:
+) -> dict[str, m.ModelProgram]:
     """A model's programs, by the sizes of what the client shares."""
     programs = {}
     for batch, length in sizes:
@@ -155,7 +155,7 @@ def _bundle(classifier: SecureClassifier) -> bytes:
         return msgspec.msgpack.encode({name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))})
 
 
-def _fetched(parties: secure.Cluster, name: str, model: m.Model) -> bytes:
+def _fetched(parties: secure.Cluster, name: str, model: m.PublicModel) -> bytes:
     """Fetches the bundle of a model: from the cache folder, where it is kept under its hash, or from a party."""
     folder = secure.cache_dir()
     path = None if folder is None else folder / "bundles" / f"{model.bundle}.bundle"
@@ -284,7 +284,7 @@ class RemoteClassifier(Classifier):
         return np.where(diverged[:, None], np.nan, logits), None, cost
 
 
-def _check_size(name: str, program: m.Signature, limits: Limits) -> None:
+def _check_size(name: str, program: m.PublicProgram, limits: Limits) -> None:
     """Refuses (ValueError) a program that this client's cluster.toml does not allow."""
     fits = 1 <= program.batch <= limits.max_batch and 1 <= program.length <= limits.max_length
     if not fits or name != f"{program.batch}x{program.length}":
@@ -294,7 +294,7 @@ def _check_size(name: str, program: m.Signature, limits: Limits) -> None:
         )
 
 
-def _check_shares(programs: Mapping[str, m.Signature], config: BertConfig, limits: Limits) -> None:
+def _check_shares(programs: Mapping[str, m.PublicProgram], config: BertConfig, limits: Limits) -> None:
     """Refuses (ValueError) runs with larger shares than this client's cluster.toml allows: they are made at once."""
     of_token = config.hidden_size if config.embedding.client_embeds else config.vocab_size + config.type_vocab_size
     for name, program in programs.items():

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from flaxmpc.cli import main as cli
-from flaxmpc.secure.deploy.cluster import write_local
+from flaxmpc.secure.deploy.local import write_local
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from flaxmpc.models import folder as folders
 from flaxmpc.models.config import BertConfig
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy.cluster import Limits, write_local
+from flaxmpc.secure.deploy.cluster import Limits
+from flaxmpc.secure.deploy.local import write_local
 from flaxmpc.serve import remote
 from flaxmpc.serve.private import SecureClassifier
 
@@ -54,7 +55,7 @@ def parties(tmp_path_factory, running, loaded):
     with running(
         directory,
         timeout=10,
-        changes=[("max_batch_sentences = 8", "max_batch_sentences = 2")],
+        changes=[("max_batch_rows = 8", "max_batch_rows = 2")],
         code=lambda rank: CAPTURE.format(path=str(directory / f"capture{rank}")),
     ) as started:
         with started.connect() as owner:
@@ -329,7 +330,7 @@ def _of(model, **changes):
 def test_shares_that_are_too_large_are_not_made():
     """The client sends a row as long as the vocabulary for each token."""
     config = BertConfig(embedding="secret", vocab_size=10**6, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
-    program = m.Signature((), (), 32, 512)
+    program = m.PublicProgram((), (), 32, 512)
     with pytest.raises(
         ValueError, match="program 32x512 takes 131072262144 bytes of shares; max_request_bytes in cluster"
     ):
@@ -439,7 +440,7 @@ def test_programs_are_approved_without_the_weights(changes, group, write_classif
     """Who runs a party has the config alone, and compiles for itself what the owner puts."""
     loaded = folders.load(write_classifier(tmp_path / "made", num_hidden_layers=1, **changes))
     written = write_local(tmp_path / "c")
-    limits = msgspec.structs.replace(written.limits, max_batch_sentences=1 if changes else 2)
+    limits = msgspec.structs.replace(written.limits, max_batch_rows=1 if changes else 2)
     cluster = msgspec.structs.replace(written, programs="programs.txt", limits=limits)
     owners = SecureClassifier(loaded, group("ABY3"))
     put = remote._programs(owners, owners.model, owners.weights, cluster, [(1, 16)])

@@ -1,46 +1,37 @@
 """The calls that a party serves at a time: so many of each caller, and none that stands still."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import grpc
 
+from flaxmpc.secure.deploy.errors import Refused
 from flaxmpc.secure.deploy.gate import Caller
 
 T = TypeVar("T")
 
 
-class Refused(Exception):
-    """A call that is not served; the caller gets the code and the message."""
-
-    def __init__(self, code: grpc.StatusCode, message: str):
-        super().__init__(message)
-        self.code = code
-
-
-class Call:
+class Call(NamedTuple):
     """A call, as a host's method sees it: who calls, and when it is over."""
 
-    def __init__(self, caller: Caller, context: grpc.ServicerContext):
-        self.caller = caller
-        self._context = context
+    caller: Caller
+    context: grpc.ServicerContext
 
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        """Calls back when the call is over, however it ends; False if it is over already."""
-        return bool(self._context.add_callback(callback))
+    def when_over(self, callback: Callable[[], None]) -> None:
+        """Calls back when the call is over, however it ends; at once if it is over already."""
+        if not self.context.add_callback(callback):
+            callback()
 
 
 class Calls:
     """Counts the calls under way."""
 
     def __init__(self, each: int, clients: int):
-        """At most `each` of one caller, and `clients` of all clients together: the others keep their room."""
+        """At most `each` calls of one caller, and `clients` of all clients together: the others keep their room."""
         self._each = each
         self._clients = clients
         self._lock = threading.Lock()
@@ -74,6 +65,8 @@ class Calls:
 
 
 class Cancelled(Protocol):
+    """A call that can be ended, or a stand-in for one."""
+
     def cancel(self) -> Any: ...
 
 
@@ -87,7 +80,7 @@ class Watch:
 
     @contextlib.contextmanager
     def over(self, call: Cancelled) -> Iterator[None]:
-        """What is waited for in it must come within the time."""
+        """Cancels the call if what is waited for in the block does not come within the time."""
         self._due[call] = time.monotonic() + self._seconds
         try:
             yield
@@ -95,7 +88,7 @@ class Watch:
             del self._due[call]
 
     def each(self, call: Cancelled, items: Iterable[T]) -> Iterator[T]:
-        """The items, each of which must come within the time."""
+        """The items; cancels the call if one of them does not come within the time."""
         iterator = iter(items)
         while True:
             with self.over(call):

@@ -6,7 +6,7 @@ import datetime
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -15,46 +15,31 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from flaxmpc.secure.deploy import disk
-
-if TYPE_CHECKING:
-    from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, PartyEntry
-
-CLIENT = r"client(\.[A-Za-z0-9_\-]{1,57})?"  # a common name has at most 64 characters
+from flaxmpc.secure.deploy.cluster import CLIENT, ClusterFile, Identity, PartyEntry
 
 _BACKDATED = datetime.timedelta(hours=1)  # hosts' clocks differ
 _USES = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "server": ExtendedKeyUsageOID.SERVER_AUTH}
 
 
 def role_of(name: str) -> str:
-    """The role of a common name: "owner"; "client" of itself and of "client.NAME"; "" of any other."""
+    """The role that a common name stands for: "owner"; "client" for "client" and "client.NAME"; "" for any other."""
     if name == "owner":
         return "owner"
     return "client" if re.fullmatch(CLIENT, name) else ""
-
-
-def name_of(certificate: bytes) -> str:
-    """The common name of a certificate in DER; "" where it has none or several, or can't be read."""
-    try:
-        return _name(x509.load_der_x509_certificate(certificate))
-    except ValueError:
-        return ""
 
 
 class Authority:
     """Signs certificates with a key of its own; the key is kept off the computing hosts."""
 
     def __init__(self, name: str = "flaxmpc cluster", *, days: int = 3650):
-        """A fresh authority, valid for `days`."""
+        """Makes a fresh authority that is valid for `days`."""
         self._key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        usage = dict.fromkeys(
-            ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "digital_signature"), False
-        )
-        usage |= {"key_cert_sign": True, "crl_sign": True, "encipher_only": False, "decipher_only": False}
+        usage = [False, False, False, False, False, True, True, False, False]  # signs certificates and revocations
         self.certificate = (
             _builder(subject, subject, self._key, datetime.timedelta(days=days))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(x509.KeyUsage(**usage), critical=True)
+            .add_extension(x509.KeyUsage(*usage), critical=True)
             .sign(self._key, hashes.SHA256())
         )
 
@@ -87,10 +72,10 @@ class Authority:
         """Writes NAME.pem and NAME.key (mode 0600).
 
         Args:
-            directory: where to.
+            directory: the folder of both files.
             name: the certificate's common name, which is its role: "party0", "owner", "client".
             server: whether others connect to it; a party does both, owner and client only ask.
-            valid: from an hour ago on; negative makes one that has expired, for tests.
+            valid: how long, beginning an hour ago; a negative time makes one that has expired, for tests.
 
         Raises:
             FileExistsError: the key or the certificate exists.
@@ -138,10 +123,10 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def check_party(cluster: ClusterFile, rank: int) -> None:
-    """Whether the certificates of all parties, and this one's own key, are what they should be.
+    """Checks the certificates of all parties, and this one's own key.
 
     Raises:
-        ValueError: which file is not, and why, in one line.
+        ValueError: a file is not what it should be; which one, and why, in one line.
     """
     ca = _authority(cluster)
     holders: dict[bytes, str] = {}
@@ -159,7 +144,7 @@ def check_party(cluster: ClusterFile, rank: int) -> None:
 
 
 def check_identity(cluster: ClusterFile, role: str) -> None:
-    """Whether certificate and key of the "owner" or "client" are what they should be; raises as `check_party`."""
+    """Checks certificate and key of the "owner" or "client". ValueError: as `check_party`."""
     identity = cluster.identity(role)
     certificate = _issued(cluster, _authority(cluster), identity.certificate, ["client"])
     if role_of(name := _name(certificate)) != role:

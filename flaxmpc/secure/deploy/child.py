@@ -1,7 +1,5 @@
 """The child process of a party that holds SPU, as its supervisor sees it; `flaxmpc.secure.deploy.worker` runs in it."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
@@ -15,10 +13,7 @@ import msgspec
 
 from flaxmpc.secure._spu import thread_limit
 from flaxmpc.secure.deploy import messages as m
-
-
-class WorkerLost(Exception):
-    """The worker's process has ended, or was ended because it did not answer in time."""
+from flaxmpc.secure.deploy.errors import WorkerLost
 
 
 class WorkerProcess:

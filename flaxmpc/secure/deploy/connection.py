@@ -4,14 +4,13 @@ asyncio's own TLS tells a peer nothing whose certificate it refuses, and its ser
 can be opened; so sockets and `ssl` are used as they are.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 from flaxmpc.secure.deploy.cluster import split
 
@@ -21,8 +20,29 @@ _NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE = 1.0  # seconds, when no more files can be opened
 
 
+class Tasks:
+    """Tasks that end together."""
+
+    def __init__(self):
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Starts a task."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Ends all tasks."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Plain:
-    """A connected socket; the one that closes it must not wait in it."""
+    """A connection without TLS. Who closes it must not be waiting in it."""
 
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
@@ -36,7 +56,7 @@ class Plain:
         return await self._loop.sock_recv(self._connection, _CHUNK)
 
     async def write(self, content: bytes) -> None:
-        """Until the system has taken them all. OSError: the connection is lost."""
+        """Waits until the system has taken all bytes. OSError: the connection is lost."""
         await self._loop.sock_sendall(self._connection, content)
 
     def close(self) -> None:
@@ -44,10 +64,10 @@ class Plain:
 
 
 class Secure(Plain):
-    """The same over TLS."""
+    """A connection over TLS."""
 
     def __init__(self, connection: socket.socket, context: ssl.SSLContext, *, server: bool, silent_seconds: float):
-        """`silent_seconds`: a peer that takes nothing, or is gone, is given up after."""
+        """A peer that takes nothing for `silent_seconds`, or is gone so long, is given up."""
         super().__init__(connection)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silent_seconds * 1000))
@@ -56,28 +76,24 @@ class Secure(Plain):
         self._sending = asyncio.Lock()
 
     async def handshake(self) -> None:
-        """OSError, of which ssl.SSLError: the other end's certificate is refused, or ours, or it speaks no TLS."""
+        """Begins. OSError: the other end's certificate is refused, or ours, or it speaks no TLS (then ssl.SSLError)."""
         while True:
             try:
-                self._tls.do_handshake()
+                return self._tls.do_handshake()
             except ssl.SSLWantReadError:
-                await self._flush()
-                await self._receive()
-            except ssl.SSLError:
-                await self._flush()  # what is wrong
-                raise
-            else:
-                await self._flush()
-                return
+                pass
+            finally:
+                await self._flush()  # the other end is told, too, what is wrong
+            await self._receive()
 
     @property
     def certificate(self) -> bytes:
-        """The other end's, in DER; its names and times are in `facts`."""
+        """The other end's certificate in DER; its names and times are in `facts`."""
         return self._tls.getpeercert(binary_form=True) or b""
 
     @property
     def facts(self) -> dict:
-        """See ssl.SSLSocket.getpeercert."""
+        """The other end's certificate as ssl.SSLSocket.getpeercert has it."""
         return self._tls.getpeercert() or {}
 
     @property
@@ -119,7 +135,7 @@ class Secure(Plain):
                 await super().write(content)
 
     def close(self) -> None:
-        """Says goodbye if that needs no waiting."""
+        """Closes the connection; tells the other end if that needs no waiting."""
         with contextlib.suppress(OSError):
             self._tls.unwrap()
         with contextlib.suppress(OSError):
@@ -160,14 +176,12 @@ async def connect(address: str) -> socket.socket:
         connection.setblocking(False)
         try:
             await loop.sock_connect(connection, place)
-        except OSError as error:
-            connection.close()
-            failed = error
-        except BaseException:
-            connection.close()
-            raise
-        else:
             return connection
+        except BaseException as error:
+            connection.close()
+            if not isinstance(error, OSError):
+                raise
+            failed = error
     raise failed
 
 
@@ -193,18 +207,15 @@ async def accept(listener: socket.socket, full: Callable[[OSError], bool]) -> As
     """The connections that come, for ever. With no files left it waits: those that come wait too, and nothing spins.
 
     Args:
-        listener: see `listen`.
-        full: told that no more can be accepted; whether it closed another one.
+        listener: one of those that `listen` gives.
+        full: is told that no more can be accepted; says whether it closed another one.
     """
     listener.setblocking(False)
     while True:
         try:
             connection, _ = await asyncio.get_running_loop().sock_accept(listener)
         except OSError as error:
-            if error.errno in _NO_FILES and not full(error):
-                await asyncio.sleep(_PAUSE)
-            else:
-                await asyncio.sleep(0)
+            await asyncio.sleep(_PAUSE if error.errno in _NO_FILES and not full(error) else 0)
         else:
             yield connection
             await asyncio.sleep(0)  # others go on meanwhile

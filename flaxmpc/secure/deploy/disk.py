@@ -1,7 +1,5 @@
 """The small files of a cluster, such as certificates and keys: read if they are what they should be, never replaced."""
 
-from __future__ import annotations
-
 import os
 import stat
 from pathlib import Path
@@ -13,8 +11,8 @@ def read(path: Path, *, secret: bool = False) -> bytes:
     """A file's content, of at most 1 MiB.
 
     Args:
-        path: may be a link, as where a secret store puts its files.
-        secret: others may not even read it; but where root is its owner its group may.
+        path: the file, or a link to it, as a secret store makes them.
+        secret: whether others may not even read it; where root owns it, its group may.
 
     Raises:
         OSError: it is not there, or may not be read.

@@ -1,7 +1,5 @@
 """A party's public ports: TLS that shows who is at the other end, and that keeps anyone from taking all of a port."""
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import contextlib
@@ -9,36 +7,36 @@ import resource
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flaxmpc.secure.deploy.certificates import role_of
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
-from flaxmpc.secure.deploy.connection import Plain, Secure, accept, connect, listen, relay
+from flaxmpc.secure.deploy.connection import Plain, Secure, Tasks, accept, connect, listen, relay
 
 GRPC, LINK = "h2", "flaxmpc-link"  # what is spoken over a connection, in TLS's words (ALPN)
 
 _HANDSHAKES = 64  # at once; one more ends the oldest, since an honest one is soon done
 _HANDSHAKE_SECONDS = 10.0
 EACH = 32  # connections of one certificate
-_FILES_OF_ONE = 3  # that a connection takes: our end, and both ends of the one behind it
-_OTHER_FILES = 320  # handshakes, the owner's and the parties' connections, and what a process has open anyway
+_FILES_OF_ONE = 3  # a connection takes so many: our end, and both ends of the one behind it
+_OTHER_FILES = 320  # room for handshakes, the owner's and the parties' connections, and what a process has open anyway
 _FEWEST = 8  # connections, however few files may be open
 _OWNER = "owner"
 
 
-class _Refused(Exception):
-    """A connection that does not go on."""
+class _TurnedAway(Exception):
+    """A connection does not go on."""
 
 
 class Caller(NamedTuple):
-    """Whose certificate stands behind a connection.
+    """The holder of the certificate behind a connection.
 
     Attributes:
-        name: its common name.
+        name: the certificate's common name.
         role: "owner", "client", "leader" (party 0) or "party"; empty for a stranger.
-        expires: end of the certificate, in seconds since the epoch.
+        expires: the certificate's end, in seconds since the epoch.
     """
 
     name: str
@@ -47,7 +45,7 @@ class Caller(NamedTuple):
 
 
 def fingerprints(cluster: ClusterFile) -> dict[int, bytes]:
-    """Every party's certificate in DER, by rank; ValueError for a file that holds none."""
+    """Every party's certificate in DER, by rank. ValueError: a file holds none."""
     found = {}
     for entry in cluster.party:
         try:
@@ -63,9 +61,10 @@ def tls(cluster: ClusterFile, own: PartyEntry, purpose: int, *spoken: str) -> ss
     A session is never resumed: the other end's certificate is looked at with every connection.
 
     Args:
-        cluster, own: whose certificate.
+        cluster: names the files.
+        own: the party that uses it.
         purpose: ssl.PROTOCOL_TLS_SERVER or ssl.PROTOCOL_TLS_CLIENT.
-        spoken: what may be, see GRPC and LINK.
+        spoken: what may be spoken over it: GRPC, LINK.
 
     Raises:
         ValueError: a file is not there, or is no certificate or key.
@@ -91,8 +90,7 @@ def by_name(_: bytes, names: list[str]) -> str:
 
 
 def by_certificate(cluster: ClusterFile, rank: int) -> Callable[[bytes, list[str]], str | None]:
-    """The role of another party than `rank`, by its very certificate; None for all others. ValueError: see
-    `fingerprints`."""
+    """Gives other parties than `rank` a role by their very certificates, others None. ValueError: a file holds none."""
     pinned = {der: peer for peer, der in fingerprints(cluster).items() if peer != rank}
 
     def role(certificate: bytes, _: list[str]) -> str | None:
@@ -103,9 +101,9 @@ def by_certificate(cluster: ClusterFile, rank: int) -> Callable[[bytes, list[str
 
 
 class Inner:
-    """Where a party's gRPC server listens: a loopback port, to which only the gate's connections count.
+    """The loopback port where a party's gRPC server listens, behind the gate.
 
-    gRPC says with every call which port it came from, and so who called. Who else gets there is a stranger.
+    gRPC says with every call which port it came from, and so who called. A stranger does not come through the gate.
 
     Attributes:
         address: HOST:PORT.
@@ -116,7 +114,7 @@ class Inner:
         self._callers: dict[str, Caller] = {}
 
     def caller(self, peer: str) -> Caller | None:
-        """Who calls, by gRPC's name for the connection; None: nobody that came through the gate, or gone since."""
+        """The caller at a connection, by gRPC's name for it; None: it did not come through the gate, or is gone."""
         return self._callers.get(peer)
 
     @contextlib.asynccontextmanager
@@ -136,8 +134,8 @@ class Inner:
 Way = Callable[[Caller], AbstractAsyncContextManager[Plain]]
 
 
-class Gate:
-    """A public port. Behind it are ways to what is spoken there."""
+class Gate(Tasks):
+    """A public port, and the connections there. Behind it are ways to what is spoken over them."""
 
     def __init__(
         self,
@@ -150,15 +148,18 @@ class Gate:
         connections: int,
         silent_seconds: float,
     ):
-        """Args:
-        port: its name, for the log.
-        context: see `tls`.
-        role: of a certificate in DER and its common names; None refuses it. See Caller.
-        ways: by what is spoken.
-        log: of what is refused; limited in rate.
-        connections: of all callers but the owner, who has room of its own.
-        silent_seconds: a peer that takes nothing is given up after.
+        """Listens once it is started.
+
+        Args:
+            port: the port's name, for the log.
+            context: TLS as `tls` makes it.
+            role: gives a certificate in DER and its common names a role of Caller's; None turns it away.
+            ways: where a connection goes on, by what is spoken over it.
+            log: is told of what is refused; limited in rate.
+            connections: the most of all callers but the owner, who has room of its own.
+            silent_seconds: a peer that takes nothing for so long is given up.
         """
+        super().__init__()
         self._port = port
         self._context = context
         self._role = role
@@ -168,25 +169,11 @@ class Gate:
         self._silent_seconds = silent_seconds
         self._open: collections.Counter[str] = collections.Counter()
         self._shaking: dict[asyncio.Task[None], None] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str, port: int) -> None:
         """Listens. OSError: it can't."""
         for listener in await listen(host, port):
-            self._spawn(self._accept(listener))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def close(self) -> None:
-        """Ends all connections."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            self.spawn(self._accept(listener))
 
     async def _accept(self, listener: socket.socket) -> None:
         with listener:
@@ -194,14 +181,14 @@ class Gate:
                 if len(self._shaking) >= _HANDSHAKES:
                     self._log("connection_refused", port=self._port, reason=f"{_HANDSHAKES} newer handshakes began")
                     self._give_up_oldest()
-                self._shaking[self._spawn(self._come_in(connection))] = None
+                self._shaking[self.spawn(self._come_in(connection))] = None
 
     def _full(self, error: OSError) -> bool:
         self._log("accept_failed", port=self._port, reason=error.strerror)
         return self._give_up_oldest()
 
     def _give_up_oldest(self) -> bool:
-        """Ends the handshake that takes longest; whether there was one."""
+        """Ends the handshake that takes longest; returns whether there was one."""
         oldest = next(iter(self._shaking), None)
         if oldest is not None:
             del self._shaking[oldest]
@@ -217,7 +204,7 @@ class Gate:
                     caller = self._caller(end)
                     with self._counted(caller):
                         await self._go_on(end, caller)
-            except (OSError, _Refused) as error:
+            except (OSError, _TurnedAway) as error:
                 self._log("connection_refused", port=self._port, reason=str(error))
 
     async def _shake(self, end: Secure) -> None:
@@ -226,7 +213,7 @@ class Gate:
         try:
             await asyncio.wait_for(end.handshake(), _HANDSHAKE_SECONDS)
         except asyncio.TimeoutError:
-            raise _Refused(f"its handshake took more than {_HANDSHAKE_SECONDS:g} s") from None
+            raise _TurnedAway(f"its handshake took more than {_HANDSHAKE_SECONDS:g} s") from None
         finally:
             self._shaking.pop(task, None)
 
@@ -235,16 +222,16 @@ class Gate:
         names = [value for part in facts.get("subject", ()) for key, value in part if key == "commonName"]
         role = self._role(end.certificate, names)
         if role is None:
-            raise _Refused(f"the certificate of {names} is no other party's")
+            raise _TurnedAway(f"the certificate of {names} is no other party's")
         return Caller(" ".join(names), role, ssl.cert_time_to_seconds(facts["notAfter"]))
 
     @contextlib.contextmanager
     def _counted(self, caller: Caller) -> Iterator[None]:
         others = sum(self._open.values()) - self._open[_OWNER]
         if self._open[caller.name] >= EACH:
-            raise _Refused(f"{caller.name!r} has {EACH} connections")
+            raise _TurnedAway(f"{caller.name!r} has {EACH} connections")
         if caller.name != _OWNER and others >= self._connections:
-            raise _Refused(f"there are {others} connections")
+            raise _TurnedAway(f"there are {others} connections")
         self._open[caller.name] += 1
         try:
             yield
@@ -256,7 +243,7 @@ class Gate:
     async def _go_on(self, end: Secure, caller: Caller) -> None:
         way = self._ways.get(end.application or "")
         if way is None:
-            raise _Refused(f"{end.application!r} is not spoken here")
+            raise _TurnedAway(f"{end.application!r} is not spoken here")
         async with way(caller) as behind:
             with contextlib.suppress(asyncio.TimeoutError):  # a connection ends with its certificate
                 await asyncio.wait_for(relay(end, behind), caller.expires - time.time())

@@ -1,4 +1,4 @@
-"""What a party holds in a session: owners' values, and the models made of them.
+"""The values that a party holds for owners in a session, and the models made of them.
 
 A value is kept while anything needs it: its owner's lease, a model, a request that waits or runs. A sweep deletes the
 others, so nothing has to be undone where a put, a run or an owner ends half-way.
@@ -12,37 +12,37 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-import grpc
+from grpc import StatusCode
 
 from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.errors import Refused
 from flaxmpc.secure.deploy.kept import KeptShares
-from flaxmpc.secure.deploy.rpc import Refused
 from flaxmpc.secure.deploy.turns import Turns
 
 
 @dataclasses.dataclass(eq=False)
-class Model:
-    """A put of a model: what this party holds of it."""
+class HeldModel:
+    """One put of a model at this party; `weights` are the names of its values at the worker."""
 
     name: str
-    public: m.Model
+    public: m.PublicModel
     bundle: bytes
     weights: list[str]
-    programs: dict[str, m.Program]
+    programs: dict[str, m.ModelProgram]
 
     @classmethod
-    def of(cls, header: m.Publish, bundle: bytes) -> Model:
+    def of(cls, header: m.Publish, bundle: bytes) -> HeldModel:
         programs = {
-            name: m.Signature(program.inputs, program.outputs, program.batch, program.length)
+            name: m.PublicProgram(program.inputs, program.outputs, program.batch, program.length)
             for name, program in header.programs.items()
         }
-        public = m.Model(header.hash, m.digest(bundle), len(bundle), programs)
+        public = m.PublicModel(header.hash, m.digest(bundle), len(bundle), programs)
         return cls(header.name, public, bundle, [f"o.{name}" for name in header.weights], dict(header.programs))
 
 
 @dataclasses.dataclass
 class Lease:
-    """What an owner holds: values, and puts that are not served yet, by hash.
+    """An owner's hold on values, and on puts that are not served yet, by hash.
 
     It lasts while a call of the owner's is there, and until `ends`, by time.monotonic().
     """
@@ -50,14 +50,14 @@ class Lease:
     ends: float = 0.0
     calls: int = 0
     values: set[str] = dataclasses.field(default_factory=set)
-    staged: dict[str, Model] = dataclasses.field(default_factory=dict)
+    staged: dict[str, HeldModel] = dataclasses.field(default_factory=dict)
 
 
 class Held:
-    """A put is staged for its owner's lease, promised to party 0, served, and gone.
+    """What one session holds. A put is staged for its owner's lease, promised to party 0, served, and gone.
 
     Attributes:
-        models: that are served, by name.
+        models: those that are served, by name.
         wake: set when a sweep has something to do.
         closed: whether the session is lost.
     """
@@ -70,8 +70,8 @@ class Held:
         kept: KeptShares | None,
         lease_seconds: float,
     ):
-        """`call` gives the worker a command, `turns` are the requests, `kept` is this party's disk."""
-        self.models: dict[str, Model] = {}
+        """`call` gives the worker a command, `turns` has the requests, `kept` is this party's disk."""
+        self.models: dict[str, HeldModel] = {}
         self.wake = threading.Event()
         self._rank = rank
         self._call = call
@@ -82,11 +82,11 @@ class Held:
         self._stored: set[str] = set()
         self._doomed: set[str] = set()  # the worker has them until it was told to delete them
         self._leases: dict[str, Lease] = {}
-        self._promised: Model | None = None
+        self._promised: HeldModel | None = None
         self.closed = False
 
     def __len__(self) -> int:
-        """How many values the worker has."""
+        """The number of values at the worker."""
         return len(self._stored) + len(self._doomed)
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Held:
 
     @contextlib.contextmanager
     def attached(self, id_: str) -> Iterator[None]:
-        """A lease lasts meanwhile, and for its time after."""
+        """A lease lasts as long as the block, and its time after."""
         with self._lock:
             lease = self._renewed(id_)
             lease.calls += 1
@@ -111,7 +111,7 @@ class Held:
                 lease.ends = time.monotonic() + self._lease_seconds
 
     def end(self, lease: str) -> None:
-        """Its owner gives it back."""
+        """Ends a lease that its owner gives back."""
         with self._lock:
             self._end(lease)
             self._release()
@@ -123,24 +123,24 @@ class Held:
         self.add([name])
 
     def expect(self, lease: str, names: Iterable[str]) -> None:
-        """A lease's values that the worker is about to have, see `add`. Refused: a name that is taken."""
+        """Notes values of a lease that the worker is about to have (then `add`). Refused: a name is taken."""
         with self._lock:
             for name in set(names) & (self._stored | self._doomed):
-                raise self._refused(grpc.StatusCode.ALREADY_EXISTS, f"has a value {name!r} already")
+                raise self._refused(StatusCode.ALREADY_EXISTS, f"has a value {name!r} already")
             self._renewed(lease).values.update(names)
 
     def add(self, names: Iterable[str]) -> None:
-        """The worker has these values now."""
+        """Notes that the worker has these values now."""
         with self._lock:
             self._stored.update(names)
 
     def require(self, names: Iterable[str]) -> None:
-        """Refused: values that are not held, or that nothing needs any more."""
+        """Refused: some of the values are not held, or nothing needs them any more."""
         with self._lock:
             self._require(names)
 
     def forget(self, names: Iterable[str]) -> None:
-        """The owner needs these values, or staged puts by their hashes, no more."""
+        """Ends the owner's hold on values, by name, and on staged puts, by hash."""
         with self._lock:
             for lease in self._leases.values():
                 lease.values.difference_update(names)
@@ -170,12 +170,12 @@ class Held:
             Refused: weights that are not stored, or a hash that is not new.
             OSError: the disk can't hold it.
         """
-        model = Model.of(header, bundle)
+        model = HeldModel.of(header, bundle)
         self.require(model.weights)
         with self._lock:
             held = [*self.models.values(), *self._staged()]
             if any(header.hash == other.public.hash for other in held):
-                raise self._refused(grpc.StatusCode.ALREADY_EXISTS, f"has put {header.hash[:16]!r} already")
+                raise self._refused(StatusCode.ALREADY_EXISTS, f"has put {header.hash[:16]!r} already")
         try:
             if self._kept is not None:
                 shares = (m.Put(name, self._call(m.Fetch(f"o.{name}")).shares[0]) for name in header.weights)
@@ -189,9 +189,9 @@ class Held:
             raise
 
     def promise(self, hash_: str | None) -> None:
-        """Party 0 is about to switch to this put: it is kept without its lease, until the next promise.
+        """Keeps a put, without its lease, for party 0, which is about to switch to it; ends the promise before.
 
-        Refused: there is none. None: party 0 has thought better of it.
+        None only ends that. Refused: there is no such put.
         """
         with self._lock:
             self._check_open()
@@ -202,11 +202,11 @@ class Held:
                 lease = next((lease for lease in self._leases.values() if hash_ in lease.staged), None)
                 if lease is None:
                     reason = f"holds no put {hash_[:16]!r}: its owner was away"
-                    raise self._refused(grpc.StatusCode.FAILED_PRECONDITION, reason)
+                    raise self._refused(StatusCode.FAILED_PRECONDITION, reason)
                 self._promised = lease.staged.pop(hash_)
             self._release()
 
-    def switch(self, hash_: str | None) -> Model:
+    def switch(self, hash_: str | None) -> HeldModel:
         """The promised put takes the place of the one of its name, on disk and then in memory; returns it.
 
         Raises:
@@ -217,7 +217,7 @@ class Held:
             self._check_open()
             model = self._promised
             if model is None or model.public.hash != hash_:
-                raise self._refused(grpc.StatusCode.FAILED_PRECONDITION, "did not promise this put")
+                raise self._refused(StatusCode.FAILED_PRECONDITION, "did not promise this put")
             if self._kept is not None:
                 self._kept.commit(model.name, model.public.hash)
             self.models[model.name] = model
@@ -238,19 +238,19 @@ class Held:
         if header.hash != hash_:
             raise ValueError(f"holds put {header.hash[:16]}")
         check(header)
-        model = Model.of(header, bundle)
+        model = HeldModel.of(header, bundle)
         for weight in weights:
             self._call(m.Put(f"o.{weight.name}", weight.share))
             self.add([f"o.{weight.name}"])
         self.require(model.weights)
         self.models[name] = model
 
-    # With the lock.
+    # Those who call what follows have the lock.
 
     def _require(self, names: Iterable[str]) -> None:
         if missing := set(names) - self._stored:
             reason = f"holds {len(missing)} of the values no more: ask again, or put them again"
-            raise self._refused(grpc.StatusCode.FAILED_PRECONDITION, reason)
+            raise self._refused(StatusCode.FAILED_PRECONDITION, reason)
 
     def _renewed(self, id_: str) -> Lease:
         lease = self._leases.setdefault(id_, Lease())
@@ -262,31 +262,31 @@ class Held:
             for model in lease.staged.values():
                 self._discard(model)
 
-    def _staged(self) -> list[Model]:
+    def _staged(self) -> list[HeldModel]:
         promised = [self._promised] if self._promised is not None else []
         return [*promised, *(model for lease in self._leases.values() for model in lease.staged.values())]
 
     def _release(self) -> None:
-        """Something is needed no more."""
+        """Finds what is needed no more, and has it swept."""
         self._mark()
         if self._doomed:
             self.wake.set()
 
     def _mark(self) -> None:
-        """What nothing needs can't be used from now on."""
+        """Moves values that nothing needs to those that are swept: they can't be used from now on."""
         needed = self._turns.inputs()
         needed.update(*(lease.values for lease in self._leases.values()))
         needed.update(*(model.weights for model in (*self.models.values(), *self._staged())))
         self._doomed |= self._stored - needed
         self._stored &= needed
 
-    def _discard(self, model: Model) -> None:
+    def _discard(self, model: HeldModel) -> None:
         if self._kept is not None:
             self._kept.discard(model.name, model.public.hash)
 
     def _check_open(self) -> None:
         if self.closed:
-            raise self._refused(grpc.StatusCode.ABORTED, "started anew meanwhile")
+            raise self._refused(StatusCode.ABORTED, "started anew meanwhile")
 
-    def _refused(self, code: grpc.StatusCode, reason: str) -> Refused:
+    def _refused(self, code: StatusCode, reason: str) -> Refused:
         return Refused(code, f"party {self._rank} {reason}")

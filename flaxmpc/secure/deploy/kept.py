@@ -5,29 +5,28 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from nacl import bindings as sodium
+from nacl.exceptions import CryptoError
 
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 
 KEY_VARIABLE = "FLAXMPC_SHARES_KEY"
 
-_MAGIC = b"flaxmpc-shares-2"
-_SALT_BYTES = 32
+_MAGIC = b"flaxmpc-shares-3"
 _LENGTH_BYTES = 4
 _PIECE = 1 << 20
-_TAG_BYTES = 16
-# How a piece ends; the byte before it.
-_MORE, _RECORD, _FILE = b"\0", b"\1", b"\2"
+_TAG_BYTES = sodium.crypto_secretstream_xchacha20poly1305_ABYTES
+# How a piece ends.
+_MORE = sodium.crypto_secretstream_xchacha20poly1305_TAG_MESSAGE
+_RECORD = sodium.crypto_secretstream_xchacha20poly1305_TAG_PUSH
+_FILE = sodium.crypto_secretstream_xchacha20poly1305_TAG_FINAL
 
 _AGAIN = "remove the file and let the owner put the model again"
 
@@ -37,9 +36,8 @@ class KeptShares:
 
     MODEL.shares is the put that is served. MODEL.HASH.staged is one that may take its place, by a change of its name.
 
-    A file is records, in pieces of at most 1 MiB, each encrypted with AES-256-GCM under a key of the file's own:
-    HKDF-SHA256 of the party's key and a random salt. The nonce is the piece's number, and the ends of a record and of
-    the file are marked: nothing can be changed, reordered or cut.
+    A file is records, in pieces of at most 1 MiB, as one stream of libsodium (secretstream, XChaCha20-Poly1305). It
+    numbers the pieces and marks the ends of a record and of the file: nothing can be changed, reordered or cut.
 
     Attributes:
         models: hash of the put that is served, by name.
@@ -49,8 +47,8 @@ class KeptShares:
         """Makes the folder (mode 0700) if need be, and checks all that is in it.
 
         Args:
-            folder: of this party alone.
-            key: 32 bytes.
+            folder: this party's alone.
+            key: this party's, 32 bytes.
 
         Raises:
             ValueError: a file that is damaged, no regular one, renamed, or was written with another key.
@@ -73,10 +71,12 @@ class KeptShares:
 
     @classmethod
     def of(cls, cluster: ClusterFile, entry: PartyEntry) -> KeptShares | None:
-        """What cluster.toml says of a party. Takes the key from the environment, so that no child process has it.
+        """Opens a party's folder as cluster.toml says; None if it keeps nothing.
+
+        The key is taken out of the environment, so that no child process has it.
 
         Raises:
-            ValueError: no key, none of 64 hex digits, or one that nobody drew at random; or see above.
+            ValueError: no key, none of 64 hex digits, or one that nobody drew at random; or as `KeptShares` raises it.
         """
         text, source = os.environ.pop(KEY_VARIABLE, None), KEY_VARIABLE
         if entry.keep_shares is None:
@@ -109,13 +109,12 @@ class KeptShares:
         file = os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
         try:
             with file:
-                salt = secrets.token_bytes(_SALT_BYTES)
-                file.write(_MAGIC + salt)
-                cipher = self._cipher(salt)
+                stream = sodium.crypto_secretstream_xchacha20poly1305_state()
+                file.write(_MAGIC + sodium.crypto_secretstream_xchacha20poly1305_init_push(stream, self._key))
                 contents = itertools.chain((m.encode(header), bundle), (m.encode(weight) for weight in weights))
-                for number, (piece, mark) in enumerate(_pieces(contents, 2 + len(header.weights))):
-                    encrypted = cipher.encrypt(_nonce(number), piece, mark)
-                    file.write(mark + len(encrypted).to_bytes(_LENGTH_BYTES, "big") + encrypted)
+                for piece, mark in _pieces(contents, 2 + len(header.weights)):
+                    encrypted = sodium.crypto_secretstream_xchacha20poly1305_push(stream, piece, tag=mark)
+                    file.write(len(encrypted).to_bytes(_LENGTH_BYTES, "big") + encrypted)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, path)
@@ -124,13 +123,13 @@ class KeptShares:
             new.unlink(missing_ok=True)
 
     def commit(self, name: str, hash_: str) -> None:
-        """A staged put takes the place of the one that is served. OSError: it is not there, or the disk can't."""
+        """Puts a staged put in the place of the one that is served. OSError: it is not there, or the disk can't."""
         os.replace(self._path(name, hash_), self._path(name))
         self.models[name] = hash_
         self._sync()
 
     def discard(self, name: str, hash_: str) -> None:
-        """A staged put is not needed; it may be gone already."""
+        """Removes a staged put, which may be gone already."""
         with contextlib.suppress(OSError):  # then `sweep` does it
             self._path(name, hash_).unlink(missing_ok=True)
 
@@ -141,7 +140,7 @@ class KeptShares:
                 path.unlink()
 
     def read(self, name: str) -> tuple[m.Publish, bytes, Iterator[m.Put]]:
-        """What `stage` was given of the put that is served, the shares one by one.
+        """The put that is served, as `stage` was given it; the shares one by one.
 
         Raises:
             ValueError: damaged meanwhile, or of another version of flaxmpc.
@@ -162,49 +161,54 @@ class KeptShares:
         return header, next(records), (decode(m.Put) for _ in header.weights)
 
     def _records(self, path: Path) -> Iterator[bytes]:
-        """The decrypted records. ValueError: see above."""
+        """A file's records, decrypted. ValueError: it is damaged, no regular one, or of another key or version."""
         if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would be waited for
             raise ValueError(f"{path} is no regular file: remove it")
         with path.open("rb") as file:
-            magic, salt = file.read(len(_MAGIC)), file.read(_SALT_BYTES)
-            cipher = self._cipher(salt)
-            content, mark, number = [], _MORE, 0
-            while mark != _FILE:
-                mark, length = file.read(1), int.from_bytes(file.read(_LENGTH_BYTES), "big")
-                try:
-                    if magic != _MAGIC or length > _PIECE + _TAG_BYTES:
-                        raise InvalidTag
-                    content.append(cipher.decrypt(_nonce(number), file.read(length), mark))
-                    if mark == _FILE and file.read(1):
-                        raise InvalidTag
-                except (InvalidTag, ValueError) as error:
-                    reason = f"is damaged, or was written with another key: give the right key, or {_AGAIN}"
-                    raise ValueError(f"{path} {reason}") from error
-                number += 1
-                if mark != _MORE:
-                    yield b"".join(content)
-                    content = []
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise ValueError(f"{path} is of another version of flaxmpc, or is damaged: {_AGAIN}")
+            try:
+                yield from _decrypted(file, self._key)
+            except CryptoError as error:
+                reason = f"is damaged, or was written with another key: give the right key, or {_AGAIN}"
+                raise ValueError(f"{path} {reason}") from error
 
     def _path(self, name: str, staged: str | None = None) -> Path:
-        """Of the put of a model that is served, or of a staged one by its hash."""
+        """The file of the put of a model that is served, or of a staged one by its hash."""
         return self._folder / (f"{name}.shares" if staged is None else f"{name}.{staged}.staged")
 
     def _staged(self) -> list[Path]:
         return list(self._folder.glob("*.staged"))
 
     def _sync(self) -> None:
-        """New names of files are on disk, too."""
+        """Waits until new names of files are on disk, too."""
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
 
-    def _cipher(self, salt: bytes) -> AESGCM:
-        return AESGCM(HKDF(hashes.SHA256(), 32, salt, _MAGIC).derive(self._key))
+
+def _decrypted(file: BinaryIO, key: bytes) -> Iterator[bytes]:
+    """The records of a stream that has come to its header. CryptoError: it is not whole, or of another key."""
+    stream = sodium.crypto_secretstream_xchacha20poly1305_state()
+    header = file.read(sodium.crypto_secretstream_xchacha20poly1305_HEADERBYTES)
+    sodium.crypto_secretstream_xchacha20poly1305_init_pull(stream, header, key)
+    record, mark = bytearray(), _MORE
+    while mark != _FILE:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "big")
+        if length > _PIECE + _TAG_BYTES:
+            raise CryptoError("a piece is longer than any that is written")
+        piece, mark = sodium.crypto_secretstream_xchacha20poly1305_pull(stream, file.read(length))
+        record += piece
+        if mark == _FILE and file.read(1):
+            raise CryptoError("something follows the end")
+        if mark != _MORE:
+            yield bytes(record)
+            record.clear()
 
 
-def _pieces(records: Iterable[bytes], count: int) -> Iterator[tuple[bytes, bytes]]:
+def _pieces(records: Iterable[bytes], count: int) -> Iterator[tuple[bytes, int]]:
     """The pieces of `count` records, each with its mark."""
     for number, record in enumerate(records, 1):
         for start in range(0, max(1, len(record)), _PIECE):
@@ -213,10 +217,6 @@ def _pieces(records: Iterable[bytes], count: int) -> Iterator[tuple[bytes, bytes
 
 
 def _drawn(key: bytes) -> bool:
-    """Whether 32 bytes may be random: such, and the steps between them, have 30 different values, all but never 15."""
+    """Whether 32 bytes may be random: such, and the steps between them, all but never have 15 values or fewer."""
     steps = {(after - before) % 256 for before, after in itertools.pairwise(key)}
     return min(len({*key}), len(steps)) > 15
-
-
-def _nonce(number: int) -> bytes:
-    return number.to_bytes(12, "big")

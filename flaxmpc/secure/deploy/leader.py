@@ -1,7 +1,5 @@
 """Party 0's part: it forms the group, and gives every request its turn at all parties."""
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import contextlib
@@ -17,6 +15,7 @@ import grpc
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy import rpc
 from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.errors import STARTED_ANEW, Refused
 from flaxmpc.secure.deploy.session import Session, Sessions
 from flaxmpc.secure.deploy.turns import Request
 
@@ -25,21 +24,13 @@ _MOST_MISSED = 3  # looks in a row that a peer may miss
 
 
 class Leader:
-    """A thread that does one thing at a time."""
+    """A thread at party 0 that forms the group, and then runs requests, one thing at a time."""
 
-    def __init__(
-        self,
-        cluster: ClusterFile,
-        facts: m.Facts,
-        sessions: Sessions,
-        execute: Callable[[Session, Sequence[Request]], m.Answer],
-        log: Callable[..., None],
-    ):
-        """`execute` runs requests at this party, see `Host`."""
+    def __init__(self, cluster: ClusterFile, facts: m.Facts, sessions: Sessions, log: Callable[..., None]):
+        """ValueError: a certificate or key is not there."""
         self._cluster = cluster
         self._facts = facts
         self._sessions = sessions
-        self._execute = execute
         self._log = log
         self._timeout = cluster.timeout_seconds
         self._peers: Mapping[int, rpc.Peer] = {
@@ -54,7 +45,7 @@ class Leader:
         self._thread.start()
 
     def stop(self) -> None:
-        """After the running request; `join` waits for it."""
+        """Ends the thread after the running request; `join` waits for it."""
         self._stopping.set()
 
     def join(self) -> None:
@@ -69,17 +60,17 @@ class Leader:
             if (error := future.exception()) is None:
                 session.turns.came(request, rank)
             else:
-                session.turns.abandon(request, rpc.describe(self._cluster.party[rank], error))
+                session.turns.abandon(request, self._describe(rank, error))
 
         message = m.Turn(session.id, [request.key])
-        asked = {rank: peer.ask_later("has", message, self._timeout) for rank, peer in self._peers.items()}
+        asked = self._ask_later("has", message, self._timeout)
         for rank, future in asked.items():
             future.add_done_callback(functools.partial(told, rank))
-        # Of one that was given up the peers need not say any more whether it came.
+        # Once it has ended the peers need not say any more whether it came.
         request.answer.add_done_callback(lambda _: [future.cancel() for future in asked.values()])
 
     def commit(self, session: Session, hash_: str) -> None:
-        """A staged put takes the place of the one before, at all parties or at none.
+        """Puts a staged put in the place of the one before, at all parties or at none.
 
         Requests that were taken before keep their own put, so runs need not be waited for. First all parties promise to
         keep it, with its owner or without. Then party 0's disk decides, ahead of the others: a session begins with what
@@ -92,26 +83,26 @@ class Leader:
             try:
                 session.held.promise(hash_)
                 self._ask_peers("promise", m.Switch(session.id, hash_))
-            except rpc.Refused:
-                with contextlib.suppress(rpc.Refused):
+            except Refused:
+                with contextlib.suppress(Refused):
                     session.held.promise(None)
                     self._ask_peers("promise", m.Switch(session.id, None))
                 raise
             try:
                 model = session.held.switch(hash_)
                 self._ask_peers("switch", m.Switch(session.id, hash_))
-            except (rpc.Refused, OSError) as error:
+            except (Refused, OSError) as error:
                 reason = f"a put was half-way: {error}"
                 self._sessions.drop(session, reason)
-                raise rpc.Refused(grpc.StatusCode.ABORTED, f"{reason}; {rpc.STARTED_ANEW}") from error
+                raise Refused(grpc.StatusCode.ABORTED, f"{reason}; {STARTED_ANEW}") from error
             self._log("model", name=model.name, hash=hash_[:16], programs=sorted(model.programs))
 
     def _ask_peers(self, method: str, message: m.Message) -> None:
         """Asks all peers at the same time. Refused: one refused, or did not answer in time."""
-        asked = {rank: peer.ask_later(method, message, self._timeout) for rank, peer in self._peers.items()}
+        asked = self._ask_later(method, message, self._timeout)
         errors = {rank: error for rank, future in asked.items() if (error := future.exception()) is not None}
         for rank, error in errors.items():  # once all have ended
-            raise rpc.Refused(error.code(), rpc.describe(self._cluster.party[rank], error))
+            raise Refused(error.code(), self._describe(rank, error))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -135,58 +126,69 @@ class Leader:
             try:
                 self._take_turn(session, requests)
             except BaseException:
-                session.turns.end(requests, m.Answer(error=f"party 0 failed; {rpc.STARTED_ANEW}"))
+                session.turns.end(requests, m.Answer(error=f"party 0 failed; {STARTED_ANEW}"))
                 raise
 
     def _take_turn(self, session: Session, requests: Sequence[Request]) -> None:
-        def heard(rank: int, future: Any) -> None:
-            # A peer that can't go on leaves the others waiting in SPU: end that at once.
-            if future.cancelled():
-                return
-            if (error := future.exception()) is not None:
-                lost.setdefault(rank, rpc.describe(self._cluster.party[rank], error))
-            elif not (answer := rpc.decode(future.result(), m.Answer)).in_step:
-                lost.setdefault(rank, answer.error or "")
-            else:
-                return
-            self._sessions.drop(session, lost[rank])
-
-        def fail(reason: str) -> None:
-            self._sessions.drop(session, reason)
-            session.turns.end(requests, m.Answer(error=f"{reason}; {rpc.STARTED_ANEW}"))
-
+        """Runs requests at all parties; ends them, or the session if the parties are not in step any more."""
         lost: dict[int, str] = {}
         message = m.Turn(session.id, [request.key for request in requests], session.turns.keys())
-        asked = {rank: peer.ask_later("step", message) for rank, peer in self._peers.items()}
+        asked = self._ask_later("step", message)
         for rank, future in asked.items():
-            future.add_done_callback(functools.partial(heard, rank))
-        answer = self._execute(session, requests)
-        if not answer.in_step:  # the others would wait for this party until their time-out
+            future.add_done_callback(functools.partial(self._heard, session, lost, rank))
+        answer = self._sessions.run(session, requests)
+        failed = [answer.error] if answer.error else []
+        if answer.in_step:
+            failed += self._errors(asked, lost)
+        else:  # the others would wait for this party until their time-out
             for future in asked.values():
                 future.cancel()
-            fail(next(iter(lost.values()), answer.error or ""))
+            lost.setdefault(0, answer.error or "")
+        # It failed at some parties and not at others, or elsewhere: they hold different values now.
+        uneven = 0 < len(failed) <= len(self._peers) or len(set(failed)) > 1
+        if lost or uneven:
+            reason = [*lost.values(), *failed][0]
+            self._sessions.drop(session, reason)
+            session.turns.end(requests, m.Answer(error=f"{reason}; {STARTED_ANEW}"))
+        elif failed and len(requests) > 1:
+            session.turns.separate(requests)
+        else:
+            session.turns.end(requests, answer)
+
+    def _heard(self, session: Session, lost: dict[int, str], rank: int, future: Any) -> None:
+        """A peer that can't go on leaves the others waiting in SPU: ends that at once, and notes why in `lost`."""
+        if future.cancelled():
             return
-        failed = [answer.error] if answer.error else []
+        if (error := future.exception()) is not None:
+            lost.setdefault(rank, self._describe(rank, error))
+        elif not (answer := rpc.decode(future.result(), m.Answer)).in_step:
+            lost.setdefault(rank, answer.error or "")
+        else:
+            return
+        self._sessions.drop(session, lost[rank])
+
+    def _errors(self, asked: Mapping[int, Any], lost: dict[int, str]) -> list[str]:
+        """The errors that the peers answer with; in `lost`, why those do not go on that do not."""
+        errors = []
         end = time.monotonic() + self._timeout
         for rank, future in asked.items():
             try:
                 theirs = rpc.decode(future.result(timeout=max(0.1, end - time.monotonic())), m.Answer)
             except (grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError) as error:
                 future.cancel()
-                lost.setdefault(rank, rpc.describe(self._cluster.party[rank], error))
+                lost.setdefault(rank, self._describe(rank, error))
             else:
-                if not theirs.in_step:  # `heard` may come later
+                if not theirs.in_step:  # `_heard` may come later
                     lost.setdefault(rank, theirs.error or "")
-                failed += [theirs.error] if theirs.error else []
-        if lost:
-            fail(next(iter(lost.values())))
-        elif 0 < len(failed) <= len(self._peers) or len(set(failed)) > 1:
-            # It failed at some parties and not at others, or elsewhere: they hold different values now.
-            fail(failed[0])
-        elif failed and len(requests) > 1:
-            session.turns.separate(requests)
-        else:
-            session.turns.end(requests, answer)
+                errors += [theirs.error] if theirs.error else []
+        return errors
+
+    def _ask_later(self, method: str, message: m.Message, timeout: float | None = None) -> dict[int, Any]:
+        """Asks all peers at the same time; futures of the answers, by rank."""
+        return {rank: peer.ask_later(method, message, timeout) for rank, peer in self._peers.items()}
+
+    def _describe(self, rank: int, error: BaseException) -> str:
+        return rpc.describe(self._cluster.party[rank], error)
 
     def _form_group(self) -> None:
         """Starts a session at all parties; on failure the state says what is waited for."""
@@ -194,7 +196,7 @@ class Leader:
             try:
                 status = peer.ask("status", m.Empty(), m.Status, timeout=self._timeout)
             except grpc.RpcError as error:
-                self._sessions.wait_for(rpc.describe(self._cluster.party[rank], error))
+                self._sessions.wait_for(self._describe(rank, error))
                 return
             if difference := m.difference(self._facts, status.facts):
                 self._sessions.wait_for(f"party {rank} differs from party 0: {difference}")
@@ -202,7 +204,7 @@ class Leader:
         session_id = secrets.token_hex(16)
         chosen = self._sessions.chosen()
         message = m.Form(session_id, self._facts, dict(chosen))
-        asked = {rank: peer.ask_later("form", message) for rank, peer in self._peers.items()}
+        asked = self._ask_later("form", message)
         failures = []
         with concurrent.futures.ThreadPoolExecutor(1) as own:
             joined = own.submit(self._sessions.start, session_id, chosen)
@@ -210,13 +212,13 @@ class Leader:
                 try:
                     future.result(timeout=self._timeout + 15)
                 except (grpc.RpcError, grpc.FutureTimeoutError) as error:
-                    failures.append(rpc.describe(self._cluster.party[rank], error))
+                    failures.append(self._describe(rank, error))
                     break
             if failures:
                 self._sessions.give_up(session_id)
             try:
                 joined.result()
-            except rpc.Refused as error:
+            except Refused as error:
                 failures.append(str(error))
         if failures:
             if (session := self._sessions.live()) is not None:
@@ -232,7 +234,7 @@ class Leader:
                 self._missed[rank] += 1
                 if self._missed[rank] >= _MOST_MISSED:
                     self._missed.clear()
-                    self._sessions.drop(session, rpc.describe(self._cluster.party[rank], error))
+                    self._sessions.drop(session, self._describe(rank, error))
                     return
             else:
                 self._missed[rank] = 0

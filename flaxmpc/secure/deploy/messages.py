@@ -1,4 +1,4 @@
-"""What goes between owner, client, parties and a party's own worker: a declared schema in MessagePack, no pickle."""
+"""The messages between owner, client, parties and a party's own worker: a declared schema in MessagePack, no pickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Facts = dict[str, str]
 
 
 def check_name(name: str) -> None:
-    """ValueError: it can't be a model's."""
+    """ValueError: a model can't have this name."""
     try:
         msgspec.convert(name, Name)
     except msgspec.ValidationError as error:
@@ -27,7 +27,7 @@ def check_name(name: str) -> None:
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What all messages are."""
+    """The base of all messages."""
 
 
 T = TypeVar("T", bound=Message)
@@ -48,7 +48,7 @@ def digest(*parts: bytes) -> str:
 
 
 def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """What differs between two parties' facts, in one line; empty if nothing does."""
+    """The difference between two parties' facts in one line; empty if there is none."""
     keys = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     return ", ".join(f"{key} {theirs.get(key, 'none')[:40]!r} against {ours.get(key, 'none')[:40]!r}" for key in keys)
 
@@ -61,20 +61,16 @@ class Share(Message, frozen=True):
 
     @classmethod
     def pack(cls, share: Any) -> Share:
-        """From an spu Share."""
+        """Makes it of an spu Share."""
         return cls(share.meta, list(share.share_chunks))
 
     def unpack(self) -> Any:
-        """To an spu Share."""
+        """The spu Share that it is."""
         from spu import libspu
 
         share = libspu.Share()
         share.meta, share.share_chunks = self.meta, self.chunks
         return share
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.meta) + sum(map(len, self.chunks))
 
 
 class Array(Message, frozen=True):
@@ -85,16 +81,16 @@ class Array(Message, frozen=True):
     visibility: str = "secret"
 
 
-class Program(Message, frozen=True):
+class ModelProgram(Message, frozen=True):
     """A compiled function of a model's weights and a request's inputs.
 
     Attributes:
-        code: SPU's.
-        inputs: what a client shares, in order, after the weights.
-        outputs: what it gets.
-        batch, length: sentences, and tokens of each, for the parties' limits.
-        joint: the same function of several requests at once, by their number: the weights, the first's inputs, the
-            second's, and so on; the outputs likewise.
+        code: the function of one request, in SPU's language; it takes the weights, and then the inputs.
+        inputs: the arrays that a client shares.
+        outputs: the arrays that it gets.
+        batch, length: rows of a request, and size of a row, for the parties' limits.
+        joint: code of the same function of several requests at once, by their number: it takes the weights, the first's
+            inputs, the second's, and so on; the outputs likewise.
     """
 
     code: bytes
@@ -106,12 +102,12 @@ class Program(Message, frozen=True):
 
     @property
     def digest(self) -> str:
-        """Of all of it: what a party approves. The code says what weights it takes."""
+        """The hash of all of it, which a party approves. The code says what weights it takes."""
         return digest(encode(self))
 
 
-class Signature(Message, frozen=True):
-    """A Program without its code."""
+class PublicProgram(Message, frozen=True):
+    """A ModelProgram without its code."""
 
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
@@ -119,34 +115,35 @@ class Signature(Message, frozen=True):
     length: int
 
 
-class Model(Message, frozen=True):
-    """What a party says of a model that it holds shares of.
+class PublicModel(Message, frozen=True):
+    """A party's word on a model that it holds shares of.
 
     Attributes:
-        hash: of this put: weights with a salt, programs and bundle. Two puts of one model differ.
+        hash: the put's: a hash of its weights, its programs and their names, its bundle, and a salt that only the owner
+            knows. Two puts of the same model differ in it.
         bundle: hash of what clients need in the clear.
-        bundle_bytes: its size.
-        programs: by name.
+        bundle_bytes: size of the bundle.
+        programs: those that can be asked for, by name.
     """
 
     hash: str
     bundle: Digest
     bundle_bytes: int
-    programs: dict[str, Signature]
+    programs: dict[str, PublicProgram]
 
 
 class Empty(Message, frozen=True):
-    pass
+    """Nothing to say."""
 
 
 class Status(Message, frozen=True):
-    """How a party is: `state` is "ready" when its group has formed, else what it waits for."""
+    """A party's state: "ready" when its group has formed, else what it waits for; and the models that it serves."""
 
     rank: int
     session: str
     state: str
     facts: Facts
-    models: dict[str, Model]
+    models: dict[str, PublicModel]
 
 
 class Piece(Message, frozen=True):
@@ -161,19 +158,21 @@ class Piece(Message, frozen=True):
 
 
 class Names(Message, frozen=True):
+    """Values, puts or models that something is asked of, by their names."""
+
     session: str
     names: list[Name]
 
 
 class Stored(Message, frozen=True):
-    """Header of a stream of values, held for an owner's lease."""
+    """The header of a stream of values, which are held for an owner's lease."""
 
     session: str
     lease: Name
 
 
-class Lease(Message, frozen=True):
-    """The owner needs what it holds under this name as long as it waits for the answer; or, at its end, no more."""
+class KeepLease(Message, frozen=True):
+    """The owner needs what its lease holds as long as it waits for the answer; or no more, where the lease `ends`."""
 
     session: str
     lease: Name
@@ -191,17 +190,17 @@ class Publish(Message, frozen=True):
     name: Name
     hash: Name
     weights: list[Name]
-    programs: dict[Name, Program]
+    programs: dict[Name, ModelProgram]
 
 
 class Switch(Message, frozen=True):
-    """A put takes the place of the one before. The owner asks party 0, and that the others; none: not after all."""
+    """A put takes the place of the one before. The owner asks party 0, and that the others; None: not after all."""
 
     session: str
     hash: Name | None
 
 
-class Run(Message, frozen=True):
+class RunProgram(Message, frozen=True):
     """The owner runs a program on what it stored, and keeps the outputs there for its lease."""
 
     session: str
@@ -222,6 +221,8 @@ class Infer(Message, frozen=True):
 
 
 class OpProfile(Message, frozen=True):
+    """The cost of one operation in a run, at one party."""
+
     count: int
     seconds: float
     bytes_sent: int
@@ -229,13 +230,13 @@ class OpProfile(Message, frozen=True):
 
 
 class Answer(Message, frozen=True):
-    """How a run ended at one party.
+    """The end of a run at one party.
 
     Attributes:
-        error: in one line; None if it went well.
+        error: what went wrong, in one line; None if it went well.
         in_step: whether the party still agrees with the others on where they are.
-        shares: of the outputs, for the client that asked.
-        seconds, bytes_sent, rounds, ops: what it cost at this party.
+        shares: those of the outputs, for the client that asked.
+        seconds, bytes_sent, rounds, ops: the cost at this party.
     """
 
     error: str | None = None
@@ -256,11 +257,11 @@ class Form(Message, frozen=True):
 
 
 class Key(Message, frozen=True):
-    """Which request: an id is its caller's own.
+    """The name of a request at all parties.
 
     Attributes:
         caller: the common name of the certificate that it came with; every party reads that for itself.
-        id: what the caller calls it.
+        id: the caller's own name for it.
     """
 
     caller: str

@@ -1,4 +1,4 @@
-"""What an operator sees of a party: lines of JSON, /health and /metrics."""
+"""The operator's view of a party: lines of JSON, /health and /metrics."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
+
+import prometheus_client as prometheus
 
 from flaxmpc.secure.deploy.cluster import PartyEntry, split
 
+prometheus.disable_created_metrics()  # else every counter comes with a series that says when it began
+
 
 def log(event: str, **fields: Any) -> None:
-    """One line of JSON on standard error. Never a share, an input or a result."""
+    """Writes a line of JSON to standard error. Never a share, an input or a result."""
     record = {"time": round(time.time(), 3), "event": event, **fields}
     sys.stderr.write(json.dumps(record, default=str) + "\n")  # in one: threads log at once
     sys.stderr.flush()
 
 
 def limited(log: Callable[..., None], most: int = 20, seconds: float = 60.0) -> Callable[..., None]:
-    """`log` for what others cause: of every event at most so many lines in so many seconds.
+    """Makes of `log` one for what others cause: at most so many lines of every event in so many seconds.
 
     The first line after that says in `left_out` how many there were more.
     """
@@ -46,7 +50,75 @@ def limited(log: Callable[..., None], most: int = 20, seconds: float = 60.0) -> 
     return line
 
 
+_COUNTERS = {
+    "requests": "Requests that ended",
+    "failures": "Requests that ended with an error",
+    "runs": "Secure runs; several requests may share one",
+    "run_seconds": "Seconds of all runs",
+    "bytes_sent": "Bytes that this party sent to the others in all runs",
+    "rounds": "Rounds of all runs",
+    "sessions": "Sessions that began",
+    "sessions_lost": "Sessions that ended because a party was lost",
+}
+
+
+class Metrics:
+    """The counters of a party since its start, and its state, as /metrics says them."""
+
+    def __init__(self, state: Callable[[], str], held: Callable[[], tuple[int, int]]):
+        """Nothing is counted yet.
+
+        Args:
+            state: "ready", or what the party waits for.
+            held: the number of requests that wait or run, and of values that are held.
+        """
+        self.state = state
+        self.registry = prometheus.CollectorRegistry()
+        place: dict[str, Any] = {"namespace": "flaxmpc", "registry": self.registry}
+        self._counters = {name: prometheus.Counter(name, told, **place) for name, told in _COUNTERS.items()}
+        for name, told, value in (
+            ("ready", "1 when the group has formed, else 0", lambda: state() == "ready"),
+            ("queue", "Requests that wait or run", lambda: held()[0]),
+            ("values", "Values that are held for owners", lambda: held()[1]),
+        ):
+            prometheus.Gauge(name, told, **place).set_function(value)
+
+    def count(self, **more: float) -> None:
+        """Adds to counters, by name."""
+        for name, value in more.items():
+            self._counters[name].inc(value)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    timeout = 10  # seconds for what a client says
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, _Server)
+        metrics = self.server.metrics
+        if self.path == "/health":
+            state = metrics.state()
+            self._reply(200 if state == "ready" else 503, "application/json", json.dumps({"state": state}).encode())
+        elif self.path == "/metrics":
+            self._reply(200, prometheus.CONTENT_TYPE_LATEST, prometheus.generate_latest(metrics.registry))
+        else:
+            self._reply(404, "text/plain", b"/health or /metrics\n")
+
+    def _reply(self, code: int, kind: str, content: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
 class _Server(http.server.ThreadingHTTPServer):
+    def __init__(self, address: str, metrics: Metrics):
+        self.metrics = metrics
+        self.address_family = socket.AF_INET6 if "[" in address else socket.AF_INET
+        super().__init__(split(address), _Handler)
+
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return super().get_request()
@@ -55,52 +127,16 @@ class _Server(http.server.ThreadingHTTPServer):
             raise
 
 
-def serve_monitor(
-    entry: PartyEntry, state: Callable[[], str], values: Callable[[], Mapping[str, float]]
-) -> http.server.ThreadingHTTPServer | None:
-    """/health and /metrics (Prometheus text) on the party's loopback address for them, if it has one.
-
-    Args:
-        entry: the party's.
-        state: "ready", or what it waits for.
-        values: by name; a name that ends in _total counts up.
+def serve_monitor(entry: PartyEntry, metrics: Metrics) -> http.server.ThreadingHTTPServer | None:
+    """Serves /health and /metrics (Prometheus text) on the party's loopback address for them, if it has one.
 
     Raises:
         OSError: the port is taken.
     """
     if entry.metrics is None:
         return None
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = 10  # seconds for what a client says
-
-        def do_GET(self) -> None:
-            now = state()
-            if self.path == "/health":
-                self._reply(200 if now == "ready" else 503, "application/json", json.dumps({"state": now}))
-            elif self.path == "/metrics":
-                lines = []
-                for name, value in {"ready": int(now == "ready"), **values()}.items():
-                    kind = "counter" if name.endswith("_total") else "gauge"
-                    lines += [f"# TYPE flaxmpc_{name} {kind}", f"flaxmpc_{name} {value}"]
-                self._reply(200, "text/plain; version=0.0.4", "\n".join(lines) + "\n")
-            else:
-                self._reply(404, "text/plain", "/health or /metrics\n")
-
-        def _reply(self, code: int, kind: str, text: str) -> None:
-            self.send_response(code)
-            self.send_header("Content-Type", kind)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    class Server(_Server):
-        address_family = socket.AF_INET6 if "[" in entry.metrics else socket.AF_INET
-
     try:
-        server = Server(split(entry.metrics), Handler)
+        server = _Server(entry.metrics, metrics)
     except OSError as error:
         raise OSError(f"party {entry.rank} can't listen on its metrics {entry.metrics}: {error.strerror}") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,6 +1,4 @@
-"""What a process that holds shares, keys or texts keeps to itself."""
-
-from __future__ import annotations
+"""Keeps the memory of a process that holds shares, keys or inputs to itself."""
 
 import ctypes
 import os
@@ -11,7 +9,7 @@ _PR_SET_DUMPABLE = 4
 
 
 def hide_memory() -> None:
-    """A crash leaves no core file, and other processes of this user may not look into this one (Linux).
+    """Sees that a crash leaves no core file, and that this user's other processes don't look into this one (Linux).
 
     A limit of core files is not enough: Linux does not ask it where cores go to a program.
     Processes that this one starts have the limit, and look after the rest themselves.

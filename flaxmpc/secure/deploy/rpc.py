@@ -1,88 +1,33 @@
-"""gRPC between owner, clients and parties: who may ask what, and how errors read. TLS is in front of it, see `Gate`."""
+"""gRPC between owner, clients and parties, from the callers' side: one party, all parties, and how errors read.
 
-from __future__ import annotations
+TLS is in front of a party's gRPC, see `Gate`; what it serves is in `flaxmpc.secure.deploy.server`.
+"""
 
-import contextlib
 import itertools
-import logging
+import queue
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import grpc
 import msgspec
 
+from flaxmpc.secure._spu import SecureError
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy.calls import Call, Calls, Refused, Watch
 from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, PartyEntry
-from flaxmpc.secure.deploy.gate import Caller, Inner
 
-if TYPE_CHECKING:
-    from flaxmpc.secure.deploy.host import Host
-
-_SERVICE = "flaxmpc.Party"
-_PIECE = 1 << 20
-_MESSAGE = 2 << 20  # the largest that a party takes; what is larger goes in pieces
-_HEADROOM = 1 << 20  # of an answer, beside the shares in it
-_QUEUED = 1024  # calls that wait to be looked at; they come and go faster than that
-_IDLE_MS = 600_000  # a connection without calls ends after; callers connect again
-_AGE_MS = 3_600_000  # and every other one: its certificate is looked at again
-
-STARTED_ANEW = "the parties started anew: shares that they don't keep on disk are gone: ask again, or put them again"
+SERVICE = "flaxmpc.Party"
+LARGEST_MESSAGE = 2 << 20  # bytes that a party takes; what is larger goes in pieces
+_HEADROOM = 1 << 20  # bytes of an answer beside the shares in it
 
 
-T = TypeVar("T", bound=m.Message)
-
-
-class Method(NamedTuple):
-    """Who may call it, and its messages.
-
-    A stream follows the message where `stream` says "in" or "out". One that `waits` is given the Call. A caller may
-    have `most` of it at a time, where that is fewer than calls_per_client.
-    """
-
-    roles: frozenset[str]
-    message: type[m.Message]
-    stream: str = ""
-    waits: bool = False
-    most: int | None = None
-
-
-_ANY, _OWNER, _CLIENT, _LEADER = (
-    frozenset(roles.split()) for roles in ("owner client party leader", "owner", "owner client", "leader")
-)
-METHODS = {
-    "status": Method(_ANY, m.Empty),
-    "store": Method(_OWNER, m.Stored, "in"),
-    "fetch": Method(_OWNER, m.Names),
-    "delete": Method(_OWNER, m.Names),
-    "lease": Method(_OWNER, m.Lease, waits=True),
-    "publish": Method(_OWNER, m.Publish, "in"),
-    "commit": Method(_OWNER, m.Switch),
-    "run": Method(_OWNER, m.Run, "in", waits=True),
-    "bundle": Method(_CLIENT, m.Names, "out", most=2),
-    "infer": Method(_CLIENT, m.Infer, "in", waits=True),
-    "form": Method(_LEADER, m.Form),
-    "has": Method(_LEADER, m.Turn, waits=True),
-    "step": Method(_LEADER, m.Turn),
-    "promise": Method(_LEADER, m.Switch),
-    "switch": Method(_LEADER, m.Switch),
-}
-
-
-def decode(content: bytes, kind: type[T]) -> T:
+def decode(content: bytes, kind: type[m.T]) -> m.T:
     """A message of the schema; msgspec.DecodeError for anything else."""
     return msgspec.msgpack.decode(content, type=kind)
 
 
-def pieces(name: str, content: bytes, meta: bytes | None = None) -> Iterator[m.Piece]:
-    """`content` in a stream; at least one piece."""
-    for start in range(0, max(1, len(content)), _PIECE):
-        yield m.Piece(name, content[start : start + _PIECE], meta if start == 0 else None)
-
-
-def _options(cluster: ClusterFile, largest_received: int) -> list[tuple[str, Any]]:
+def channel_options(cluster: ClusterFile, largest_received: int) -> list[tuple[str, Any]]:
+    """gRPC's settings at both ends; `largest_received`: bytes of a message that comes to this end."""
     alive = int(cluster.timeout_seconds * 1000 / 2)
     return [
         ("grpc.max_receive_message_length", largest_received),
@@ -108,13 +53,19 @@ def _largest(cluster: ClusterFile) -> int:
 
 
 class Peer:
-    """A party, as owner, client or another party reach it; the party proves with its certificate which one it is.
+    """A connection to a party, which proves with its certificate that it is that party.
 
-    Other parties reach it at its link.
+    Attributes:
+        entry: the party's.
+        bytes_sent: bytes of the messages to it so far, before TLS.
     """
 
     def __init__(self, cluster: ClusterFile, identity: PartyEntry | Identity, entry: PartyEntry):
-        """ValueError: a certificate or key is not there."""
+        """Connects when it is first used; to the party's link where `identity` is another party's, else to its control.
+
+        Raises:
+            ValueError: a certificate or key is not there.
+        """
         self.entry = entry
         credentials = grpc.ssl_channel_credentials(
             cluster.read_file(cluster.ca),
@@ -123,19 +74,20 @@ class Peer:
         )
         party = isinstance(identity, PartyEntry)
         options = [
-            *_options(cluster, _MESSAGE if party else _largest(cluster)),
+            *channel_options(cluster, LARGEST_MESSAGE if party else _largest(cluster)),
             ("grpc.ssl_target_name_override", entry.name),
         ]
         self._channel = grpc.secure_channel(f"dns:///{entry.link if party else entry.control}", credentials, options)
         self.bytes_sent = 0
 
     def ask_later(self, method: str, message: m.Message, timeout: float | None = None) -> Any:
-        """A grpc.Future of the answer's bytes."""
+        """Sends a message; a grpc.Future of the answer's bytes."""
         content = m.encode(message)
         self.bytes_sent += len(content)
-        return self._channel.unary_unary(f"/{_SERVICE}/{method}").future(content, timeout=timeout)
+        return self._channel.unary_unary(f"/{SERVICE}/{method}").future(content, timeout=timeout)
 
-    def ask(self, method: str, message: m.Message, kind: type[T], timeout: float | None = None) -> T:
+    def ask(self, method: str, message: m.Message, kind: type[m.T], timeout: float | None = None) -> m.T:
+        """The answer to a message; grpc.RpcError if there is none."""
         return decode(self.ask_later(method, message, timeout).result(), kind)
 
     def send_later(self, method: str, message: m.Message, stream: Iterable[m.Piece]) -> Any:
@@ -147,15 +99,72 @@ class Peer:
                 self.bytes_sent += len(content)
                 yield content
 
-        return self._channel.stream_unary(f"/{_SERVICE}/{method}").future(contents())
+        return self._channel.stream_unary(f"/{SERVICE}/{method}").future(contents())
 
     def receive(self, method: str, message: m.Message) -> Iterator[m.Piece]:
         """The stream that answers a message."""
-        for content in self._channel.unary_stream(f"/{_SERVICE}/{method}")(m.encode(message)):
+        for content in self._channel.unary_stream(f"/{SERVICE}/{method}")(m.encode(message)):
             yield decode(content, m.Piece)
 
     def close(self) -> None:
         self._channel.close()
+
+
+class Peers(list[Peer]):
+    """The parties by rank. Each of its methods raises SecureError if one of them can't be reached or refuses."""
+
+    def __init__(self, cluster: ClusterFile, identity: Identity):
+        """ValueError: a certificate or key is not there."""
+        super().__init__(Peer(cluster, identity, entry) for entry in cluster.party)
+        self._timeout = cluster.timeout_seconds
+
+    def close(self) -> None:
+        """Closes the connections."""
+        for peer in self:
+            peer.close()
+
+    def ask(self, method: str, message: m.Message, kind: type[m.T]) -> list[m.T]:
+        """Every party's answer to a message, within the cluster's timeout_seconds."""
+        return self.gather([peer.ask_later(method, message, self._timeout) for peer in self], kind)
+
+    def statuses(self) -> list[m.Status]:
+        """Every party's state and models."""
+        return self.ask("status", m.Empty(), m.Status)
+
+    def send(self, method: str, header: m.Message, streams: Sequence[Iterable[m.Piece]], kind: type[m.T]) -> list[m.T]:
+        """Sends every party the same header and a stream of its own; waits as long as the answers take."""
+        sent = zip(self, streams, strict=True)
+        return self.gather([peer.send_later(method, header, stream) for peer, stream in sent], kind)
+
+    def gather(self, futures: Sequence[Any], kind: type[m.T]) -> list[m.T]:
+        """The answers to calls of the first parties; at the first error, of a call or in an answer, the others end too.
+
+        They might not end by themselves: a request that party 0 has given up waits at the others.
+        """
+        ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        for rank, future in enumerate(futures):
+            future.add_done_callback(lambda future, rank=rank: ended.put((rank, future)))
+        answers: dict[int, m.T] = {}
+        try:
+            while len(answers) < len(futures):
+                rank, future = ended.get()
+                if future.exception() is not None:
+                    rank, error = _failure(futures)
+                    raise SecureError(describe(self[rank].entry, error)) from error
+                answer = answers[rank] = decode(future.result(), kind)
+                if isinstance(answer, m.Answer) and answer.error is not None:
+                    raise SecureError(answer.error)
+        finally:
+            for future in futures:
+                future.cancel()
+        return [answers[rank] for rank in range(len(futures))]
+
+
+def _failure(futures: Sequence[Any]) -> tuple[int, Any]:
+    """Place and error of a call that failed; a party that refuses says more than one that can't be reached."""
+    done = [(rank, future.exception()) for rank, future in enumerate(futures) if future.done()]
+    failed = [(rank, error) for rank, error in done if error is not None]
+    return min(failed, key=lambda each: each[1].code() is grpc.StatusCode.UNAVAILABLE)
 
 
 def describe(entry: PartyEntry, error: BaseException) -> str:
@@ -170,11 +179,8 @@ def describe(entry: PartyEntry, error: BaseException) -> str:
         case grpc.StatusCode.UNAVAILABLE if "RST_STREAM" in details:
             return f"{where} did not take the call: too many of this connection were under way, or it is stopping"
         case grpc.StatusCode.UNAVAILABLE:
-            reason = (
-                "its TLS certificate or ours is refused: "
-                if re.search("SSL|handshak|erification|Unwrap", details)
-                else ""
-            )
+            refused = re.search("SSL|handshak|erification|Unwrap", details)
+            reason = "its TLS certificate or ours is refused: " if refused else ""
             return f"{where} can't be reached: {reason}{details}"
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return f"{where} did not answer in time"
@@ -182,98 +188,3 @@ def describe(entry: PartyEntry, error: BaseException) -> str:
             return f"{where} ended the call, which stood still for too long: {details}"
         case _:
             return details if details.startswith("party") else f"{where}: {details}"
-
-
-def _check(host: Host, caller: Caller | None, name: str, method: Method) -> Caller:
-    """Who calls. Refused: not this method, or not at all."""
-    cluster = host.cluster
-    role = caller.role if caller is not None else ""
-    if caller is None or role not in method.roles:
-        raise Refused(grpc.StatusCode.PERMISSION_DENIED, f"a {role or 'stranger'} may not ask for {name!r}")
-    if role == "client" and cluster.clients is not None and caller.name not in cluster.clients:
-        reason = f"{caller.name!r} is not one of the clients that {cluster.path.name} allows"
-        raise Refused(grpc.StatusCode.PERMISSION_DENIED, reason)
-    if caller.expires < time.time():
-        ended = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(caller.expires))
-        reason = f"the certificate of {caller.name!r} ended at {ended} by the clock of party {host.rank}"
-        raise Refused(grpc.StatusCode.UNAUTHENTICATED, reason)
-    return caller
-
-
-def serve(
-    host: Host, inner: Inner, calls: Calls, *, streams: int, threads: int, log: Callable[..., None]
-) -> grpc.Server:
-    """Starts one of a party's servers.
-
-    Args:
-        host: what is served.
-        inner: is told where, and knows who calls.
-        calls: how many at a time.
-        streams: calls of one connection at a time; more of them wait at the caller.
-        threads: as many as calls may wait, and some more to refuse others.
-        log: of what is refused, limited in rate.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    watch = Watch(host.cluster.timeout_seconds)
-
-    @contextlib.contextmanager
-    def guarded(name: str, method: Method, context: grpc.ServicerContext) -> Iterator[Call]:
-        caller = inner.caller(context.peer())
-        who = {"method": name, "caller": caller.name if caller else "", "role": caller.role if caller else ""}
-        try:
-            caller = _check(host, caller, name, method)
-            with calls.one(caller, name, method.most):
-                yield Call(caller, context)
-        except Refused as error:
-            if context.is_active():
-                log("refused", **who, reason=str(error))
-            context.abort(error.code, str(error))
-        except msgspec.MsgspecError as error:
-            log("refused", **who, reason="not of the schema")
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not of the schema: {error}")
-
-    def handler(name: str, method: Method) -> grpc.RpcMethodHandler:
-        target = getattr(host, name)
-
-        # A message by itself is taken as a stream of one: it is not read before it is known who sends it.
-        def answer(contents: Iterable[bytes], context: grpc.ServicerContext) -> bytes:
-            with guarded(name, method, context) as call:
-                received = watch.each(context, contents)
-                arguments: list[Any] = [decode(next(received, b""), method.message)]
-                if method.stream == "in":
-                    arguments.append(decode(content, m.Piece) for content in received)
-                if method.waits:
-                    arguments.append(call)
-                return m.encode(target(*arguments))
-
-        def stream(contents: Iterable[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-            with guarded(name, method, context):
-                message = decode(next(watch.each(context, contents), b""), method.message)
-                for piece in target(message):
-                    with watch.over(context):
-                        yield m.encode(piece)
-
-        if method.stream == "out":
-            return grpc.stream_stream_rpc_method_handler(stream)
-        return grpc.stream_unary_rpc_method_handler(answer)
-
-    logging.getLogger("grpc").setLevel(logging.CRITICAL)  # an aborted call is logged here already
-    options = [
-        *_options(host.cluster, _MESSAGE),
-        ("grpc.max_concurrent_streams", streams),
-        ("grpc.http2.bdp_probe", 0),  # else a caller that sends fast is granted ever more that is sent unread
-        ("grpc.http2.lookahead_bytes", _MESSAGE),
-        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message may inflate to a large one
-        ("grpc.server_handshake_timeout_ms", int(host.cluster.timeout_seconds * 1000)),
-        ("grpc.max_connection_idle_ms", _IDLE_MS),
-        ("grpc.max_connection_age_ms", _AGE_MS),
-        ("grpc.max_connection_age_grace_ms", _AGE_MS),
-    ]
-    most = threads + _QUEUED
-    server = grpc.server(ThreadPoolExecutor(threads), options=options, maximum_concurrent_rpcs=most)
-    handlers = {name: handler(name, method) for name, method in METHODS.items()}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
-    inner.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"  # behind a gate
-    server.start()
-    return server

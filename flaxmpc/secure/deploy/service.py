@@ -1,7 +1,5 @@
 """The process of a computing host: its ports, its signals, its end."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import os
@@ -11,7 +9,7 @@ from collections.abc import Callable
 
 import grpc
 
-from flaxmpc.secure.deploy import rpc
+from flaxmpc.secure.deploy import server
 from flaxmpc.secure.deploy.calls import Calls
 from flaxmpc.secure.deploy.cluster import split
 from flaxmpc.secure.deploy.gate import EACH, GRPC, LINK, Gate, Inner, by_certificate, by_name, make_room, tls
@@ -40,7 +38,7 @@ async def _serve(host: Host) -> None:
         await host.tunnel.start()
         for port, gate in gates.items():
             await _listen(host, port, gate)
-        monitor = serve_monitor(host.entry, host.state, host.metrics)
+        monitor = serve_monitor(host.entry, host.metrics)
         if host.leader is not None:
             host.leader.start()
         inner = [callers.address, parties.address]
@@ -92,7 +90,7 @@ def _servers(host: Host, callers: Inner, parties: Inner, log: Callable[..., None
         """`each`: calls of one caller; `reserved`: callers who are no clients."""
         threads = clients + reserved * each + _SPARE_THREADS
         # Of a call that was cancelled the stream lasts a little longer: those must not keep out the next.
-        return rpc.serve(host, inner, Calls(each, clients), streams=2 * each, threads=threads, log=log)
+        return server.start(host, inner, Calls(each, clients), streams=2 * each, threads=threads, log=log)
 
     limits = host.cluster.limits
     return [
@@ -112,5 +110,5 @@ async def _listen(host: Host, port: str, gate: Gate) -> None:
 
 def _finish(host: Host, servers: list[grpc.Server]) -> None:
     host.stop()
-    for ended in [server.stop(grace=1) for server in servers]:
+    for ended in [each.stop(grace=1) for each in servers]:
         ended.wait()

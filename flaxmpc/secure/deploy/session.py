@@ -1,34 +1,34 @@
-"""A party's sessions, one at a time: a worker that joined the others', and the shares in it."""
+"""A party's sessions, one at a time: a worker that joined the others', the shares in it, and what it runs."""
 
-from __future__ import annotations
-
-import collections
+import dataclasses
 import socket
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 
-import grpc
+from grpc import StatusCode
 
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy.child import WorkerLost, WorkerProcess
+from flaxmpc.secure.deploy.child import WorkerProcess
 from flaxmpc.secure.deploy.cluster import ClusterFile
+from flaxmpc.secure.deploy.errors import STARTED_ANEW, Refused, WorkerLost
 from flaxmpc.secure.deploy.held import Held
 from flaxmpc.secure.deploy.kept import KeptShares
-from flaxmpc.secure.deploy.rpc import STARTED_ANEW, Refused
+from flaxmpc.secure.deploy.monitor import Metrics
 from flaxmpc.secure.deploy.tunnel import Tunnel
-from flaxmpc.secure.deploy.turns import Turns
+from flaxmpc.secure.deploy.turns import Request, Turns, command
 
 _POLL = 1.0  # seconds between sweeps while nothing asks for one
 
 
+@dataclasses.dataclass(eq=False)
 class Session:
-    """What lasts until a party is lost."""
+    """A worker in a group of workers, and what hangs on it; it lasts until one of them is lost."""
 
-    def __init__(self, id_: str, worker: WorkerProcess, turns: Turns, held: Held):
-        self.id = id_
-        self.worker = worker
-        self.turns = turns
-        self.held = held
+    id: str
+    worker: WorkerProcess
+    turns: Turns
+    held: Held
 
 
 class Sessions:
@@ -45,11 +45,11 @@ class Sessions:
         facts: m.Facts,
         tunnel: Tunnel,
         log: Callable[..., None],
-        metrics: collections.Counter[str],
+        metrics: Metrics,
         kept: KeptShares | None,
-        load: Callable[[Session, Mapping[str, str], KeptShares], None],
+        check: Callable[[m.Publish], None],
     ):
-        """`load` serves puts, by the model's name, in a new session from `kept`, this party's disk, if it has one."""
+        """`kept` is the party's disk, if it keeps shares; `check` refuses a put there that may not be served now."""
         self.state = "starting"
         self._cluster = cluster
         self._rank = rank
@@ -58,7 +58,7 @@ class Sessions:
         self._log = log
         self._metrics = metrics
         self._kept = kept
-        self._load = load
+        self._check = check
         self._lock = threading.Lock()
         self._forming = threading.Lock()
         self._joining: WorkerProcess | None = None
@@ -77,24 +77,24 @@ class Sessions:
         """The session of that id. Refused: there is none, or another."""
         session = self.live()
         if session is None:
-            raise Refused(grpc.StatusCode.UNAVAILABLE, f"party {self._rank} is not ready: {self.state}")
+            raise Refused(StatusCode.UNAVAILABLE, f"party {self._rank} is not ready: {self.state}")
         if session.id != wanted:
-            raise Refused(grpc.StatusCode.ABORTED, STARTED_ANEW)
+            raise Refused(StatusCode.ABORTED, STARTED_ANEW)
         return session
 
-    def call(self, session: Session, command: m.Command) -> m.Answer:
-        """A command that takes no turn. Refused: the worker was lost, or says that the command is wrong."""
+    def call(self, session: Session, order: m.Command) -> m.Answer:
+        """The worker's answer to a command that takes no turn. Refused: it was lost, or calls the command wrong."""
         try:
-            answer = session.worker.call(command, self._cluster.timeout_seconds)
+            answer = session.worker.call(order, self._cluster.timeout_seconds)
         except WorkerLost as error:
             self.drop(session, f"party {self._rank} lost its worker")
-            raise Refused(grpc.StatusCode.ABORTED, f"{error}; {STARTED_ANEW}") from error
+            raise Refused(StatusCode.ABORTED, f"{error}; {STARTED_ANEW}") from error
         if answer.error is not None:
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, answer.error)
+            raise Refused(StatusCode.INVALID_ARGUMENT, answer.error)
         return answer
 
     def chosen(self) -> Mapping[str, str]:
-        """The puts that this party's disk says are served, by the model's name."""
+        """Hashes of the puts that are served, as this party's disk says, by the model's name."""
         return dict(self._kept.models) if self._kept is not None else {}
 
     def drop(self, session: Session, reason: str) -> None:
@@ -107,8 +107,30 @@ class Sessions:
             self.state = f"the group starts anew: {reason}"
         session.worker.kill()
         self._log("session_lost", session=session.id[:8], reason=reason)
-        self._metrics["sessions_lost_total"] += 1
-        session.turns.close(Refused(grpc.StatusCode.ABORTED, f"{reason}; {STARTED_ANEW}"))
+        self._metrics.count(sessions_lost=1)
+        session.turns.close(Refused(StatusCode.ABORTED, f"{reason}; {STARTED_ANEW}"))
+
+    def run(self, session: Session, requests: Sequence[Request]) -> m.Answer:
+        """Runs requests together at this party, in step with the others; without any says so to them."""
+        start = time.perf_counter()
+        facts = {**self._facts, "session": session.id}
+        bound = self._cluster.limits.run_seconds
+        try:
+            answer = session.worker.call(command(requests, facts) if requests else m.Execute(None), bound)
+        except WorkerLost as error:
+            late = time.perf_counter() - start > bound
+            reason = f"the run took longer than run_seconds {bound}" if late else str(error)
+            self.drop(session, f"party {self._rank} lost its worker: {reason}")
+            answer = m.Answer(error=f"party {self._rank}: {reason}", in_step=False)
+        if answer.error is None:
+            # Here, and not where the owner is answered, who may be gone.
+            session.held.add(name for request in requests if request.given is None for name in request.outputs)
+        if requests:
+            seconds = time.perf_counter() - start
+            self._metrics.count(runs=1, run_seconds=seconds, bytes_sent=answer.bytes_sent, rounds=answer.rounds)
+            told = {"seconds": round(seconds, 3), "error": answer.error, "bytes_sent": answer.bytes_sent}
+            self._log("run", what=requests[0].what, requests=len(requests), **told)
+        return answer
 
     def start(self, session_id: str, chosen: Mapping[str, str]) -> None:
         """A new worker joins the others' in a session that begins with the `chosen` puts. Refused: it can't."""
@@ -116,31 +138,10 @@ class Sessions:
         with self._forming:
             if self._session is not None:
                 self.drop(self._session, "party 0 started a session")
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                own = f"127.0.0.1:{free.getsockname()[1]}"
-            addresses = tuple(self._tunnel.entrances.get(rank, own) for rank in range(len(self._cluster.party)))
-            self._tunnel.link = own
-            worker = self._joining = WorkerProcess(self._cluster.parties_beside(self._rank))
-            if session_id == self._given_up:
-                worker.kill()
-            config, timeout = self._cluster.config, self._cluster.timeout_seconds
-            join = m.Join(
-                addresses, self._rank, session_id, config.protocol, config.ring, config.fraction_bits,
-                config.exp_mode, int(timeout * 1000), self._facts,
-            )  # fmt: skip
-            error = None
-            try:
-                error = worker.call(join, timeout + 10).error  # 10 s: loading SPU
-            except WorkerLost as lost:
-                error = str(lost)
-            self._joining = None
-            if error is not None:
-                worker.kill()
-                self.state = error
-                self._log("join_failed", reason=error)
-                raise Refused(grpc.StatusCode.UNAVAILABLE, f"party {self._rank} could not join the others: {error}")
+            worker = self._join(session_id)
             turns = Turns.of(self._cluster, self._rank)
-            held = Held(self._rank, lambda command: self.call(session, command), turns, self._kept, timeout)
+            seconds = self._cluster.timeout_seconds
+            held = Held(self._rank, lambda order: self.call(session, order), turns, self._kept, seconds)
             session = Session(session_id, worker, turns, held)
             if self._kept is not None:
                 self._load(session, chosen, self._kept)
@@ -148,8 +149,47 @@ class Sessions:
                 self._session = session
                 self.state = "ready"
             threading.Thread(target=self._sweep, args=(session,), name="sweep", daemon=True).start()
-            self._metrics["sessions_total"] += 1
+            self._metrics.count(sessions=1)
             self._log("session", session=session_id[:8], worker=worker.pid)
+
+    def _join(self, session_id: str) -> WorkerProcess:
+        """A new worker that has joined the others'. Refused: it could not."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            own = f"127.0.0.1:{free.getsockname()[1]}"
+        addresses = tuple(self._tunnel.entrances.get(rank, own) for rank in range(len(self._cluster.party)))
+        self._tunnel.link = own
+        worker = self._joining = WorkerProcess(self._cluster.parties_beside(self._rank))
+        if session_id == self._given_up:
+            worker.kill()
+        config, timeout = self._cluster.config, self._cluster.timeout_seconds
+        join = m.Join(
+            addresses, self._rank, session_id, config.protocol, config.ring, config.fraction_bits,
+            config.exp_mode, int(timeout * 1000), self._facts,
+        )  # fmt: skip
+        try:
+            error = worker.call(join, timeout + 10).error  # 10 s: loading SPU
+        except WorkerLost as lost:
+            error = str(lost)
+        self._joining = None
+        if error is not None:
+            worker.kill()
+            self.state = error
+            self._log("join_failed", reason=error)
+            raise Refused(StatusCode.UNAVAILABLE, f"party {self._rank} could not join the others: {error}")
+        return worker
+
+    def _load(self, session: Session, chosen: Mapping[str, str], kept: KeptShares) -> None:
+        """Serves the `chosen` puts in a session; one that is not whole, or not allowed any more, is left out."""
+        for name in kept.models.keys() - chosen.keys():
+            self._log("kept_shares_left_out", name=name, reason="party 0 keeps none of this model")
+        for name, hash_ in chosen.items():
+            try:
+                session.held.load(name, hash_, self._check)
+            except (ValueError, OSError, Refused) as error:
+                self._log("kept_shares_left_out", name=name, hash=hash_[:16], reason=str(error))
+            else:
+                self._log("kept_shares", name=name, hash=hash_[:16])
+        kept.sweep()
 
     def _sweep(self, session: Session) -> None:
         """Deletes what nothing needs, soon after, as long as the session lasts."""
@@ -172,7 +212,7 @@ class Sessions:
             worker.kill()
 
     def wait_for(self, reason: str) -> None:
-        """Says, once, what is waited for."""
+        """Sets the state, and logs it if it is new."""
         state = f"waiting: {reason}"
         if state != self.state:
             self._log("waiting", reason=reason)

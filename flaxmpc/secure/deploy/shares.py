@@ -1,10 +1,8 @@
-"""What a share must be, exactly, before SPU sees it.
+"""Checks that a share is exactly what it must be before SPU sees it.
 
 SPU believes what comes with a share. It computes with the shape that it finds there, whatever the program takes, and
 copies all bytes that were sent into memory for as many as were announced.
 """
-
-from __future__ import annotations
 
 import functools
 import math
@@ -46,7 +44,7 @@ _DTYPES = {f"DT_{element.upper().replace('UI', 'U')}": dtype for element, dtype 
 
 
 class _Kind(NamedTuple):
-    """What does not depend on a value's shape; `item_bytes` is of an element, at one party."""
+    """Fields of a share that do not depend on its shape; `item_bytes` are those of an element, at one party."""
 
     data_type: Any
     visibility: Any
@@ -56,7 +54,7 @@ class _Kind(NamedTuple):
 
 @functools.cache
 def _kind(dtype: str, visibility: str, config: Config) -> _Kind:
-    """As SPU makes it. ValueError: no such dtype or visibility, or one that does not fit into the ring."""
+    """The fields as SPU makes them. ValueError: no such dtype or visibility, or one that doesn't fit into the ring."""
     spu = load_spu()
     if dtype not in _DTYPES.values():
         raise ValueError(f"its dtype is {brief(dtype)}, not one of {', '.join(_DTYPES.values())}")
@@ -76,33 +74,33 @@ def _check_visibility(visibility: str) -> None:
 
 
 def num_bytes(array: m.Array, config: Config) -> int:
-    """Of one party's share of an array, without what frames it. ValueError: a shape or dtype that is not shared."""
+    """Bytes of one party's share of an array, without what frames it. ValueError: its shape or dtype is not shared."""
     return _num_elements(array.shape) * _kind(array.dtype, array.visibility, config).item_bytes
 
 
 def _num_elements(shape: Sequence[int]) -> int:
-    """SPU's own product of the dimensions may wrap."""
+    """The product of the dimensions, where SPU's own might wrap. ValueError: no array that is shared has them."""
     if len(shape) > _MAX_DIMS or min(shape, default=0) < 0 or math.prod(dim or 1 for dim in shape) > _MAX_ELEMENTS:
         raise ValueError(f"its shape is {brief(tuple(shape))}, which no array has that is shared")
     return math.prod(shape)
 
 
 def check(share: m.Share, array: m.Array | None, config: Config) -> None:
-    """That a share is byte for byte what SPU makes of an array, but for the secret bytes themselves.
+    """Checks that a share is byte for byte what SPU makes of an array, but for the secret bytes themselves.
 
     Args:
         share: one party's.
-        array: what it must be of; None: of what it says itself.
-        config: of the parties.
+        array: the array that it must be a share of; None: the one that it says itself.
+        config: the parties' settings.
 
     Raises:
-        ValueError: it is not; one line with what of it, how it is, and how it must be.
+        ValueError: it is not; one line with the part, how it is, and how it must be.
     """
     array = array or described(share.meta)
     kind = _kind(array.dtype, array.visibility, config)
     needed = load_spu().ValueMeta()
     needed.data_type, needed.visibility, needed.storage_type = kind.data_type, kind.visibility, kind.storage_type
-    if array.shape:  # of a scalar SPU writes none
+    if array.shape:  # SPU writes none for a scalar
         needed.shape = list(array.shape)
     if share.meta != needed.SerializeToString():
         _compare(_FIELDS, _parsed(share.meta), needed)
@@ -110,14 +108,14 @@ def check(share: m.Share, array: m.Array | None, config: Config) -> None:
 
 
 def check_result(shares: Sequence[m.Share], array: m.Array | None, config: Config) -> None:
-    """That all parties' shares of one result belong together, and can be opened.
+    """Checks that all parties' shares of one result belong together, and can be opened.
 
     What a program computes is stored in more ways than what is shared: as bits too, and as few as it takes.
 
     Args:
-        shares: of every party, in order.
-        array: what the result is, if that is known; it may be public.
-        config: of the parties.
+        shares: every party's, by rank.
+        array: the result's shape and dtype, if they are known; it may be public.
+        config: the parties' settings.
 
     Raises:
         ValueError: they do not; one line with the party.
@@ -142,11 +140,7 @@ def check_result(shares: Sequence[m.Share], array: m.Array | None, config: Confi
 
 
 def described(meta: bytes) -> m.Array:
-    """What array a share's meta is of.
-
-    Raises:
-        ValueError: of none that is shared.
-    """
+    """The array that a share's meta describes. ValueError: it is none that is shared."""
     found = _parsed(meta)
     shape, dtype = tuple(found.shape.dims), _DTYPES.get(_name(found.data_type))
     _num_elements(shape)
@@ -166,7 +160,7 @@ def _parsed(meta: bytes) -> Any:
 
 
 def _is_readable(meta: bytes) -> bool:
-    """Whether its text is text. Where it is not, SPU's parser writes a line to standard error, however often."""
+    """Whether a meta's text is text: where it is not, SPU's parser writes a line to standard error, however often."""
     try:
         fields = UnknownFieldSet(Empty.FromString(meta))
     except DecodeError:
@@ -182,7 +176,7 @@ def _parsed_chunk(chunk: bytes) -> Any:
 
 
 def _name(value: Any) -> str:
-    """Of a value of SPU's enumerations, which may be a number that has no name."""
+    """The name of a value of SPU's enumerations, which may be a number that has none."""
     return str(int(value)) if value.name == "???" else value.name
 
 
@@ -210,7 +204,7 @@ def _compare(fields: Mapping[str, Callable[[Any], Any]], found: Any, needed: Any
 
 
 def _check_chunks(chunks: Sequence[bytes], total: int) -> None:
-    """That they hold `total` bytes as SPU parts them, and nothing else."""
+    """Checks that chunks hold `total` bytes as SPU parts them, and nothing else."""
     count = -(-total // CHUNK_BYTES)
     if len(chunks) != count:
         raise ValueError(f"it has {len(chunks)} chunks, not {count} with {total} bytes")

@@ -1,4 +1,4 @@
-"""What a compiled program takes and gives.
+"""Reads from a compiled program what it takes and gives.
 
 SPU runs a program on whatever it is given, and reads past the end of its results where more are named.
 """
@@ -19,14 +19,14 @@ _TYPE = re.compile(r"tensor<((?:\d{1,18}x)*)(?:!pphlo\.secret<(\w+)>|(\w+))>")
 
 
 class Signature(NamedTuple):
-    """Arrays that a program takes, and that it gives."""
+    """The arrays that a program takes, and those that it gives."""
 
     inputs: tuple[m.Array, ...]
     outputs: tuple[m.Array, ...]
 
     @classmethod
     def of(cls, code: bytes) -> Signature:
-        """Of code as SPU's compiler writes it, whose main function begins in the second line.
+        """Reads it from code as SPU's compiler writes it: its main function begins in the second line.
 
         Raises:
             ValueError: it is not such code, or has types that are not shared.
@@ -60,7 +60,7 @@ def _array(text: str) -> m.Array:
 
 
 def differing(what: str, given: Sequence[m.Array], needed: Sequence[m.Array], *, visibility: bool = True) -> str:
-    """How arrays are not those that are needed, in one line; empty if they are."""
+    """The first difference between arrays and those that are needed, in one line; empty if there is none."""
     if len(given) != len(needed):
         return f"{len(given)} {what}s, {len(needed)} are needed"
     for i, (one, other) in enumerate(zip(given, needed, strict=True)):
@@ -73,15 +73,15 @@ def _said(array: m.Array) -> str:
     return f"{array.visibility} {array.dtype} {array.shape}"
 
 
-def check_program(program: m.Program, num_weights: int, most_bytes: int, config: Config) -> None:
-    """That a model's program is what it says, and that its shares are at most `most_bytes` at a party.
+def check_program(program: m.ModelProgram, num_weights: int, most_bytes: int, config: Config) -> None:
+    """Checks that a model's program is what it says, and that its shares are at most `most_bytes` at a party.
 
     Raises:
         ValueError: it is not; one line.
     """
     for array in (*program.inputs, *program.outputs):
         if array.shape[:1] != (program.batch,):
-            raise ValueError(f"it is for {program.batch} sentences, but has an array of {array.shape}")
+            raise ValueError(f"it is for {program.batch} rows, but has an array of {array.shape}")
     for i, array in enumerate(program.inputs):
         if array.visibility != "secret":
             raise ValueError(f"input {i} is {array.visibility[:20]!r}: what clients send is secret")

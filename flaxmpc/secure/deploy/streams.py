@@ -1,26 +1,33 @@
-"""What is too large for one message goes as pieces after it: how they are made, and how they are read within limits."""
+"""Sends what is too large for one message as pieces after it, and reads them within limits."""
 
-from __future__ import annotations
-
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import grpc
 import msgspec
+from grpc import StatusCode
 
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy.rpc import Refused, pieces
+from flaxmpc.secure.deploy.errors import Refused
+from flaxmpc.secure.deploy.shares import CHUNK_BYTES
 
-_MOST_CHUNKS = 64  # of a share; SPU's have 128 MiB
+_PIECE = 1 << 20  # bytes
+_MOST_CHUNKS = 64  # a share has so many; SPU's have 128 MiB
 _MOST_META = 4096  # bytes
 
 
 def frame_bytes(size: int) -> int:
     """The most that SPU writes around a share of so many bytes."""
-    return 64 * (1 + size // (128 << 20))
+    return 64 * (1 + size // CHUNK_BYTES)
+
+
+def pieces(name: str, content: bytes, meta: bytes | None = None) -> Iterator[m.Piece]:
+    """The pieces of a content, at least one."""
+    for start in range(0, max(1, len(content)), _PIECE):
+        yield m.Piece(name, content[start : start + _PIECE], meta if start == 0 else None)
 
 
 def of_shares(shares: Mapping[str, m.Share]) -> Iterator[m.Piece]:
-    """The pieces of shares, by name. That of an empty array has no chunks, and goes as an empty one."""
+    """The pieces of shares, by name. An empty array's share has no chunks, and goes as an empty one."""
     for name, share in shares.items():
         for chunk in share.chunks or [b""]:
             yield from pieces(name, chunk, share.meta)
@@ -36,32 +43,27 @@ def shares(stream: Iterable[m.Piece], most: Callable[[str], int]) -> Iterator[m.
     """The shares of a stream, one after another; no more is held than the one that is being read.
 
     Args:
-        stream: see `of_shares`.
-        most: bytes of the share of a name; may refuse the name.
+        stream: pieces as `of_shares` makes them.
+        most: says how many bytes the share of a name may have; may refuse the name.
 
     Raises:
         Refused: a share that is larger, or has no meta or too much of it.
     """
-    name, meta, chunks, limit = None, b"", list[bytearray](), 0
-    for piece in stream:
-        if piece.name != name:
-            if name is not None:
-                yield m.Put(name, m.Share(meta, [bytes(chunk) for chunk in chunks if chunk]))
-            limit = most(piece.name)
-            name, meta, chunks = piece.name, b"", []
-        if piece.meta is not None:
-            meta = piece.meta
-            chunks.append(bytearray())
-        if not chunks:
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "a share must begin with its meta")
-        if len(meta) > _MOST_META or len(chunks) > _MOST_CHUNKS:
-            had = f"{len(meta)} bytes of meta and {len(chunks)} chunks"
-            reason = f"the share of {name!r} has {had}, more than {_MOST_META} or {_MOST_CHUNKS}"
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, reason)
-        chunks[-1] += piece.content
-        if sum(map(len, chunks)) > limit:
-            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the share of {name!r} is larger than {limit} bytes")
-    if name is not None:
+    for name, group in itertools.groupby(stream, key=lambda piece: piece.name):
+        limit, meta, chunks = most(name), b"", list[bytearray]()
+        for piece in group:
+            if piece.meta is not None:
+                meta = piece.meta
+                chunks.append(bytearray())
+            if not chunks:
+                raise Refused(StatusCode.INVALID_ARGUMENT, "a share must begin with its meta")
+            if len(meta) > _MOST_META or len(chunks) > _MOST_CHUNKS:
+                had = f"{len(meta)} bytes of meta and {len(chunks)} chunks"
+                reason = f"the share of {name!r} has {had}, more than {_MOST_META} or {_MOST_CHUNKS}"
+                raise Refused(StatusCode.INVALID_ARGUMENT, reason)
+            chunks[-1] += piece.content
+            if sum(map(len, chunks)) > limit:
+                raise Refused(StatusCode.RESOURCE_EXHAUSTED, f"the share of {name!r} is larger than {limit} bytes")
         yield m.Put(name, m.Share(meta, [bytes(chunk) for chunk in chunks if chunk]))
 
 
@@ -69,10 +71,10 @@ def contents(stream: Iterable[m.Piece], count: int, most: int, what: str) -> lis
     """All contents of a stream.
 
     Args:
-        stream: see `of_contents`.
-        count: how many there are.
+        stream: pieces as `of_contents` makes them.
+        count: the number of contents.
         most: bytes of all together.
-        what: they are, for the message.
+        what: names them in the message.
 
     Raises:
         Refused: another number of contents, or larger ones.
@@ -84,33 +86,33 @@ def contents(stream: Iterable[m.Piece], count: int, most: int, what: str) -> lis
             place += 1
         if piece.name != str(place) or place == count:
             reason = f"piece {piece.name!r} is not of the {count} contents, in their order"
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, reason)
+            raise Refused(StatusCode.INVALID_ARGUMENT, reason)
         left -= len(piece.content)
         if left < 0:
-            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{what} has more than max_request_bytes {most}")
+            raise Refused(StatusCode.RESOURCE_EXHAUSTED, f"{what} has more than max_request_bytes {most}")
         found[place] += piece.content
     if place != count - 1:
-        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"{place + 1} contents, {count} are needed")
+        raise Refused(StatusCode.INVALID_ARGUMENT, f"{place + 1} contents, {count} are needed")
     return [bytes(content) for content in found]
 
 
 def of_model(header: m.Publish, bundle: bytes) -> tuple[m.Publish, list[bytes]]:
     """A model as it is sent: the header without the programs' code, and the contents that follow it."""
     codes = [code for program in header.programs.values() for code in (program.code, *program.joint.values())]
-    empty = {
-        name: msgspec.structs.replace(program, code=b"", joint=dict.fromkeys(program.joint, b""))
-        for name, program in header.programs.items()
-    }
-    return msgspec.structs.replace(header, programs=empty), [*codes, bundle]
+    return _with_codes(header, itertools.repeat(b"")), [*codes, bundle]
 
 
 def model(header: m.Publish, stream: Iterable[m.Piece], most: int) -> tuple[m.Publish, bytes]:
-    """The model and its bundle, see `of_model`; `most`: bytes of its contents. Refused: see `contents`."""
+    """The model and its bundle, as `of_model` sent them, of at most so many bytes. Refused: as by `contents`."""
     count = sum(1 + len(program.joint) for program in header.programs.values()) + 1
     *codes, bundle = contents(stream, count, most, f"model {header.name!r}")
-    each = iter(codes)
-    whole = {
-        name: msgspec.structs.replace(program, code=next(each), joint={number: next(each) for number in program.joint})
+    return _with_codes(header, iter(codes)), bundle
+
+
+def _with_codes(header: m.Publish, codes: Iterator[bytes]) -> m.Publish:
+    """A model's header with other code in its programs."""
+    programs = {
+        name: msgspec.structs.replace(program, code=next(codes), joint={count: next(codes) for count in program.joint})
         for name, program in header.programs.items()
     }
-    return msgspec.structs.replace(header, programs=whole), bundle
+    return msgspec.structs.replace(header, programs=programs)

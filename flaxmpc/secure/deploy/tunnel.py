@@ -5,8 +5,6 @@ connects to a local entrance per peer, which goes on over TLS to the peer's publ
 peer's link. Each side accepts just the other's certificate.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket
@@ -14,26 +12,26 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from flaxmpc.secure.deploy.cluster import ClusterFile
-from flaxmpc.secure.deploy.connection import Plain, Secure, accept, connect, relay
+from flaxmpc.secure.deploy.connection import Plain, Secure, Tasks, accept, connect, relay
 from flaxmpc.secure.deploy.gate import LINK, Caller, fingerprints, tls
 
 
-class Tunnel:
-    """One party's end.
+class Tunnel(Tasks):
+    """One party's end of the ways to all others, and the connections there.
 
     Attributes:
         link: the worker's loopback address, where peers come out; changes with every session.
-        entrances: loopback HOST:PORT that leads to a peer, by rank.
+        entrances: loopback addresses HOST:PORT that lead to the peers, by rank.
     """
 
     def __init__(self, cluster: ClusterFile, rank: int, log: Callable[..., None]):
-        """Reads the certificates; `log`: of what fails, limited in rate. ValueError: one is not there, or is none."""
+        """Reads the certificates. `log`, limited in rate, is told of what fails. ValueError: one can't be read."""
+        super().__init__()
         self._peers = {entry.rank: entry for entry in cluster.party if entry.rank != rank}
         self._pinned: Mapping[int, bytes] = fingerprints(cluster)
         self._context = tls(cluster, cluster.party[rank], ssl.PROTOCOL_TLS_CLIENT, LINK)
         self._timeout = cluster.timeout_seconds
         self._log = log
-        self._tasks: set[asyncio.Task[None]] = set()
         self.link: str | None = None
         self.entrances: dict[int, str] = {}
 
@@ -43,23 +41,11 @@ class Tunnel:
             listener = socket.create_server(("127.0.0.1", 0))
             host, port = listener.getsockname()
             self.entrances[rank] = f"{host}:{port}"
-            self._spawn(self._accept(rank, listener))
-
-    def _spawn(self, work) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def close(self) -> None:
-        """Ends all connections."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            self.spawn(self._accept(rank, listener))
 
     @contextlib.asynccontextmanager
     async def connected(self, _: Caller) -> AsyncIterator[Plain]:
-        """Where a peer that came in through the gate goes on. OSError: the worker is not there."""
+        """The worker's end of a connection that a peer made through the gate. OSError: the worker is not there."""
         if self.link is None:
             raise OSError("this party is in no session")
         with contextlib.closing(Plain(await asyncio.wait_for(connect(self.link), self._timeout))) as end:
@@ -72,7 +58,7 @@ class Tunnel:
 
         with listener:
             async for connection in accept(listener, full):
-                self._spawn(self._go_out(rank, connection))
+                self.spawn(self._go_out(rank, connection))
 
     async def _go_out(self, rank: int, connection: socket.socket) -> None:
         with contextlib.closing(Plain(connection)) as here:

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import grpc
+import msgspec
+from grpc import StatusCode
 
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile
-from flaxmpc.secure.deploy.rpc import Refused
+from flaxmpc.secure.deploy.errors import Refused
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,16 +23,22 @@ class Request:
     """One party's part of what an owner or a client asks.
 
     Attributes:
-        key: the same at all parties; its caller is the one whose certificate the request came with.
-        what: for the log.
+        key: the request's name, the same at all parties; its caller is read from the certificate that it came with.
+        what: the model and the program, or "run" for an owner's. Requests of one `what` and `model` may run together;
+            the log says it too.
         model: hash of the model's put; empty for an owner's run.
-        codes: the program, by the number of requests that it serves at once.
-        inputs: names of values that the party holds.
-        outputs: names of its outputs; where shares are `given`, of this request alone.
-        given: shares of the rest of its inputs; they, and the outputs, are not kept but answered.
-        takes: what each that is given must be.
-        gives: what each output is, where they are answered.
-        answer: how it ended, once it has.
+        codes: code of the program, by the number of requests that it serves at once.
+        inputs: names of the values that the party holds.
+        outputs: names of the outputs; where shares are `given`, they are this request's alone.
+        given: shares of the rest of the inputs; they and the outputs are not kept, the answer has the outputs.
+        takes: the arrays that the given shares must be of.
+        gives: the arrays that the outputs are, where the answer has them.
+        answer: the end of the request, once it has ended.
+        number: place in the order in which requests came.
+        came: the time when it came.
+        peers: ranks of the others that have it too; known to party 0 only.
+        named: the time when party 0 spoke of it last; known to the others only.
+        alone: whether it must run alone, since it failed with others.
     """
 
     key: m.Key
@@ -44,25 +51,25 @@ class Request:
     takes: Sequence[m.Array] = ()
     gives: Sequence[m.Array] = ()
     answer: concurrent.futures.Future[m.Answer] = dataclasses.field(default_factory=concurrent.futures.Future)
-    number: int = 0  # in the order in which they came
+    number: int = 0
     came: float = 0.0
-    peers: set[int] = dataclasses.field(default_factory=set)  # that have it too; known to party 0 only
-    named: float | None = None  # when party 0 spoke of it last; known to the others only
+    peers: set[int] = dataclasses.field(default_factory=set)
+    named: float | None = None
     alone: bool = False
 
     @property
     def kind(self) -> tuple[str, str]:
-        """Requests of one kind can run together."""
+        """What requests have in common that can run together."""
         return self.model, self.what
 
     def end(self, answer: m.Answer) -> None:
-        """The first end counts."""
+        """Ends the request, if it has not ended yet."""
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             self.answer.set_result(answer)
 
 
 def command(requests: Sequence[Request], facts: m.Facts) -> m.Execute:
-    """What the worker runs for requests of one kind; all parties must have the same `facts`, and these requests.
+    """The worker's command for requests of one kind; all parties must have the same `facts`, and these requests.
 
     What lasts as long as the run has names by the requests' places in it: nobody else's word is in them.
     """
@@ -93,7 +100,7 @@ def command(requests: Sequence[Request], facts: m.Facts) -> m.Execute:
 
 
 class Turns:
-    """A session's requests. Each of those who ask gets a turn after the other, however many requests each has."""
+    """A session's requests. Those who ask get turns one after the other, however many requests each of them has."""
 
     def __init__(
         self,
@@ -107,12 +114,12 @@ class Turns:
         """No request yet.
 
         Args:
-            limit: the most that wait or run. Who has n of them is let in only while more than n places are free: there
-                is room for those who have none.
-            each: the most of one caller.
+            limit: requests that wait or run at most. Who has n of them is let in only while more than n places are
+                free: there is room for those who have none.
+            each: requests of one caller at most.
             patience: seconds after which a request ends that party 0 does not name; None at party 0.
             mixed: whether requests of several callers may run together.
-            clock: in seconds.
+            clock: the time, in seconds.
         """
         self._limit = limit
         self._each = each
@@ -130,7 +137,7 @@ class Turns:
 
     @classmethod
     def of(cls, cluster: ClusterFile, rank: int) -> Turns:
-        """Those of a party.
+        """A party's, as cluster.toml bounds them.
 
         A program that gives one request's rows to another serves only whom it can't hurt, unless the party approved it.
         """
@@ -145,26 +152,26 @@ class Turns:
         return len(self._waiting) + len(self._running)
 
     def add(self, request: Request) -> None:
-        """Refused: too many wait, its id is not new, or no more are taken."""
+        """Takes a request. Refused: too many wait, its id is not new, or no more are taken."""
         with self._changed:
             if self._closed:
                 raise Refused(self._closed.code, str(self._closed))
             held = [each.key for each in (*self._waiting.values(), *self._running)]
             if request.key in held:
-                raise Refused(grpc.StatusCode.ALREADY_EXISTS, f"request {request.key.id} is known already")
+                raise Refused(StatusCode.ALREADY_EXISTS, f"request {request.key.id} is known already")
             own = sum(key.caller == request.key.caller for key in held)
             if own >= self._each:
                 reason = f"{request.key.caller} has {own} requests here, the most that one may have: ask again later"
-                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+                raise Refused(StatusCode.RESOURCE_EXHAUSTED, reason)
             if own >= self._limit - len(self):
-                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{len(self)} requests wait: try again later")
+                raise Refused(StatusCode.RESOURCE_EXHAUSTED, f"{len(self)} requests wait: try again later")
             self._came += 1
             request.number, request.came = self._came, self._clock()
             self._waiting[request.key] = request
             self._changed.notify_all()
 
     def wait(self, request: Request) -> m.Answer:
-        """How a request ends."""
+        """Waits for the end of a request."""
         while True:
             try:
                 return request.answer.result(self._patience)
@@ -172,7 +179,7 @@ class Turns:
                 self.expire()
 
     def abandon(self, request: Request, reason: str) -> None:
-        """It will not have a turn. If it runs already, so be it."""
+        """Ends a request that waits; one that runs already runs on."""
         with self._changed:
             if self._waiting.get(request.key) is request:
                 del self._waiting[request.key]
@@ -180,19 +187,19 @@ class Turns:
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Who waits here looks again whether to wait."""
+        """Has those who wait here look again whether to wait."""
         with self._changed:
             self._changed.notify_all()
 
     def keys(self) -> list[m.Key]:
-        """Of the requests that wait."""
+        """The names of the requests that wait."""
         with self._changed:
             return list(self._waiting)
 
     # At party 0.
 
     def came(self, request: Request, rank: int) -> None:
-        """Party `rank` has it too."""
+        """Notes that party `rank` has the request too."""
         with self._changed:
             request.peers.add(rank)
             self._changed.notify_all()
@@ -221,7 +228,7 @@ class Turns:
     # At the others.
 
     def has(self, key: m.Key, timeout: float, gone: threading.Event) -> bool:
-        """Whether a request came here within `timeout` seconds, and before party 0 was `gone`, see `wake`."""
+        """Waits for a request, `timeout` seconds at most or until party 0 is `gone` (then `wake`); whether it came."""
         with self._changed:
             self._changed.wait_for(lambda: key in self._waiting or self._closed or gone.is_set(), timeout)
             if key in self._waiting:
@@ -229,9 +236,9 @@ class Turns:
             return key in self._waiting
 
     def named(self, keys: Sequence[m.Key], waiting: Iterable[m.Key] = ()) -> list[Request]:
-        """The same requests, as party 0 chose them; none if they are not all here, or can't run together.
+        """The requests of these names, as party 0 chose them; none if they are not all here, or can't run together.
 
-        `waiting`: those that still wait at party 0. Others that it knew once have ended there, and end here too.
+        `waiting` are those that still wait at party 0. Others that it knew once have ended there, and end here too.
         """
         with self._changed:
             now = self._clock()
@@ -253,7 +260,7 @@ class Turns:
             self._end_unnamed(lambda each: each.came if each.named is None else max(each.named, quiet))
 
     def _end_unnamed(self, since: Callable[[Request], float]) -> None:
-        """Ends those that are unnamed `since` too long."""
+        """Ends the requests that party 0 has not named `since` a time that is too long ago."""
         if (patience := self._patience) is not None:
             now = self._clock()
             reason = f"party 0 has not asked for this request for {patience:g} s: was it sent there?"
@@ -272,7 +279,7 @@ class Turns:
         self._quiet = self._clock()
 
     def end(self, requests: Sequence[Request], answer: m.Answer) -> None:
-        """Each gets its own part of the answer's shares; or the error, which is all of theirs."""
+        """Ends requests that ran: each gets its own part of the answer's shares, or the error, which is everyone's."""
         each = len(answer.shares) // max(1, len(requests))
         with self._changed:
             # First they make room: who has an answer may send the next request at once.
@@ -281,12 +288,11 @@ class Turns:
             self._served.update({request.key.caller: self._turn for request in requests})
             for i, request in enumerate(requests):
                 own = answer.shares[i * each : (i + 1) * each]
-                request.end(m.Answer(answer.error, answer.in_step, own, answer.seconds, answer.bytes_sent,
-                                     answer.rounds, answer.ops))  # fmt: skip
+                request.end(msgspec.structs.replace(answer, shares=own))
             self._changed.notify_all()
 
     def separate(self, requests: Sequence[Request]) -> None:
-        """They did not run together: each gets a turn of its own. That which they had counts for nothing."""
+        """Gives requests that failed together turns of their own; the turn that they had does not count."""
         with self._changed:
             self._stop(requests)
             for request in requests:
@@ -298,7 +304,7 @@ class Turns:
             self._changed.notify_all()
 
     def runs(self, request: Request) -> bool:
-        """Whether it has its turn now."""
+        """Whether a request has its turn now."""
         with self._changed:
             return request in self._running
 
@@ -320,15 +326,15 @@ class Turns:
             request.end(m.Answer(error=reason))
 
     def wait_until_idle(self) -> None:
-        """Until none waits or runs."""
+        """Waits until no request waits or runs."""
         with self._changed:
             self._changed.wait_for(lambda: not len(self))
 
 
 def _by_turns(requests: Iterable[Request], served: Mapping[str, int]) -> list[Request]:
-    """The first request of each caller, then the second of each, and so on.
+    """Sorts requests: the first of each caller, then the second of each, and so on.
 
-    Who had no turn for the longest time comes first. `served`: the number of each one's last.
+    Who had no turn for the longest time comes first. `served` has the number of each caller's last turn.
     """
     earlier: collections.Counter[str] = collections.Counter()
     ranked: list[tuple[int, int, int, Request]] = []

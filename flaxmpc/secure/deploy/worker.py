@@ -3,8 +3,6 @@
 It has one friend, its supervisor, at the other end of a pipe; commands are answered one after another.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import queue

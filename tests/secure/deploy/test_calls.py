@@ -7,7 +7,8 @@ import time
 import grpc
 import pytest
 
-from flaxmpc.secure.deploy.calls import Calls, Refused, Watch
+from flaxmpc.secure.deploy.calls import Calls, Watch
+from flaxmpc.secure.deploy.errors import Refused
 from flaxmpc.secure.deploy.gate import Caller
 
 ALICE, BOB = (Caller(f"client.{name}", "client", 0.0) for name in ("alice", "bob"))

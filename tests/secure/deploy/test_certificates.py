@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from flaxmpc.secure import Cluster
-from flaxmpc.secure.deploy.certificates import Authority, check_identity, check_party, name_of, role_of
-from flaxmpc.secure.deploy.cluster import ClusterFile, write_local
+from flaxmpc.secure.deploy.certificates import Authority, check_identity, check_party, role_of
+from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.host import Host
+from flaxmpc.secure.deploy.local import write_local
 
 LATE = -datetime.timedelta(hours=1)
 PEM = serialization.Encoding.PEM
@@ -37,24 +38,6 @@ NO_ROLE = [
 @pytest.mark.parametrize("name", NO_ROLE)
 def test_any_other_name_has_no_role(name):
     assert role_of(name) == ""
-
-
-def certificate(*names: str) -> bytes:
-    """In DER, with these common names."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    builder = x509.CertificateBuilder(subject, subject, key.public_key(), 1, now, now + datetime.timedelta(days=1))
-    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
-
-
-def test_a_certificate_has_one_name_or_none():
-    assert name_of(certificate("client.bob")) == "client.bob"
-    assert name_of(certificate("owner\0.example")) == "owner\0.example"
-    assert name_of(certificate("owner\n")) == "owner\n"
-    assert name_of(certificate("client", "owner")) == ""
-    assert name_of(certificate()) == ""
-    assert name_of(b"\x30\x03abc") == ""
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,11 @@ from clusters import ROOT, SHORT, TIMEOUT, W, X, affine, ask, check_served, publ
 
 from flaxmpc import secure
 from flaxmpc.secure._spu import load_spu
-from flaxmpc.secure.deploy import certificates, rpc, streams
+from flaxmpc.secure.deploy import certificates, rpc, server, streams
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.certificates import Authority
-from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, issue_client, split, write_local
+from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, split
+from flaxmpc.secure.deploy.local import issue_client, write_local
 
 
 def long(x):
@@ -116,7 +117,7 @@ def test_requests_that_wait_run_together_and_each_client_gets_its_own(parties, o
             np.testing.assert_allclose(y, (X + number) * 3 + 1, atol=1e-3)
         runs = parties.events(0, "run")[seen:]
         assert sum(run["requests"] for run in runs) == 12
-        assert {run["requests"] for run in runs} <= {1, 2, 4}  # of 2 sentences; at most 8 run together
+        assert {run["requests"] for run in runs} <= {1, 2, 4}  # of 2 rows; at most 8 run together
         together = [run for run in runs if run["requests"] > 1]
     for connected in clients:
         connected.close()
@@ -150,7 +151,7 @@ def test_health_and_metrics(parties, client):
         for counted in ("run_seconds", "bytes_sent", "rounds"):
             assert float(values[f"flaxmpc_{counted}_total"]) > 0
         assert "flaxmpc_failures_total" in values
-        assert values["flaxmpc_ready"] == "1"
+        assert float(values["flaxmpc_ready"]) == 1
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(f"http://{entry.metrics}/other", timeout=5)
 
@@ -180,10 +181,10 @@ def test_a_client_may_only_ask(client, method):
         "store": m.Stored(client.session, "l"),
         "fetch": m.Names(client.session, ["x"]),
         "delete": m.Names(client.session, ["x"]),
-        "lease": m.Lease(client.session, "l"),
+        "lease": m.KeepLease(client.session, "l"),
         "publish": m.Publish(client.session, "l", "x", "h", [], {}),
         "commit": m.Switch(client.session, "h"),
-        "run": m.Run(client.session, "l", "x", [], []),
+        "run": m.RunProgram(client.session, "l", "x", [], []),
         "form": m.Form("s", {}, {}),
         "has": m.Turn("s", [m.Key("client", "x")]),
         "step": m.Turn("s", [m.Key("client", "x")]),
@@ -191,7 +192,7 @@ def test_a_client_may_only_ask(client, method):
         "switch": m.Switch("s", "h"),
     }
     peer = client._peers[0]
-    if rpc.METHODS[method].stream:
+    if server.METHODS[method].stream:
         future = peer.send_later(method, messages[method], ())
     else:
         future = peer.ask_later(method, messages[method])
@@ -217,17 +218,17 @@ def test_more_than_the_limit_is_refused(owner, client, parties):
     name, model = client.find("affine")
     with pytest.raises(ValueError, match="takes"):
         client.infer(name, model, "2x4", np.ones((3, 4), np.float32))
-    with pytest.raises(secure.SecureError, match=r"has no program '9x9': more sentences or tokens than it was put for"):
+    with pytest.raises(secure.SecureError, match=r"has no program '9x9': more or larger rows than it was put for"):
         client._run("infer", m.Infer(client.session, "a", name, model.hash, "9x9"), [()] * 3)
     weights = owner.put(W)
-    too_long = {"1x4096": m.Program(b"", (), (), 1, 4096)}
-    with pytest.raises(secure.SecureError, match="program 1x4096 is for 1 x 4096 tokens, the limit is 32 x 512"):
+    too_long = {"1x4096": m.ModelProgram(b"", (), (), 1, 4096)}
+    with pytest.raises(secure.SecureError, match="1x4096 is for 1 rows of size 4096, the limit is 32 of size 512"):
         owner.publish("big", weights, too_long, b"")
-    too_many = {"33x16": m.Program(b"", (), (), 33, 16)}
-    with pytest.raises(secure.SecureError, match="program 33x16 is for 33 x 16 tokens, the limit is 32 x 512"):
+    too_many = {"33x16": m.ModelProgram(b"", (), (), 33, 16)}
+    with pytest.raises(secure.SecureError, match="33x16 is for 33 rows of size 16, the limit is 32 of size 512"):
         owner.publish("big", weights, too_many, b"")
-    too_many_together = {"2x16": m.Program(b"", (), (), 2, 16, {8: b""})}
-    with pytest.raises(secure.SecureError, match="joins 8 requests of 2 sentences, the limit is max_batch_sentences 8"):
+    too_many_together = {"2x16": m.ModelProgram(b"", (), (), 2, 16, {8: b""})}
+    with pytest.raises(secure.SecureError, match="joins 8 requests of 2 rows, the limit is max_batch_rows 8"):
         owner.publish("big", weights, too_many_together, b"")
     header = m.Infer(client.session, "b", name, model.hash, "2x4")
     for share, refused in (
@@ -255,11 +256,11 @@ def test_another_program_at_one_party_is_refused_with_the_difference(owner, clie
     programs = [secure.jit(f, parties=owner).compile(weights, X) for f in (affine, lambda w, x: x @ w - 1)]
     array = m.Array(X.shape, "float32")
     for rank, peer in enumerate(owner._peers):
-        program = m.Program(programs[rank == 2].code, (array,), (array,), 2, 4)
+        program = m.ModelProgram(programs[rank == 2].code, (array,), (array,), 2, 4)
         header = m.Publish(owner.session, owner._lease, "affine", "same", weights.names, {"2x4": program})
         peer.send_later("publish", *sent(header)).result()
     owner._peers[0].ask("commit", m.Switch(owner.session, "same"), m.Empty)
-    model = m.Model("same", "", 0, {"2x4": m.Signature((array,), (array,), 2, 4)})
+    model = m.PublicModel("same", "", 0, {"2x4": m.PublicProgram((array,), (array,), 2, 4)})
     with pytest.raises(
         secure.SecureError, match=r"party 2 differs from party 0: program '[0-9a-f]+' against '[0-9a-f]+'"
     ):
@@ -271,7 +272,7 @@ def test_another_program_at_one_party_is_refused_with_the_difference(owner, clie
 def test_a_request_that_one_party_was_not_sent_ends(owner, client):
     name, model = client.find("affine")
     start = time.monotonic()
-    header = m.Run(owner.session, owner._lease, "lonely", [], [])
+    header = m.RunProgram(owner.session, owner._lease, "lonely", [], [])
     future = owner._peers[0].send_later("run", header, streams.of_contents([b""]))
     answer = rpc.decode(future.result(timeout=60), m.Answer)
     assert answer.error is not None

@@ -14,9 +14,10 @@ import pytest
 
 from flaxmpc.secure.deploy import gate as gates
 from flaxmpc.secure.deploy.certificates import Authority
-from flaxmpc.secure.deploy.cluster import ClusterFile, split, write_local
+from flaxmpc.secure.deploy.cluster import ClusterFile, split
 from flaxmpc.secure.deploy.connection import Plain, connect
 from flaxmpc.secure.deploy.gate import EACH, GRPC, Caller, Gate, by_name, tls
+from flaxmpc.secure.deploy.local import write_local
 
 
 class Served:

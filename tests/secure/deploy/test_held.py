@@ -16,10 +16,10 @@ import pytest
 
 from flaxmpc.secure.deploy import held as held_module
 from flaxmpc.secure.deploy import messages as m
+from flaxmpc.secure.deploy.errors import Refused
 from flaxmpc.secure.deploy.held import Held
 from flaxmpc.secure.deploy.kept import KeptShares
 from flaxmpc.secure.deploy.leader import Leader
-from flaxmpc.secure.deploy.rpc import Refused
 from flaxmpc.secure.deploy.turns import Request, Turns
 
 KEY = bytes(range(1, 33))

@@ -156,7 +156,7 @@ ARRAY, OTHER = m.Array((2, 4), "float32"), m.Array((2, 5), "float32")
         ({"outputs": (OTHER,)}, r"its code for 1 requests has another signature: output 0 is secret float32 \(2, 5\)"),
         ({"outputs": ()}, "its code for 1 requests has another signature: 0 outputs, 1 are needed"),
         ({"outputs": (ARRAY, ARRAY)}, "its code for 1 requests has another signature: 2 outputs, 1 are needed"),
-        ({"batch": 1}, r"it is for 1 sentences, but has an array of \(2, 4\)"),
+        ({"batch": 1}, r"it is for 1 rows, but has an array of \(2, 4\)"),
         ({"batch": -1}, "not of the schema: Expected `int` >= 1 - at `.*batch`"),
         ({"joint": {1: b""}}, "not of the schema: Expected `int` >= 2 - at `key` in .*joint"),
         ({"joint": {2: b""}}, "the program is none that SPU's compiler wrote"),
@@ -208,7 +208,8 @@ def test_an_owner_runs_a_program_on_what_it_takes_only(owner, published, inputs,
     weights, program = published
     held = owner.put(X)
     names = {"w": weights.names[0], "x": held.names[0], "y": "y"}
-    header = m.Run(owner.session, owner._lease, secrets.token_hex(16), [names[name] for name in inputs], list(outputs))
+    taken = [names[name] for name in inputs]
+    header = m.RunProgram(owner.session, owner._lease, secrets.token_hex(16), taken, list(outputs))
     with pytest.raises(secure.SecureError, match=rf"^party \d {reason}$"):
         owner._run("run", header, [streams.of_contents([program.code]) for _ in range(3)])
 
@@ -219,7 +220,7 @@ def test_a_program_of_the_owners_own_making_ends_the_session_at_most(mortal):
         held = owner.put(X)
         program = secure.jit(lambda x: x * 2, parties=owner).compile(held).code
         bad = program.replace(b"    return", b"    %i = pphlo.iota dim = -1 : tensor<4xi32>\n    return", 1)
-        header = m.Run(owner.session, owner._lease, secrets.token_hex(16), held.names, ["y"])
+        header = m.RunProgram(owner.session, owner._lease, secrets.token_hex(16), held.names, ["y"])
         start = time.monotonic()
         with pytest.raises(secure.SecureError, match=r"party \d"):
             owner._run("run", header, [streams.of_contents([bad]) for _ in range(3)])

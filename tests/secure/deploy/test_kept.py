@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy.cluster import ClusterFile, write_local
+from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.kept import KEY_VARIABLE, KeptShares
+from flaxmpc.secure.deploy.local import write_local
 
 KEY = hashlib.sha256(b"a key").digest()
 SHARES = [m.Put(f"w{i}", m.Share(b"meta", [bytes([65 + i]) * 5000, b"z"])) for i in range(3)]
@@ -52,7 +53,7 @@ def cut(content: bytes) -> bytes:
 
 
 def cut_a_record(content: bytes) -> bytes:
-    return content[: -(1 + 4 + 16 + len(m.encode(SHARES[2])))]
+    return content[: -(4 + 17 + len(m.encode(SHARES[2])))]
 
 
 def test_what_was_kept_is_read(kept, tmp_path):
@@ -116,7 +117,10 @@ def test_a_damaged_file_is_named(kept, path, change, staged):
         kept.stage(msgspec.structs.replace(HEADER, hash="second"), b"", SHARES)
         path = path.with_name("film.second.staged")
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match=rf"{path.name} is damaged, or was written with another key"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{path.name} is (of another version of flaxmpc, or is )?damaged",
+    ):
         KeptShares(path.parent, KEY)
 
 
@@ -167,10 +171,10 @@ def test_what_is_no_regular_file_is_named_and_not_waited_for(path, tmp_path, nam
 
 
 def test_a_huge_length_takes_no_memory(path):
-    start = 16 + 32  # magic and salt; then the mark, and the length
+    start = 16 + 24  # magic and the stream's header; then the length
     content = path.read_bytes()
     with path.open("r+b") as file:
-        file.write(content[: start + 1] + b"\xff\xff\xff\xff")
+        file.write(content[:start] + b"\xff\xff\xff\xff")
         file.truncate(5 << 30)  # sparse
     tracemalloc.start()
     try:
@@ -185,6 +189,16 @@ def test_a_file_of_another_version_is_named(kept, path, monkeypatch):
     monkeypatch.setattr(m, "encode", lambda message: msgspec.msgpack.encode({"version": 0}))
     kept.stage(HEADER, b"", SHARES)
     with pytest.raises(ValueError, match=r"film\.hash\.staged is of another version of flaxmpc: remove the file"):
+        KeptShares(path.parent, KEY)
+
+
+@pytest.mark.parametrize("version", [b"1", b"2", b"4"])
+def test_a_file_of_another_format_is_named_and_never_misread(path, version):
+    path.write_bytes(b"flaxmpc-shares-" + version + path.read_bytes()[16:])
+    with pytest.raises(
+        ValueError,
+        match=r"film\.shares is of another version of flaxmpc, or is damaged: remove the file and let the owner put",
+    ):
         KeptShares(path.parent, KEY)
 
 

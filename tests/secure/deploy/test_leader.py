@@ -193,4 +193,4 @@ def test_one_client_with_many_requests_leaves_every_other_its_turn(mortal, tmp_p
         for each in found:
             assert each.count("") > 0
             assert [error for error in each if error and not re.search(refused, error)] == []
-        assert alice.models()[name].hash == model.hash
+        assert alice.find(name)[1].hash == model.hash

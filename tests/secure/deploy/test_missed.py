@@ -6,8 +6,8 @@ import grpc
 import pytest
 
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy.cluster import write_local
 from flaxmpc.secure.deploy.leader import Leader
+from flaxmpc.secure.deploy.local import write_local
 
 
 class Lost(grpc.RpcError):
@@ -41,7 +41,7 @@ def test_a_session_is_given_up_after_several_missed_looks_in_a_row(tmp_path, ans
     cluster = write_local(tmp_path / "c")
     reasons = []
     sessions = types.SimpleNamespace(drop=lambda _, reason: reasons.append(reason))
-    leader = Leader(cluster, {}, sessions, lambda *_: m.Answer(), lambda *_, **__: None)  # pyright: ignore[reportArgumentType]
+    leader = Leader(cluster, {}, sessions, lambda *_, **__: None)  # pyright: ignore[reportArgumentType]
     for peer in leader._peers.values():
         peer.close()
     leader._peers = {1: Peer(*answers)}  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import threading
 import time
 import types
 
+import msgspec
 import numpy as np
 import pytest
 from clusters import ROOT, SHORT, TIMEOUT, W, X, affine, ask, check_served, follow, level, publish, values
 
 from flaxmpc import secure
+from flaxmpc.secure.deploy import client as client_module
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy import streams
 
@@ -193,6 +196,24 @@ def test_an_owner_that_computes_for_long_keeps_what_it_holds(mortal):
         time.sleep(0.5)
         ctypes.PyDLL(None).sleep(5 * int(SHORT))  # as a compiler does that keeps all other threads waiting
         np.testing.assert_allclose(secure.jit(affine, parties=owner)(resident, X), X * 3 + 1, atol=1e-3)
+
+
+def test_the_hash_of_a_put_is_one_of_all_that_is_put(owner, monkeypatch):
+    same = types.SimpleNamespace(token_bytes=bytes, token_hex=secrets.token_hex)
+    monkeypatch.setattr(client_module, "secrets", same)  # else the salt alone makes them differ
+    program = owner.program(affine, owner.put(W), X, length=4)
+    alone = msgspec.structs.replace(program, joint={})
+    puts = [
+        (W, {"2x4": program}, b""), (2 * W, {"2x4": program}, b""), (W.T + 1, {"2x4": program}, b""),
+        (W, {"2x4": alone}, b""), (W, {"other": program}, b""), (W, {"2x4": program}, b"a bundle"),
+        (W, {"2x4": program}, b""),
+    ]  # fmt: skip
+    hashes = [owner.publish("affine", owner.put(w), programs, bundle) for w, programs, bundle in puts]
+    assert len(set(hashes)) == 6
+    assert hashes[0] == hashes[6]
+    monkeypatch.undo()
+    publish(owner)
+    assert owner.find("affine")[1].hash not in hashes
 
 
 def test_a_put_that_one_party_does_not_hold_is_refused_by_all(settled, owner, client):

@@ -6,10 +6,8 @@ import os
 import socket
 import ssl
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import msgspec
@@ -19,9 +17,10 @@ from clusters import TIMEOUT, W, X, affine, ask, check_served, publish
 
 from flaxmpc import secure
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import rpc
+from flaxmpc.secure.deploy import server
 from flaxmpc.secure.deploy.certificates import Authority
 from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, split
+from flaxmpc.secure.deploy.errors import Refused
 from flaxmpc.secure.deploy.gate import EACH, Caller
 
 _LEVEL_MB = 100  # that a party may take while it is attacked
@@ -205,12 +204,11 @@ def test_a_certificate_ends_a_client_that_is_connected(parties, owner, tmp_path)
 
 
 def test_the_end_of_a_certificate_is_looked_at_with_every_call(parties):
-    host: Any = types.SimpleNamespace(cluster=parties.cluster, rank=2)
     client = Caller("client", "client", time.time() + 10)
-    assert rpc._check(host, client, "status", rpc.METHODS["status"]) is client
+    assert server.check_caller(parties.cluster, 2, client, "status") is client
     ended = r"the certificate of 'client' ended at 1970-01-01 00:00:01 UTC by the clock of party 2"
-    with pytest.raises(rpc.Refused, match=ended) as refused:
-        rpc._check(host, client._replace(expires=1.0), "status", rpc.METHODS["status"])
+    with pytest.raises(Refused, match=ended) as refused:
+        server.check_caller(parties.cluster, 2, client._replace(expires=1.0), "status")
     assert refused.value.code is grpc.StatusCode.UNAUTHENTICATED
 
 

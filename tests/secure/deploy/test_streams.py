@@ -4,7 +4,7 @@ import pytest
 
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy import streams
-from flaxmpc.secure.deploy.rpc import Refused
+from flaxmpc.secure.deploy.errors import Refused
 
 LARGE = bytes(range(256)) * 10_000
 SHARES = {"a": m.Share(b"meta", [LARGE, b"x"]), "b": m.Share(b"", []), "c": m.Share(b"m" * 4096, [b"y"])}
@@ -54,8 +54,8 @@ def test_a_name_may_be_refused_before_anything_is_kept():
 def test_a_model_comes_out_as_it_was_and_its_header_is_small():
     array = m.Array((2, 4), "float32")
     programs = {
-        "2x4": m.Program(LARGE, (array,), (array,), 2, 4, {2: b"two", 4: b""}),
-        "1x4": m.Program(b"one", (array,), (array,), 1, 4),
+        "2x4": m.ModelProgram(LARGE, (array,), (array,), 2, 4, {2: b"two", 4: b""}),
+        "1x4": m.ModelProgram(b"one", (array,), (array,), 1, 4),
     }
     model = m.Publish("session", "lease", "film", "hash", ["w0"], programs)
     header, contents = streams.of_model(model, b"bundle")

@@ -7,8 +7,9 @@ import ssl
 
 import pytest
 
-from flaxmpc.secure.deploy.cluster import ClusterFile, split, write_local
+from flaxmpc.secure.deploy.cluster import ClusterFile, split
 from flaxmpc.secure.deploy.gate import EACH, LINK, Gate, by_certificate, tls
+from flaxmpc.secure.deploy.local import write_local
 from flaxmpc.secure.deploy.tunnel import Tunnel
 
 

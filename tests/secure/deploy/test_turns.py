@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy.rpc import Refused
+from flaxmpc.secure.deploy.errors import Refused
 from flaxmpc.secure.deploy.turns import Request, Turns, command
 
 PEERS = (1, 2)

@@ -17,7 +17,7 @@ from flaxmpc import secure
 from flaxmpc.secure._spu import load_spu
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.child import WorkerProcess
-from flaxmpc.secure.deploy.joint import jointly
+from flaxmpc.secure.deploy.programs import jointly
 from flaxmpc.secure.deploy.worker import Disagreement, OutOfStep, agree
 from flaxmpc.secure.protocol import Config
 
