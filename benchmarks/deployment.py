@@ -35,7 +35,7 @@ from rich.console import Console
 
 from flaxmpc import secure
 from flaxmpc.models import zoo
-from flaxmpc.models.config import preset
+from flaxmpc.models.bert import preset
 
 NETWORKS = {"3gbit": secure.Network("3 Gbit/s", 3e9, 0.0), "100mbit": secure.Network("100 Mbit/s", 100e6, 0.0)}
 _MORE_BYTES = 64 << 10  # that a warm request may take, beside the shares of its inputs

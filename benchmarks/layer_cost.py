@@ -20,7 +20,7 @@ from harness import Benchmark, Options, Record, record
 from variants import NEWTON_PARTS, random_params
 
 from flaxmpc import secure
-from flaxmpc.models.config import BertConfig, preset
+from flaxmpc.models.bert import BertConfig, preset
 from flaxmpc.nn.activation import Activation
 from flaxmpc.nn.layers import PostNormBlock
 from flaxmpc.nn.lazy import Lazy

@@ -20,7 +20,8 @@ from variants import SHARED_RECIPROCAL, ours
 
 from flaxmpc import secure
 from flaxmpc.models import zoo
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.bert import BertConfig
+from flaxmpc.models.folder import read_config
 
 
 def names(config: BertConfig) -> dict[str, str]:
@@ -49,7 +50,7 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
         found = zoo.results(folder)
         if "difference" not in found:
             continue  # such as a teacher, which its students bring
-        config = BertConfig.from_folder(folder)
+        config = read_config(folder)
         teacher = Path(json.loads((folder / "recipe.json").read_text("utf-8"))["teacher"]).name
         figures = {field: found[field] for field in ("accuracy", "teacher_accuracy", "ci_low", "ci_high")}
         yield name, partial(measure, config, tokens, folded=True, model=name, **figures)

@@ -12,14 +12,14 @@ from flax.core import unfreeze
 from flaxmpc import secure
 from flaxmpc.models import zoo
 from flaxmpc.models.base import param_shapes, without_embeddings
-from flaxmpc.models.bert import BertForSequenceClassification
-from flaxmpc.models.config import BertConfig, preset
+from flaxmpc.models.bert import BertConfig, BertForSequenceClassification, preset
+from flaxmpc.models.folder import read_config
 from flaxmpc.serve.private import private
 
 
 def _most_steps(place: int) -> Any:
     """Of the LayerNorms after attention (0) or feed-forward (1) of the zoo's default student, the widest range's."""
-    config = BertConfig.from_folder(zoo.find(zoo.DEFAULT))
+    config = read_config(zoo.find(zoo.DEFAULT))
     parts: list[Any] = [config.layer_norms_of(layer)[place] for layer in range(config.num_hidden_layers)]
     return max(parts, key=lambda part: (part.steps, part.high / part.low))
 

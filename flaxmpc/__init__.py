@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from flaxmpc.models.base import init_params
     from flaxmpc.models.bert import (
         ARCHITECTURES,
+        PRESETS,
+        BertConfig,
         BertForMaskedLM,
         BertForQuestionAnswering,
         BertForSequenceClassification,
         BertForTokenClassification,
+        preset,
     )
-    from flaxmpc.models.config import PRESETS, BertConfig, preset
     from flaxmpc.models.folder import LoadedModel, load, load_pretrained, save
     from flaxmpc.serve.private import private
 
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 # The modules whose names are public here, and those that are public themselves.
-_HOMES = ("models.config", "models.base", "models.bert", "models.folder", "serve.private")
+_HOMES = ("models.base", "models.bert", "models.folder", "serve.private")
 _MODULES = ("nn", "secure")
 
 

@@ -75,8 +75,7 @@ def write_classifier():
     def write(folder: Path, **changes) -> Path:
         from flaxmpc.models import folder as folders
         from flaxmpc.models.base import init_params
-        from flaxmpc.models.bert import BertForSequenceClassification
-        from flaxmpc.models.config import BertConfig
+        from flaxmpc.models.bert import BertConfig, BertForSequenceClassification
 
         (folder / "source").mkdir(parents=True)
         (folder / "source" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")

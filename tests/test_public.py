@@ -11,11 +11,11 @@ import flaxmpc
 
 
 def test_every_public_name_is_there_and_is_that_of_its_module():
-    from flaxmpc.models import base, config, folder
+    from flaxmpc.models import base, bert, folder
     from flaxmpc.serve.private import private
 
     assert flaxmpc.private is private
-    assert (flaxmpc.init_params, flaxmpc.BertConfig, flaxmpc.load) == (base.init_params, config.BertConfig, folder.load)
+    assert (flaxmpc.init_params, flaxmpc.BertConfig, flaxmpc.load) == (base.init_params, bert.BertConfig, folder.load)
     assert flaxmpc.nn is sys.modules["flaxmpc.nn"]
     for name in flaxmpc.__all__:
         assert getattr(flaxmpc, name) is not None

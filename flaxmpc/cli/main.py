@@ -32,9 +32,9 @@ def _megabytes(count: float) -> str:
 
 def _zoo_entry(name: str, folder: Path) -> dict[str, Any]:
     """What `zoo list --json` says of a model. Accuracy is that in the clear, REF2K's that of the fixed point."""
-    from flaxmpc.models.config import BertConfig
+    from flaxmpc.models.folder import read_config
 
-    config = BertConfig.from_folder(folder)
+    config = read_config(folder)
     layers = range(config.num_hidden_layers)
     weights = folder / "model.safetensors"
     measured = zoo.results(folder)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from flaxmpc.data.batches import Text
 from flaxmpc.errors import unknown
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.config import EncoderConfig
 from flaxmpc.serve.answers import Inference, Prediction, head
 
 
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
     """
 
     model: str
-    config: BertConfig
+    config: EncoderConfig
     inference: Inference
     summary: str
     extra: dict[str, Any]

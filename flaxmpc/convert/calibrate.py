@@ -10,9 +10,9 @@ import numpy as np
 
 from flaxmpc.convert.finetune import apply_with_states
 from flaxmpc.data.batches import Batch
-from flaxmpc.models.base import Intermediates
-from flaxmpc.models.bert import BertForSequenceClassification
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.base import WithHead
+from flaxmpc.models.config import EncoderConfig
+from flaxmpc.models.outputs import Intermediates
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.nn.attention import Calibrated
 from flaxmpc.nn.normalization import EXACT, Clipped, Ranged
@@ -24,9 +24,7 @@ Ranges = Mapping[Place, tuple[float, float]]
 """The lowest and the highest variance that a LayerNorm is to meet, by its place."""
 
 
-def calibrate_attention(
-    student: BertForSequenceClassification, params: Mapping[str, Any], batch: Batch
-) -> dict[str, Any]:
+def calibrate_attention(student: WithHead, params: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
     """Sets the attention parts' scalars from a batch, such as each constant normaliser r_h.
 
     Layer after layer, since each changes what the next one sees.
@@ -59,7 +57,7 @@ def calibrate_attention(
     return unflatten(jax.device_get(flat))
 
 
-def _key_bias(query: np.ndarray, offset: np.ndarray, mask: np.ndarray, config: BertConfig) -> np.ndarray:
+def _key_bias(query: np.ndarray, offset: np.ndarray, mask: np.ndarray, config: EncoderConfig) -> np.ndarray:
     """b (hidden,) with q_i . b / sqrt(d) nearest to the offsets (batch, head, query), by head, over the tokens."""
     heads, size = config.num_attention_heads, config.head_size
     valid = mask.reshape(-1) > 0
@@ -73,9 +71,7 @@ def _key_bias(query: np.ndarray, offset: np.ndarray, mask: np.ndarray, config: B
     return np.concatenate(bias).astype(np.float32)
 
 
-def variances(
-    model: BertForSequenceClassification, params: Mapping[str, Any], batches: Iterable[Batch]
-) -> dict[Place, np.ndarray]:
+def variances(model: WithHead, params: Mapping[str, Any], batches: Iterable[Batch]) -> dict[Place, np.ndarray]:
     """All variances (token,) that every LayerNorm of the layers meets, by its place."""
 
     @jax.jit
@@ -113,8 +109,8 @@ def ranges(seen: Mapping[Place, np.ndarray]) -> dict[Place, tuple[float, float]]
 
 
 def with_newton(
-    config: BertConfig, seen: Mapping[Place, np.ndarray], held_out: Mapping[Place, np.ndarray], part: Ranged
-) -> BertConfig:
+    config: EncoderConfig, seen: Mapping[Place, np.ndarray], held_out: Mapping[Place, np.ndarray], part: Ranged
+) -> EncoderConfig:
     """The config with every LayerNorm calibrated on the variances seen.
 
     An error of 1 % at the ends of the range is what the last stage learns to live with: it trains the steps themselves.
@@ -148,12 +144,12 @@ def _holds(part: Ranged, variances: np.ndarray) -> bool:
     return bool(part.low <= variances.min() and variances.max() <= part.high)
 
 
-def for_training(config: BertConfig) -> BertConfig:
+def for_training(config: EncoderConfig) -> EncoderConfig:
     """The same with LayerNorms that do not diverge while training moves the variances: see `Clipped`."""
     return _with_layer_norms(config, lambda layer, place, own: Clipped(own) if isinstance(own, Ranged) else own)
 
 
-def _with_layer_norms(config: BertConfig, change: Callable[[int, int, Any], Any]) -> BertConfig:
+def _with_layer_norms(config: EncoderConfig, change: Callable[[int, int, Any], Any]) -> EncoderConfig:
     """`change` gets the layer, 0 for after attention and 1 for after the feed-forward, and the LayerNorm's part."""
     parts = (config.layer_norms_of(layer) for layer in range(config.num_hidden_layers))
     return dataclasses.replace(

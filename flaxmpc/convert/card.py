@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxmpc import files
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.config import EncoderConfig
+from flaxmpc.models.folder import read_config
 from flaxmpc.nn.normalization import EXACT
 from flaxmpc.training.metrics import METRICS
 
@@ -26,7 +27,7 @@ def write(folder: Path) -> None:
 
 def text(folder: Path) -> str:
     """The card as Markdown."""
-    config = BertConfig.from_folder(folder)
+    config = read_config(folder)
     recipe, results = files.read_object(folder / "recipe.json"), files.read_object(folder / "results.json")
     notes = folder / "notes.md"
     parts = [
@@ -59,7 +60,7 @@ def _unique(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _facts(folder: Path, config: BertConfig) -> Iterable[tuple[str, str]]:
+def _facts(folder: Path, config: EncoderConfig) -> Iterable[tuple[str, str]]:
     layers = range(config.num_hidden_layers)
     yield (
         "architecture",
@@ -138,7 +139,7 @@ def _margin(results: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
-def _lengths(results: Mapping[str, Any], config: BertConfig) -> Iterable[str]:
+def _lengths(results: Mapping[str, Any], config: EncoderConfig) -> Iterable[str]:
     records = results.get("lengths")
     if not records:
         return

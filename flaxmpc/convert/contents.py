@@ -9,7 +9,7 @@ import numpy as np
 
 from flaxmpc.data.batches import SPLITS, Split
 from flaxmpc.data.tasks import Task
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.folder import LoadedModel
 from flaxmpc.models.params import flatten
 from flaxmpc.models.tokenizer import as_text
@@ -34,13 +34,13 @@ def of_model(loaded: LoadedModel) -> str:
     return _model(loaded.params, loaded.model.config, loaded.tokenizer)
 
 
-def of_encoder(base: LoadedModel, stored: BertConfig) -> str:
+def of_encoder(base: LoadedModel, stored: EncoderConfig) -> str:
     """The digest of a pre-trained encoder, without its fresh head, and with `stored`, the config of its folder."""
     prefix = base.model.base_model_prefix
     return _model({prefix: base.params[prefix]}, stored, base.tokenizer)
 
 
-def _model(params: Mapping[str, Any], config: BertConfig, tokenizer: Any) -> str:
+def _model(params: Mapping[str, Any], config: EncoderConfig, tokenizer: Any) -> str:
     leaves = [part for path, leaf in sorted(flatten(params).items()) for part in (path, np.asarray(leaf))]
     return _digest([config.to_dict(), as_text(tokenizer), *leaves])
 

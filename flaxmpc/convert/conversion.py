@@ -18,14 +18,13 @@ from flaxmpc.data.batches import SPLITS, Batch, Split, batches
 from flaxmpc.data.matching import matched, named, refuse_other_order
 from flaxmpc.data.pieces import pieces
 from flaxmpc.models import folder as folders
-from flaxmpc.models.bert import BertForSequenceClassification
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.base import WithHead, embeddings_path
+from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
 from flaxmpc.training import hosts
 from flaxmpc.training.metrics import agreement, correct, evaluate, paired_difference
 
 # The parameters that stay as they are, so that the client may know the table: see `flaxmpc.nn.embedding`.
-_EMBEDDINGS = "bert/embeddings/"
 
 
 def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str, float]:
@@ -48,7 +47,7 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         ValueError, FileNotFoundError, ConnectionError: bad data, see `tasks.load`; a run of another config.
         FloatingPointError: see `fit`.
     """
-    encoder = BertConfig.from_folder(config.encoder)
+    encoder = folders.read_config(config.encoder)
     task = _load_task(config, folders.load_tokenizer(config.encoder), encoder)
     base = folders.load_pretrained(
         config.encoder,
@@ -68,12 +67,12 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         Evaluate(base.model, task.validation, task.metrics),
         config.schedule,
         run / "fine-tuning",
-        frozen="" if config.train_embeddings else _EMBEDDINGS,
+        frozen="" if config.train_embeddings else embeddings_path(base.model),
         seed=config.seed,
     )
     kept = dataclasses.replace(base.model.config, embedding=_embedding(config.train_embeddings, encoder))
     unfinished(config)
-    folders.save(config.out, BertForSequenceClassification(kept), params, config.encoder)
+    folders.save(config.out, base.model.clone(config=kept), params, config.encoder)
     logits = predict(base.model, params, task.test)
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, logits)}
     if not task.regression:
@@ -88,21 +87,19 @@ def _record(config: FineTuning | Conversion, results: dict[str, Any], inputs: co
     files.write_json(config.out / "recipe.json", recipe(config, inputs))
 
 
-def _embedding(trained: bool, start: BertConfig) -> str:
+def _embedding(trained: bool, start: EncoderConfig) -> str:
     """The mode of an embedding after training: a table that is no published one is secret, as is one made of it."""
     return "secret" if trained or not start.embedding.client_embeds else "public"
 
 
-def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: BertConfig) -> tasks.Task:
+def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: EncoderConfig) -> tasks.Task:
     """Reads the data for a model of this config, and prints what is odd about it.
 
     Raises:
         ValueError: see `tasks.load`; more tokens than the model has positions, or other tokens than it has.
     """
-    if config.max_length > model.max_position_embeddings:
-        raise ValueError(
-            f"max_length is {config.max_length}, but the model has {model.max_position_embeddings} positions"
-        )
+    if config.max_length > model.num_positions:
+        raise ValueError(f"max_length is {config.max_length}, but the model has {model.num_positions} positions")
     task = tasks.load(
         config.data, tokenizer, config.max_length, text_columns=config.text_columns, label_column=config.label_column
     )
@@ -120,7 +117,7 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: BertConfi
 
 
 def _beside_teacher(
-    student: BertForSequenceClassification,
+    student: WithHead,
     params: Any,
     teacher: folders.LoadedModel,
     teacher_logits: np.ndarray,
@@ -146,7 +143,7 @@ def _beside_teacher(
 def _teacher(config: Conversion) -> folders.LoadedModel:
     """Loads the teacher. ValueError: it is no classifier of one label, or of a number."""
     teacher = folders.load(config.teacher)
-    if not isinstance(teacher.model, BertForSequenceClassification):
+    if not teacher.model.classifies_sequences:
         raise ValueError(f"{config.teacher} holds a {type(teacher.model).__name__}, not a sequence classifier")
     if teacher.model.config.problem_type == "multi_label_classification":
         raise ValueError(
@@ -199,15 +196,13 @@ def _material(config: Conversion, teacher: folders.LoadedModel) -> _Material:
     return _Material(task, by_name, train, validation, everything, inputs)
 
 
-def _calibrated(
-    student: BertForSequenceClassification, params: Any, material: _Material, part: Ranged
-) -> BertForSequenceClassification:
+def _calibrated(student: WithHead, params: Any, material: _Material, part: Ranged) -> WithHead:
     """The student with LayerNorms for the variances of what is trained on, see `calibrate.with_newton`."""
-    finite = BertForSequenceClassification(calibrate.for_training(student.config))
-    most = student.config.max_position_embeddings
+    finite = student.clone(config=calibrate.for_training(student.config))
+    most = student.config.num_positions
     splits = (material.train, material.validation)
     seen, held_out = (calibrate.variances(finite, params, in_order(split, most=most)) for split in splits)
-    return BertForSequenceClassification(calibrate.with_newton(student.config, seen, held_out, part))
+    return student.clone(config=calibrate.with_newton(student.config, seen, held_out, part))
 
 
 def _refuse_other_order(config: Conversion, teacher: folders.LoadedModel, train: Split) -> None:
@@ -223,7 +218,7 @@ def _storage(config: Conversion) -> dict[str, int]:
 
 
 def _start(
-    config: Conversion, student: BertForSequenceClassification, teacher: folders.LoadedModel, run: Path, batch: Batch
+    config: Conversion, student: WithHead, teacher: folders.LoadedModel, run: Path, batch: Batch
 ) -> dict[str, Any]:
     """The parameters that a student starts from: the teacher's, with its own attention calibrated on a batch.
 
@@ -251,16 +246,14 @@ class _Distillation:
     ranges: calibrate.Ranges | None
     run: Path
 
-    def stage(
-        self, name: str, student: BertForSequenceClassification, params: Any, train: Split
-    ) -> tuple[dict[str, Any], dict[str, float]]:
+    def stage(self, name: str, student: WithHead, params: Any, train: Split) -> tuple[dict[str, Any], dict[str, float]]:
         """The student's parameters after "stage1" or "stage2", and its figures on the test set.
 
         A stage that looks at labels is trained on the task's rows alone: pieces and unlabelled texts have no labels.
         """
         stage: Stage = getattr(self.config, name)
         task = self.material.task
-        trained = BertForSequenceClassification(calibrate.for_training(student.config))
+        trained = student.clone(config=calibrate.for_training(student.config))
         params = distill(
             trained,
             params,
@@ -270,7 +263,7 @@ class _Distillation:
             stage,
             self.run / name,
             ranges=self.ranges,
-            frozen="" if self.config.train_embeddings else _EMBEDDINGS,
+            frozen="" if self.config.train_embeddings else embeddings_path(trained),
             seed=self.config.seed,
         )
         return params, _figures(task, predict(trained, params, task.test), f"{name}_")
@@ -320,8 +313,8 @@ def convert(config: Conversion) -> dict[str, Any]:
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
 
     answers = {"id2label": task.id2label, "model_max_length": config.max_length, "num_texts": len(task.text_columns)}
-    student = BertForSequenceClassification(dataclasses.replace(replaced, **answers))
-    padded = lengths(own.max_position_embeddings)
+    student = teacher.model.clone(config=dataclasses.replace(replaced, **answers))
+    padded = lengths(own.num_positions)
     some = list(itertools.islice(batches(task.train, batch_size=64, lengths=padded, seed=config.seed), 8))
     params = _start(config, student, teacher, run, some[0])
     results |= _figures(task, predict(student, params, task.test), "untrained_")
@@ -338,8 +331,8 @@ def convert(config: Conversion) -> dict[str, Any]:
     if ranged:  # it may have moved some variances out of their ranges
         student = _calibrated(student, params, material, ranged)
 
-    mode = _embedding(config.train_embeddings, BertConfig.from_folder(config.teacher))
-    kept = BertForSequenceClassification(dataclasses.replace(student.config, embedding=mode))
+    mode = _embedding(config.train_embeddings, folders.read_config(config.teacher))
+    kept = student.clone(config=dataclasses.replace(student.config, embedding=mode))
     unfinished(config)
     folders.save(config.out, kept, params, config.teacher, **_storage(config))
     stored = folders.load(config.out).params

@@ -13,8 +13,8 @@ from rich.progress import track
 from flaxmpc.convert.calibrate import Ranges, variances_in
 from flaxmpc.convert.finetune import Evaluate, epoch_batches, first_bad_layer, in_order
 from flaxmpc.data.batches import Batch, Split
-from flaxmpc.models.base import Intermediates, init_params
-from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.models.base import WithHead, embeddings_path, init_params
+from flaxmpc.models.outputs import Intermediates
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.training import losses
 from flaxmpc.training.fit import Objective, Schedule, fit
@@ -47,7 +47,7 @@ class Targets(NamedTuple):
     states: Intermediates | None
 
 
-def start_student(student: BertForSequenceClassification, teacher: Mapping[str, Any]) -> dict[str, Any]:
+def start_student(student: WithHead, teacher: Mapping[str, Any]) -> dict[str, Any]:
     """The teacher's parameters for all that the student has too; its own per-head scalars start fresh.
 
     Raises:
@@ -69,7 +69,7 @@ class Teacher:
 
     def __init__(
         self,
-        model: BertForSequenceClassification,
+        model: WithHead,
         params: Mapping[str, Any],
         split: Split,
         *,
@@ -107,7 +107,7 @@ class Teacher:
         self._states: list[Any] = [None] * len(lengths)
         if not self.kept:
             return
-        for batch in track(list(in_order(split, most=config.max_position_embeddings)), description="teacher"):
+        for batch in track(list(in_order(split, most=config.num_positions)), description="teacher"):
             logits, states = jax.device_get(apply(self._params, batch))
             for row in np.flatnonzero(batch.row_mask):
                 index, n = batch.place[row], int(batch.attention_mask[row].sum())
@@ -143,7 +143,7 @@ def _padded(leaves: tuple[np.ndarray, ...], row_mask: np.ndarray, tokens: int) -
 
 
 def distill(
-    student: BertForSequenceClassification,
+    student: WithHead,
     params: Mapping[str, Any],
     teacher: Teacher,
     train: Split,
@@ -152,7 +152,7 @@ def distill(
     folder: Path,
     *,
     ranges: Ranges | None = None,
-    frozen: str = "bert/embeddings/",
+    frozen: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """One stage; resumable, see `fit`. The student has no dropout. Returns the parameters of its best epoch.
@@ -165,7 +165,7 @@ def distill(
         stage: the schedule and the weights of the losses.
         folder: of the stage's checkpoints and metrics.
         ranges: of the LayerNorms' variances, for the range loss.
-        frozen: the start of the paths that are not trained.
+        frozen: the start of the paths that are not trained; None: the embeddings'.
         seed: of the order of the sentences.
 
     Raises:
@@ -199,10 +199,10 @@ def distill(
     objective = Objective(
         loss,
         prepare=teacher,
-        frozen=frozen,
+        frozen=embeddings_path(student) if frozen is None else frozen,
         evaluate=evaluate,
         choose_by=evaluate.chooses,
         locate=first_bad_layer(student),
     )
-    batches_of = epoch_batches(train, stage, seed, student.config.max_position_embeddings)
+    batches_of = epoch_batches(train, stage, seed, student.config.num_positions)
     return fit(objective, params, batches_of, stage, folder, seed=seed)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxmpc.data.batches import Batch, Split, batches
-from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.models.base import WithHead, embeddings_path
 from flaxmpc.models.params import flatten
 from flaxmpc.training import losses, metrics
 from flaxmpc.training.fit import Loss, Objective, Schedule, fit
@@ -40,22 +40,20 @@ def in_order(split: Split, batch_size: int = 64, most: int = LENGTHS[-1]) -> Ite
     return batches(split, batch_size=batch_size, lengths=lengths(most))
 
 
-def looking_up(model: BertForSequenceClassification) -> BertForSequenceClassification:
+def looking_up(model: WithHead) -> WithHead:
     """The model, as it takes ids: a secret table takes one-hot rows, which training has no use for."""
-    return BertForSequenceClassification(dataclasses.replace(model.config, embedding="public"))
+    return model.clone(config=dataclasses.replace(model.config, embedding="public"))
 
 
 # Compiled once for a model, however often it is evaluated.
 _apply: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=8)(lambda model: jax.jit(model.apply))
 
 
-def predict(
-    model: BertForSequenceClassification, params: Mapping[str, Any], split: Split, batch_size: int = 64
-) -> np.ndarray:
+def predict(model: WithHead, params: Mapping[str, Any], split: Split, batch_size: int = 64) -> np.ndarray:
     """Logits (sentence, label), in the order of the split."""
     model = looking_up(model)
     logits = np.zeros((len(split), model.config.num_labels), np.float32)
-    for batch in in_order(split, batch_size, model.config.max_position_embeddings):
+    for batch in in_order(split, batch_size, model.config.num_positions):
         output = _apply(model)({"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids)
         rows = batch.row_mask > 0
         logits[batch.place[rows]] = np.asarray(output)[rows]
@@ -72,7 +70,7 @@ class Evaluate:
         prefix: of the figures' names.
     """
 
-    model: BertForSequenceClassification
+    model: WithHead
     split: Split
     metrics: tuple[str, ...]
     prefix: str = "validation_"
@@ -86,7 +84,7 @@ class Evaluate:
         return {self.prefix + name: value for name, value in figures.items()}
 
 
-def first_bad_layer(model: BertForSequenceClassification) -> Callable[[Mapping[str, Any], Batch], str]:
+def first_bad_layer(model: WithHead) -> Callable[[Mapping[str, Any], Batch], str]:
     """For `fit`: names the first place in the model where a number is not finite, or the layer of the largest."""
 
     def locate(params: Mapping[str, Any], batch: Batch) -> str:
@@ -123,7 +121,7 @@ def apply_with_states(model: Any) -> Callable[..., Any]:
     return _with_states(model)
 
 
-def classification_loss(model: BertForSequenceClassification) -> Loss:
+def classification_loss(model: WithHead) -> Loss:
     """For `fit`: the loss against the true labels, with dropout, and the accuracy of a classifier."""
 
     def loss(params: Mapping[str, Any], batch: Batch, key: jax.Array):
@@ -145,24 +143,24 @@ def classification_loss(model: BertForSequenceClassification) -> Loss:
 
 
 def finetune(
-    model: BertForSequenceClassification,
+    model: WithHead,
     params: Mapping[str, Any],
     train: Split,
     evaluate: Evaluate,
     schedule: Schedule,
     folder: Path,
     *,
-    frozen: str = "bert/embeddings/",
+    frozen: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Trains on labelled sentences; resumable, see `fit`. Returns the parameters of the best epoch."""
 
     objective = Objective(
         classification_loss(model),
-        frozen=frozen,
+        frozen=embeddings_path(model) if frozen is None else frozen,
         evaluate=evaluate,
         choose_by=evaluate.chooses,
         locate=first_bad_layer(model),
     )
-    batches_of = epoch_batches(train, schedule, seed, model.config.max_position_embeddings)
+    batches_of = epoch_batches(train, schedule, seed, model.config.num_positions)
     return fit(objective, params, batches_of, schedule, folder, seed=seed)

@@ -157,6 +157,8 @@ def _objects(file: Path, rows: Iterable[tuple[int, Any]]) -> Table:
             raise ValueError(f"{file}, line {line}: more than {_MOST_COLUMNS} columns")
         found.append(row)
         lines.append(line)
+    if found and not names:
+        raise ValueError(f"{file}, line {lines[0]}: rows without a column")
     return Table(str(file), {name: [row.get(name) for row in found] for name in names}, lines)
 
 

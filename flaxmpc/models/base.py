@@ -1,61 +1,22 @@
-"""What all models have in common: an encoder in two halves, a head, and the outputs."""
+"""What all models have in common: an encoder in two halves, a head, the outputs, and the families that there are."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from flaxmpc.nn.layers import Dense, Seen
+from flaxmpc.errors import brief, unknown
+from flaxmpc.models.config import OWN, EncoderConfig
+from flaxmpc.models.encoder import Encoder, Hidden
+from flaxmpc.models.outputs import Outputs
+from flaxmpc.nn.layers import Dense, Norm
 from flaxmpc.nn.lazy import Lazy, State
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.product import Product
-
-Hidden = Float[Array, "batch token hidden"]
-
-
-class Intermediates(NamedTuple):
-    """What distillation matches and calibration looks at. Layers of a lazy state have no scores and no variances.
-
-    Attributes:
-        embeddings: (batch, token, hidden), after their normalisation; an array or a lazy state, as it was given.
-        hidden_states: the output of every layer, each (batch, token, hidden), alike.
-        scores: of every layer, Q K^T / sqrt(d) before the mask, each (batch, head, query, key).
-        variances: of every layer, what its normalisations met in their order, each (batch, token, 1).
-    """
-
-    embeddings: Any
-    hidden_states: tuple[Any, ...]
-    scores: tuple[Any, ...]
-    variances: tuple[tuple[Any, ...], ...]
-
-
-class EncoderOutput(NamedTuple):
-    """What an encoder gives: the last hidden state, (batch, token, hidden), and what led there."""
-
-    hidden: State
-    intermediates: Intermediates
-
-    @classmethod
-    def of(cls, embeddings: State, layers: list[tuple[State, Seen]]) -> "EncoderOutput":
-        """From the embeddings and what each layer gave."""
-        hidden_states = tuple(hidden for hidden, _ in layers)
-        intermediates = Intermediates(
-            embeddings,
-            hidden_states,
-            tuple(seen.scores for _, seen in layers),
-            tuple(seen.variances for _, seen in layers),
-        )
-        return cls(hidden_states[-1] if layers else embeddings, intermediates)
-
-
-class Outputs(NamedTuple):
-    """A model's logits and what led there."""
-
-    logits: Array
-    intermediates: Intermediates
 
 
 def first_token(hidden: State) -> State:
@@ -69,13 +30,31 @@ class WithHead(nn.Module):
 
     A family's encoder is a submodule of the name `base_model_prefix`, as in HF. It has `embed`, and `encode`, which
     gives `EncoderOutput`. Its own submodules are `embeddings` and `layer_0`, `layer_1`, ..., each with an `attention`.
+
+    Attributes:
+        base_model_prefix: the name of the encoder among the parameters.
+        encoder_class: the encoder's.
+        classifies_sequences: whether the logits are (batch, label): one answer for each text.
+        pools: whether the encoder has a pooler.
     """
 
     base_model_prefix: ClassVar[str]
+    encoder_class: ClassVar[type[Encoder]] = Encoder
+    classifies_sequences: ClassVar[bool] = False
+    pools: ClassVar[bool] = False
 
     config: Any
     dtype: Any = None
     param_dtype: Any = jnp.float32
+
+    def setup(self):
+        encoder = self.encoder_class(self.config, self.pools, self.dtype, self.param_dtype)
+        setattr(self, self.base_model_prefix, encoder)
+        self.setup_head()
+
+    def setup_head(self) -> None:
+        """Makes the head's modules."""
+        raise NotImplementedError
 
     @property
     def encoder(self) -> Any:
@@ -136,6 +115,103 @@ class WithHead(nn.Module):
     def _dense(self, features: int) -> Dense:
         initial = nn.initializers.normal(self.config.initializer_range)
         return Dense(features, kernel_init=initial, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def _norm(self) -> Norm:
+        return Norm(epsilon=self.config.layer_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def _decoder_bias(self) -> Any:
+        """Of a masked LM's output matrix, which is the table of words."""
+        return self.param("decoder_bias", nn.initializers.zeros, (self.config.vocab_size,), self.param_dtype)
+
+    def _classifier_dropout(self) -> nn.Dropout:
+        rate = self.config.classifier_dropout
+        return nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An architecture that HF has too, and how its folders are read and written.
+
+    Attributes:
+        config: the class of its configs; `model_type` is HF's name of the family.
+        models: its encoder with a head, under HF's names of the classes; the first classifies sequences.
+        names: what HF calls the parameters: pairs of a pattern of our path and HF's name, of which the first that
+            matches from the start counts. A last "kernel" or "scale" of a path is "weight" there, and is left out here.
+        tied: tensors of HF's that repeat another one, and that one's name.
+        heads: what HF's names of a head's tensors start with. All others may lack the encoder's prefix in a file.
+    """
+
+    config: type[EncoderConfig]
+    models: tuple[type[WithHead], ...]
+    names: tuple[tuple[str, str], ...]
+    tied: Mapping[str, str]
+    heads: tuple[str, ...]
+
+    @property
+    def prefix(self) -> str:
+        return self.models[0].base_model_prefix
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Adds a family, so that its folders are read and written. ValueError: its name, prefix or models are taken."""
+    for other in _FAMILIES.values():
+        same_names = {model.__name__ for model in family.models} & {model.__name__ for model in other.models}
+        if other.config.model_type == family.config.model_type or other.prefix == family.prefix or same_names:
+            raise ValueError(f"a family like {family.config.model_type!r} is registered: {other.config.model_type!r}")
+    _FAMILIES[family.config.model_type] = family
+    return family
+
+
+def families() -> Iterator[Family]:
+    """All that are registered."""
+    return iter(_FAMILIES.values())
+
+
+def family_of(model_type: Any) -> Family:
+    """The family of a config.json's model_type. ValueError: an unknown one; the message lists those known."""
+    name = model_type.removeprefix(OWN) if isinstance(model_type, str) else model_type
+    if not isinstance(name, str) or name not in _FAMILIES:
+        raise unknown("model_type", model_type, _FAMILIES)
+    return _FAMILIES[name]
+
+
+def family_of_params(params: Mapping[str, Any]) -> Family:
+    """The family whose encoder is among parameters. ValueError: none."""
+    for family in families():
+        if family.prefix in params:
+            return family
+    known = ", ".join(family.prefix for family in families())
+    raise ValueError(f"parameters of {brief(sorted(params))} are none of a known encoder's: {known}")
+
+
+def embeddings_path(model: WithHead) -> str:
+    """What the paths of a model's embeddings start with."""
+    return f"{model.base_model_prefix}/embeddings/"
+
+
+def architectures() -> dict[str, type[WithHead]]:
+    """All models, by HF's name of the class."""
+    return {model.__name__: model for family in families() for model in family.models}
+
+
+def encoder_names(prefix: str) -> tuple[tuple[str, str], ...]:
+    """HF's names of the encoder's parameters in BERT, and in those families that took them over."""
+    layer = rf"{prefix}/layer_(\d+)/"
+    theirs = rf"{prefix}.encoder.layer.\1."
+    return (
+        (f"{prefix}/embeddings/(word|position|token_type)_embeddings", rf"{prefix}.embeddings.\1_embeddings.weight"),
+        (f"{prefix}/embeddings/layer_norm/", f"{prefix}.embeddings.LayerNorm."),
+        (f"{layer}attention/(query|key|value)/", rf"{theirs}attention.self.\2."),
+        (f"{layer}attention/output/", f"{theirs}attention.output.dense."),
+        (rf"{layer}attention/(\w+)$", rf"{theirs}attention.self.\2"),  # an attention part's scalars
+        (f"{layer}attention_layer_norm/", f"{theirs}attention.output.LayerNorm."),
+        (f"{layer}(intermediate|output)/", rf"{theirs}\2.dense."),
+        (f"{layer}output_layer_norm/", f"{theirs}output.LayerNorm."),
+        (f"{prefix}/pooler/", f"{prefix}.pooler.dense."),
+    )
 
 
 def defer(config: Any, embeddings: Hidden, mask: Mask, product: Product) -> Lazy:

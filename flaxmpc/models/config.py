@@ -1,11 +1,11 @@
-"""BertConfig: HF's field names, plus the parts."""
+"""What the configs of all families have in common: HF's field names, plus the parts."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from jax import Array
 
@@ -15,13 +15,17 @@ from flaxmpc.nn.activation import ACTIVATIONS, ActivationPart
 from flaxmpc.nn.attention import ATTENTION, AttentionPart, PerHead, common_degree
 from flaxmpc.nn.embedding import EMBEDDINGS
 from flaxmpc.nn.mask import Mask
-from flaxmpc.nn.normalization import NORMALIZATIONS, Normalization
+from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, Normalization
 
 # HF's names for activations that have another name here.
 _HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_HF_HAS = ("gelu", "gelu_tanh", "relu", "silu")
 
-# Fields of HF's config.json that say something this model cannot do when they have another value.
-_HF_REQUIRED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
+# Fields of HF's config.json that say something these models cannot do when they have another value.
+_HF_REQUIRED = {"position_embedding_type": "absolute", "is_decoder": False}
+
+# Before HF's model_type, in a config.json whose parts HF does not have: it would load another function without a word.
+OWN = "flaxmpc-"
 
 MOST_TOKENS, MOST_POSITIONS = 1_000_000, 65_536
 """Of a vocabulary, and of a text. The limits here are beyond any published BERT; they bound what a file may ask for."""
@@ -37,7 +41,7 @@ _WHOLE = {
     "num_attention_heads": (1, 256),
     "intermediate_size": (1, 65_536),
     **dict.fromkeys(("max_position_embeddings", "model_max_length"), (1, MOST_POSITIONS)),
-    "type_vocab_size": (1, 1_024),
+    "type_vocab_size": (0, 1_024),
     "pad_token_id": (0, MOST_TOKENS - 1),
 }
 _BELOW = {
@@ -129,9 +133,29 @@ def _labels(id2label: Any, count: Any) -> tuple[str, ...]:
     return tuple(str(by_id[i]) for i in range(len(by_id)))
 
 
+def read_fields(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The path and the content of `folder`/config.json.
+
+    Raises:
+        FileNotFoundError: there is none, or no such folder.
+        ValueError: it is no JSON object; the message names the file.
+    """
+    path = Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise no_model_folder(path.parent)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json and model.safetensors")
+    return path, files.read_object(path)
+
+
+C = TypeVar("C", bound="EncoderConfig")
+
+
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """The shape of a BERT and its parts. Fields up to `problem_type` are HF's, `model_max_length` its tokenizers'.
+class EncoderConfig:
+    """The shape of an encoder and its parts; the defaults are BERT-Base's. Fields up to `problem_type` are HF's names.
+
+    A family's config is a subclass: its defaults, what it has beside, and `model_type` and `hf_fields`.
 
     A part is a name, an object, or `{"name": ..., field: value}`; `attention`, `hidden_act` and `layer_norm` also
     take a list with one entry for every layer. An entry of `attention` may be a list with one for every head, and
@@ -139,6 +163,9 @@ class BertConfig:
     always exact.
 
     Attributes:
+        model_type: HF's name of the family.
+        hf_fields: for HF's names of fields that are others than these, the field.
+        type_vocab_size: number of token types; 0 for none.
         id2label: the names of the labels, in order of their ids.
         problem_type: what a classifier's logits mean: "regression", "single_label_classification",
             "multi_label_classification"; None: a regression for one label, else one label of several.
@@ -154,6 +181,9 @@ class BertConfig:
         ValueError: an unknown field or part (the message lists the known ones), a value that the field cannot have, a
             list of the wrong length, or a hidden_size that the heads do not divide.
     """
+
+    model_type: ClassVar[str]
+    hf_fields: ClassVar[Mapping[str, str]] = {}
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -177,13 +207,13 @@ class BertConfig:
     layer_norm: Any = "layer_norm"
     embedding: Any = "public"
 
-    def __new__(cls, *values: Any, **fields: Any) -> "BertConfig":
-        known = cls.__dataclass_fields__
+    def __new__(cls, *values: Any, **fields: Any) -> Any:
+        known = {field.name: None for field in dataclasses.fields(cls)}
         if "num_labels" in fields:
             raise ValueError("num_labels is how many id2label has: name the labels, id2label=('no', 'yes') say")
         for field, value in (dict(zip(known, values, strict=False)) | fields).items():
             if field not in known:
-                raise unknown("field of BertConfig", field, known)
+                raise unknown(f"field of {cls.__name__}", field, known)
             _check(field, value)
         return super().__new__(cls)
 
@@ -199,9 +229,14 @@ class BertConfig:
             raise unknown("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not in 0..{self.vocab_size - 1}, the vocabulary")
-        if self.longest > self.max_position_embeddings:
+        if self.num_positions < 1:
             raise ValueError(
-                f"model_max_length {self.model_max_length} is not in 1..{self.max_position_embeddings}, the positions"
+                f"max_position_embeddings {self.max_position_embeddings} leaves none for a text, whose first token has "
+                f"position {self.first_position}"
+            )
+        if self.longest > self.num_positions:
+            raise ValueError(
+                f"model_max_length {self.model_max_length} is not in 1..{self.num_positions}, the positions"
             )
         if self.num_texts not in (None, 1, 2):
             raise ValueError(f"num_texts is 1, or 2 for pairs, not {brief(self.num_texts)}")
@@ -242,7 +277,22 @@ class BertConfig:
     @property
     def longest(self) -> int:
         """Tokens of the longest text that the model answers: `model_max_length`, or all positions."""
-        return self.model_max_length or self.max_position_embeddings
+        return self.model_max_length or self.num_positions
+
+    @property
+    def first_position(self) -> int:
+        """The row of the positions' table that a text's first token has."""
+        return 0
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens of the longest text that there are positions for."""
+        return self.max_position_embeddings - self.first_position
+
+    @property
+    def shares_types(self) -> bool:
+        """Whether a client shares token types: one-hot, for all texts alike, or a program could not take both."""
+        return not self.embedding.client_embeds and self.num_texts != 1 and self.type_vocab_size > 0
 
     @property
     def head_size(self) -> int:
@@ -269,7 +319,7 @@ class BertConfig:
         return Mask.from_tokens(attention_mask, degree=self.score_degree)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "BertConfig":
+    def from_dict(cls: type[C], fields: Mapping[str, Any]) -> C:
         """From the content of a config.json, HF's or ours. Fields of HF's that do not matter here are passed over.
 
         Raises:
@@ -277,36 +327,20 @@ class BertConfig:
         """
         if not isinstance(fields, Mapping):
             raise ValueError(f"a config is a JSON object, not {type(fields).__name__}")
-        for name, allowed in _HF_REQUIRED.items():
-            if fields.get(name, allowed) != allowed:
-                raise ValueError(f"config.json has {name}={brief(fields[name])}; only {allowed!r} is supported")
+        required = {"model_type": cls.model_type, **_HF_REQUIRED}
+        for name, allowed in required.items():
+            given = fields.get(name, allowed)
+            if given != allowed and (name, given) != ("model_type", OWN + cls.model_type):
+                raise ValueError(f"config.json has {name}={brief(given)}; only {allowed!r} is supported")
         own = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in fields.items() if name in own}
+        values = {cls.hf_fields.get(name, name): value for name, value in fields.items()}
+        values = {name: value for name, value in values.items() if name in own}
         if isinstance(values.get("hidden_act"), str):
             values["hidden_act"] = _HF_ACTIVATIONS.get(values["hidden_act"], values["hidden_act"])
         if values.get("pad_token_id", 0) is None:  # it names no id; what stands on padding is masked
             values["pad_token_id"] = 0
         values["id2label"] = _labels(fields.get("id2label"), fields.get("num_labels"))
         return cls(**values)
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "BertConfig":
-        """Reads `folder`/config.json.
-
-        Raises:
-            FileNotFoundError: there is none, or no such folder.
-            ValueError: it is not JSON, or see `from_dict`; the message names the file.
-        """
-        path = Path(folder) / "config.json"
-        if not path.parent.is_dir():
-            raise no_model_folder(path.parent)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: a model folder holds config.json and model.safetensors")
-        fields = files.read_object(path)
-        try:
-            return cls.from_dict(fields)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: `from_dict` gives the config back, and HF reads its own fields.
@@ -321,9 +355,8 @@ class BertConfig:
 
         hidden_act = spec(self.hidden_act, ACTIVATIONS.spec)
 
-        return {
-            "model_type": "bert",
-            **fields,
+        theirs = {ours: name for name, ours in self.hf_fields.items()}
+        fields |= {
             "id2label": {str(i): label for i, label in enumerate(self.id2label)},
             "label2id": {label: i for i, label in enumerate(self.id2label)},
             "attention": spec(self.attention, _attention_spec),
@@ -331,27 +364,17 @@ class BertConfig:
             "layer_norm": spec(self.layer_norm, _layer_norms_spec),
             "embedding": EMBEDDINGS.spec(self.embedding),
         }
+        model_type = self.model_type if self._has_hf_parts else OWN + self.model_type
+        return {"model_type": model_type, **{theirs.get(name, name): value for name, value in fields.items()}}
 
-
-# Turc et al., arXiv 1908.08962 (tiny to medium); Devlin et al., arXiv 1810.04805 (base, large); Wang et al.,
-# arXiv 2002.10957 (MiniLM, whose six-layer version is every second layer of MiniLM-L12-H384).
-PRESETS: dict[str, BertConfig] = {
-    "tiny": BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512),
-    "mini": BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024),
-    "small": BertConfig(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048),
-    "medium": BertConfig(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=2048),
-    "base": BertConfig(),
-    "large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
-    "minilm-l6": BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
-}
-
-
-def preset(name: str, **changes: Any) -> BertConfig:
-    """A preset by name, with fields changed: `preset("base", attention="2quad_freediv", hidden_act="quad")`.
-
-    Raises:
-        ValueError: an unknown preset; the message lists the known ones and the closest.
-    """
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    return dataclasses.replace(PRESETS[name], **changes)
+    @property
+    def _has_hf_parts(self) -> bool:
+        """Whether all parts are such as HF's models have."""
+        layers = range(self.num_hidden_layers)
+        return all(
+            self.attention_of(i) == ATTENTION["softmax"]
+            and self.hidden_act_of(i) == self.hidden_act_of(0)
+            and self.hidden_act_of(i) in [ACTIVATIONS[name] for name in _HF_HAS]
+            and all(part == EXACT for part in self.layer_norms_of(i))
+            for i in layers
+        )

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from flaxmpc import files
 from flaxmpc.errors import brief, unknown
-from flaxmpc.models.base import init_params, param_shapes
-from flaxmpc.models.bert import ARCHITECTURES, BertForSequenceClassification
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models import bert, distilbert, mpnet, roberta  # noqa: F401  they register their families
+from flaxmpc.models.base import WithHead, architectures, family_of, init_params, param_shapes
+from flaxmpc.models.config import EncoderConfig, read_fields
 from flaxmpc.models.tokenizer import load_tokenizer, save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
 
@@ -35,7 +35,7 @@ def load(folder: str | Path, architecture: str | None = None) -> LoadedModel:
 
     Args:
         folder: HF's or ours.
-        architecture: a name in `ARCHITECTURES`; None takes what config.json says.
+        architecture: HF's name of a class; None takes what config.json says.
 
     Raises:
         FileNotFoundError: the folder, its config.json, weights or tokenizer do not exist.
@@ -55,20 +55,37 @@ def read_model(folder: Path, architecture: str | None = None) -> Any:
     Raises:
         FileNotFoundError, ValueError: see `load`.
     """
-    config = BertConfig.from_folder(folder)
+    config = read_config(folder)
     if architecture is None:
         declared = files.read_object(folder / "config.json").get("architectures")
         if not isinstance(declared, (list, type(None))):
             raise ValueError(f"{folder / 'config.json'}: architectures is a list of names, not {brief(declared)}")
-        architecture = declared[0] if declared else BertForSequenceClassification.__name__
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise unknown("architecture", architecture, ARCHITECTURES)
-    return ARCHITECTURES[architecture](config)
+        architecture = declared[0] if declared else family_of(config.model_type).models[0].__name__
+    known = architectures()
+    if not isinstance(architecture, str) or architecture not in known:
+        raise unknown("architecture", architecture, known)
+    if known[architecture] not in family_of(config.model_type).models:
+        raise ValueError(f"{folder / 'config.json'}: a {architecture} is none of model_type {config.model_type!r}")
+    return known[architecture](config)
+
+
+def read_config(folder: str | Path) -> EncoderConfig:
+    """The config of a folder, of the family that its model_type names; BERT's where it names none.
+
+    Raises:
+        FileNotFoundError: there is none, or no such folder.
+        ValueError: it is not JSON, of an unknown family, or see `EncoderConfig.from_dict`; the message names the file.
+    """
+    path, fields = read_fields(folder)
+    try:
+        return family_of(fields.get("model_type", bert.BertConfig.model_type)).config.from_dict(fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_pretrained(
     folder: str | Path,
-    architecture: type[Any] = BertForSequenceClassification,
+    architecture: type[WithHead] | None = None,
     *,
     seed: int = 0,
     **changes: Any,
@@ -77,7 +94,7 @@ def load_pretrained(
 
     Args:
         folder: HF's or ours.
-        architecture: the class of the new model.
+        architecture: the class of the new model; None: the sequence classifier of the folder's family.
         seed: of the head.
         **changes: fields of the config that are to be other than in the file, such as `id2label`.
 
@@ -85,9 +102,15 @@ def load_pretrained(
         FileNotFoundError, ValueError, WeightsError: see `load`; what the file has beyond the encoder is passed over.
     """
     folder = Path(folder)
-    model = architecture(dataclasses.replace(BertConfig.from_folder(folder), **changes))
+    config = dataclasses.replace(read_config(folder), **changes)
+    model = (architecture or family_of(config.model_type).models[0])(config)
     params = read_params(folder / "model.safetensors", param_shapes(model), fresh=lambda: init_params(model, seed))
     return LoadedModel(model, params, load_tokenizer(folder), folder)
+
+
+def described(model: WithHead) -> dict[str, Any]:
+    """What config.json says of a model. ValueError: the config holds a part that is not registered."""
+    return {"architectures": [type(model).__name__], **model.config.to_dict()}
 
 
 def save(
@@ -111,7 +134,7 @@ def save(
         ValueError: the config holds a part that is not registered.
     """
     folder, tokenizer = Path(folder), load_tokenizer(tokenizer_from)
-    config = {"architectures": [type(model).__name__], **model.config.to_dict()}
+    config = described(model)
     (folder / "config.json").unlink(missing_ok=True)
     write_params(folder / "model.safetensors", params, word_embedding_bits=word_embedding_bits, matrix_bits=matrix_bits)
     save_tokenizer(tokenizer, folder)

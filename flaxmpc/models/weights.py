@@ -14,36 +14,21 @@ from safetensors.numpy import save
 
 from flaxmpc import files
 from flaxmpc.errors import brief, listed
+from flaxmpc.models.base import Family, family_of_params
 from flaxmpc.models.config import no_model_folder
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.models.quantize import GROUP, dequantize, quantize
 
-# Our module -> HF's. The leaves follow: kernel -> weight (transposed), a LayerNorm's scale -> weight, bias -> bias.
-_MODULES = [
-    (r"bert/embeddings/(word|position|token_type)_embeddings", r"bert.embeddings.\1_embeddings.weight"),
-    (r"bert/embeddings/layer_norm/", r"bert.embeddings.LayerNorm."),
-    (r"bert/layer_(\d+)/attention/(query|key|value)/", r"bert.encoder.layer.\1.attention.self.\2."),
-    (r"bert/layer_(\d+)/attention/output/", r"bert.encoder.layer.\1.attention.output.dense."),
-    (r"bert/layer_(\d+)/attention/(\w+)$", r"bert.encoder.layer.\1.attention.self.\2"),  # an attention part's scalars
-    (r"bert/layer_(\d+)/attention_layer_norm/", r"bert.encoder.layer.\1.attention.output.LayerNorm."),
-    (r"bert/layer_(\d+)/(intermediate|output)/", r"bert.encoder.layer.\1.\2.dense."),
-    (r"bert/layer_(\d+)/output_layer_norm/", r"bert.encoder.layer.\1.output.LayerNorm."),
-    (r"bert/pooler/", r"bert.pooler.dense."),
-    (r"(classifier|qa_outputs)/", r"\1."),
-    (r"transform/", r"cls.predictions.transform.dense."),
-    (r"transform_layer_norm/", r"cls.predictions.transform.LayerNorm."),
-    (r"decoder_bias", r"cls.predictions.bias"),
-]
+# HF's names of leaves; a kernel is transposed there.
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
-# In HF's files, but no parameter; and what is tied to one.
+# In HF's files, but no parameter.
 _BUFFER = re.compile(r"(^|\.)position_ids$")
-_TIED = re.compile(r"^cls\.predictions\.decoder\.(weight|bias)$")
-_WORDS = "bert.embeddings.word_embeddings.weight"
 
-# What is fresh on a pre-trained encoder: the head; and where they are lacking the pooler and an attention's scalars.
-_HEAD = re.compile(r"^(?!bert/)")
-_MAY_LACK = re.compile(r"^bert/pooler/|/attention/\w+$")
+# What a pre-trained encoder may lack, and has fresh then: the pooler, and an attention's scalars.
+_MAY_LACK = re.compile(r"^\w+/pooler/|/attention/\w+$")
+
+_WORDS = ".embeddings.word_embeddings.weight"
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -56,13 +41,13 @@ _MOST_HEADER = 4 << 20
 _MOST_SHARDS = 1_000
 
 
-def hf_name(path: str) -> str:
+def hf_name(path: str, family: Family) -> str:
     """HF's name for one of our parameters, "bert/layer_0/attention/query/kernel" say.
 
     Raises:
-        ValueError: the path is none of a BERT's.
+        ValueError: the path is none of the family's.
     """
-    for ours, theirs in _MODULES:
+    for ours, theirs in family.names:
         match = re.match(ours, path)
         if match:
             leaf = path[match.end() :]
@@ -114,9 +99,9 @@ def _declared(folder: Path) -> str:
     """The architecture that config.json names. It comes to stand in a command, so it is a name and nothing else."""
     try:
         declared = files.read_object(folder / "config.json")["architectures"][0]
-        return declared if re.fullmatch(r"[A-Za-z0-9]{1,80}", declared) else "BertModel"
+        return declared if re.fullmatch(r"[A-Za-z0-9]{1,80}", declared) else "AutoModel"
     except (OSError, ValueError, LookupError, TypeError):
-        return "BertModel"
+        return "AutoModel"
 
 
 def _files(path: Path) -> list[Path]:
@@ -213,8 +198,8 @@ class _Weight(NamedTuple):
         return value
 
 
-def _weights(path: Path, opened: contextlib.ExitStack) -> dict[str, _Weight]:
-    """The weights of a file under names that start with `bert.` where HF's may leave it out; none is read yet.
+def _weights(path: Path, opened: contextlib.ExitStack, family: Family) -> dict[str, _Weight]:
+    """The weights of a file under names that start with the encoder's where HF's may leave it out; none is read yet.
 
     Raises:
         FileNotFoundError: no such file; where weights in another format are there, says how to convert them.
@@ -226,9 +211,11 @@ def _weights(path: Path, opened: contextlib.ExitStack) -> dict[str, _Weight]:
         if not name.endswith(_SCALES) and not _BUFFER.search(name):
             new = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
             found[new] = _Weight(tensor, stored.get(name + _SCALES))
-    if not any(name.startswith("bert.") for name in found):
-        own = ("classifier.", "qa_outputs.", "cls.")
-        found = {name if name.startswith(own) else f"bert.{name}": weight for name, weight in found.items()}
+    if not any(name.startswith(f"{family.prefix}.") for name in found):
+        found = {
+            name if name.startswith(family.heads) else f"{family.prefix}.{name}": weight
+            for name, weight in found.items()
+        }
     return found
 
 
@@ -254,15 +241,16 @@ def read_params(
         WeightsError: everything that does not fit, in one list.
     """
     with contextlib.ExitStack() as opened:
-        weights = _weights(path, opened)
+        family = family_of_params(shapes)
+        weights = _weights(path, opened, family)
         wanted = flatten(shapes)
-        tied = {name: weight for name, weight in weights.items() if _TIED.search(name)}
+        encoder = f"{family.prefix}/"
         missing, wrong_shape, own = [], [], set()
         taken: dict[str, _Weight] = {}
         for ours, shape in wanted.items():
-            theirs = hf_name(ours)
+            theirs = hf_name(ours, family)
             weight = weights.get(theirs)
-            if fresh is not None and (_HEAD.search(ours) or (weight is None and _MAY_LACK.search(ours))):
+            if fresh is not None and (not ours.startswith(encoder) or (weight is None and _MAY_LACK.search(ours))):
                 own.add(ours)
             elif weight is None:
                 missing.append(theirs)
@@ -271,14 +259,15 @@ def read_params(
                 expected = shape.shape[::-1] if ours.endswith("/kernel") else shape.shape
                 if weight.shape != expected:
                     wrong_shape.append(f"{theirs}: {weight.shape} in the file, {expected} in the model")
-        unexpected = sorted(set(weights) - set(map(hf_name, wanted)) - set(tied)) if fresh is None else []
+        named = {hf_name(ours, family) for ours in wanted}
+        unexpected = sorted(set(weights) - named - set(family.tied)) if fresh is None else []
         if missing or unexpected or wrong_shape:
             raise WeightsError(path, missing, unexpected, wrong_shape)
         for weight in taken.values():
             weight.check()
         _check_whole(weights)
         if "decoder_bias" in wanted and fresh is None:
-            _refuse_untied(path, weights)
+            _refuse_untied(path, weights, family)
         initial = flatten(fresh()) if fresh is not None else {}
         params = {ours: np.asarray(initial[ours]) for ours in own}
         for ours, weight in taken.items():
@@ -305,11 +294,9 @@ def _digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
     return found.hexdigest()
 
 
-def _refuse_untied(path: Path, weights: Mapping[str, _Weight]) -> None:
+def _refuse_untied(path: Path, weights: Mapping[str, _Weight], family: Family) -> None:
     """A masked LM's output matrix and bias stand in HF's files twice, unless they are trained apart."""
-    prefix = "cls.predictions."
-    pairs = ((f"{prefix}decoder.weight", _WORDS), (f"{prefix}decoder.bias", f"{prefix}bias"))
-    for own, tied in pairs:
+    for own, tied in family.tied.items():
         if own in weights and tied in weights:
             weights[own].check()
             alike = weights[own].shape == weights[tied].shape
@@ -320,7 +307,7 @@ def _refuse_untied(path: Path, weights: Mapping[str, _Weight]) -> None:
 def _bits(name: str, value: np.ndarray, word_embedding_bits: int, matrix_bits: int) -> int:
     if value.ndim != 2 or value.shape[1] % 64:
         return 32
-    return word_embedding_bits if name == _WORDS else matrix_bits
+    return word_embedding_bits if name.endswith(_WORDS) else matrix_bits
 
 
 def write_params(
@@ -335,8 +322,9 @@ def write_params(
             rows are a multiple of 64 long; vectors stay float32.
     """
     tensors: dict[str, np.ndarray] = {}
+    family = family_of_params(params)
     for ours, leaf in flatten(params).items():
-        name = hf_name(ours)
+        name = hf_name(ours, family)
         value = np.asarray(leaf, np.float32)
         value = np.ascontiguousarray(value.T if ours.endswith("/kernel") else value)
         bits = _bits(name, value, word_embedding_bits, matrix_bits)

@@ -237,9 +237,9 @@ class Folded(NamedTuple):
 
 @runtime_checkable
 class Foldable(Trained, Protocol):
-    """A part whose scalars fold into the weights around it, as far as `fold` says."""
+    """A part whose scalars fold into the weights around it, as far as `fold` says; without `query` not into W_q."""
 
-    def fold(self, scalars: Scalars, num_heads: int) -> Folded: ...
+    def fold(self, scalars: Scalars, num_heads: int, query: bool = True) -> Folded: ...
 
 
 @runtime_checkable
@@ -261,10 +261,14 @@ def scalars_of(part: AttentionPart, num_heads: int) -> Scalars:
     return part.scalars(num_heads) if isinstance(part, Trained) else {}
 
 
-def folded(part: AttentionPart, scalars: Scalars, num_heads: int) -> Folded:
-    """What of a part's scalars goes into the weights; nothing for a part that does not say."""
+def folded(part: AttentionPart, scalars: Scalars, num_heads: int, *, query: bool = True) -> Folded:
+    """What of a part's scalars goes into the weights; nothing for a part that does not say.
+
+    Args:
+        query: whether W_q may take a factor; not where a bias is added to the scores, which it would not multiply.
+    """
     if isinstance(part, Foldable):
-        return part.fold(scalars, num_heads)
+        return part.fold(scalars, num_heads, query)
     return Folded(jnp.ones((num_heads,)), jnp.ones((num_heads,)), scalars)
 
 
@@ -357,7 +361,7 @@ class Attention:
         visible = mask.hide(jnp.broadcast_to(mask.tokens[:, None, None, :], scores.shape))
         return -jax.nn.logsumexp(scores, -1, b=visible * mask.inverse_count[:, None, :, None])
 
-    def fold(self, scalars: Scalars, num_heads: int) -> Folded:
+    def fold(self, scalars: Scalars, num_heads: int, query: bool = True) -> Folded:
         """r = a^degree x rest per head: a goes into W_q and c, the rest into W_v.
 
         a keeps f(s) near 1, which is where fixed point is most precise; what has no degree, or no positive r, goes
@@ -365,7 +369,7 @@ class Attention:
         """
         left = {name: scalar for name, scalar in scalars.items() if name != "scale"}
         scale = scalars.get("scale", jnp.ones((num_heads,)))
-        if self.degree is None:
+        if self.degree is None or not query:
             return Folded(jnp.ones_like(scale), scale, left)
         a = jnp.where(scale > 0, jnp.abs(scale) ** (1.0 / self.degree), 1.0)
         return Folded(a, scale / a**self.degree, {name: scalar * a for name, scalar in left.items()})
@@ -463,10 +467,13 @@ class PerHead:
         none = [jnp.zeros_like(scores[:, : len(heads), :, 0]) for _, heads in self._groups()]
         return self._joined([zero if own is None else own for own, zero in zip(offsets, none, strict=True)], 1)
 
-    def fold(self, scalars: Scalars, num_heads: int) -> Folded:
-        done = [folded(part, self._own(part, heads, scalars), len(heads)) for part, heads in self._groups()]
-        query, value = (self._joined([getattr(own, name) for own in done], 0) for name in ("query", "value"))
-        return Folded(query, value, self._scalars([own.scalars for own in done]))
+    def fold(self, scalars: Scalars, num_heads: int, query: bool = True) -> Folded:
+        done = [
+            folded(part, self._own(part, heads, scalars), len(heads), query=query) for part, heads in self._groups()
+        ]
+        for_query = self._joined([own.query for own in done], 0)
+        for_value = self._joined([own.value for own in done], 0)
+        return Folded(for_query, for_value, self._scalars([own.scalars for own in done]))
 
     @property
     def score_degree(self) -> int | None:

@@ -112,7 +112,7 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: State, mask: Mask, bias: Array | None = None, deterministic: bool = True
     ) -> tuple[State, Float[Array, "batch head query key"] | None]:
-        """Args: bias: of positions, (1 or batch, head, query, key), which is added to the scores."""
+        """Args: bias: of positions, (1 or batch, head, query, key), added to the scores; a unit is in it already."""
         features = x.shape[-1]
         dense = {"kernel_init": self.kernel_init, "dtype": self.dtype, "param_dtype": self.param_dtype}
         projected = [Dense(features, name=name, **dense)(x) for name in ("query", "key", "value")]
@@ -146,7 +146,7 @@ class SelfAttention(nn.Module):
         query, key, value = projected
         unit, product, heads = query.unit, query.product, self.num_heads
         depth = query.shape[-1] // heads
-        for_query, for_value, scalars = folded(self.part, scalars, heads)
+        for_query, for_value, scalars = folded(self.part, scalars, heads, query=bias is None)
         query = query.map(lambda rows: rows * jnp.repeat(for_query / math.sqrt(depth), depth))
         value = value.map(lambda rows: rows * jnp.repeat(for_value, depth))
         if unit is not None and "shift" in scalars:  # one more feature of queries and keys, whose product is a^2 c
@@ -158,8 +158,7 @@ class SelfAttention(nn.Module):
             context = self.part(q, k, v, mask, scalars, bias=bias, product=product)
         else:
             assert isinstance(self.part, Homogeneous), "a state has a unit where attention takes it"
-            assert bias is None, "a bias is added to scores, not to a^2 times theirs"
-            context = product(self.part.numerators(scores_of(q, k, product=product), mask), v)
+            context = product(self.part.numerators(scores_of(q, k, bias, product), mask), v)
         return Lazy.held(self._merge(context), unit, product), None
 
 

@@ -19,6 +19,7 @@ from jax.experimental import enable_x64
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Literal
 
+from flaxmpc.errors import listed
 from flaxmpc.secure.jaxpr import bind, called
 
 # They repeat or move numbers, which costs nothing on shares. They stay in the function, so that what is repeated for
@@ -26,7 +27,7 @@ from flaxmpc.secure.jaxpr import bind, called
 _MOVES = frozenset(["broadcast_in_dim", "copy", "expand_dims", "reshape", "rev", "slice", "squeeze", "transpose"])
 
 
-def hoist(fn: Callable[..., Any], params: Any, *inputs: Any, dtype: Any = None) -> tuple[Hoisted, list[Any]]:
+def hoist(fn: Callable[..., Any], params: Any, *inputs: Any, dtype: Any = None) -> tuple[Hoisted, dict[str, Any]]:
     """Splits a function where its inputs come in: `g(weights, *inputs)` is `fn(params, *inputs)`.
 
     The owner of the parameters computes the weights, which are what `fn` makes of parameters alone; `g` does the rest,
@@ -44,21 +45,22 @@ def hoist(fn: Callable[..., Any], params: Any, *inputs: Any, dtype: Any = None) 
             weights have their own in any case.
 
     Returns:
-        `g`, which takes inputs of other shapes too; and the weights, numpy arrays.
+        `g`, which takes inputs of other shapes too; and the weights, numpy arrays by where they come from: the path of
+        a parameter, or the module and the operation that made them.
     """
     structs = jax.tree.map(_struct, params)
     hoisted = Hoisted(fn, structs, jax.tree.map(_struct, inputs))
     leaves = jax.tree.leaves(params)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         return hoisted, hoisted.structs
-    return hoisted, hoisted.first.compute(leaves, dtype)
+    return hoisted, dict(zip(hoisted.structs, hoisted.first.compute(leaves, dtype), strict=True))
 
 
 class Hoisted:
     """What `hoist` leaves of a function: (weights, *inputs) -> its output, for inputs of any shapes.
 
     Attributes:
-        structs: of the weights, jax.ShapeDtypeStruct each.
+        structs: the weights' shapes and types, jax.ShapeDtypeStruct each.
     """
 
     def __init__(self, fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]):
@@ -67,7 +69,13 @@ class Hoisted:
         self._traces: dict[Any, _Trace] = {}
         self._lock = threading.Lock()
         self.first = self._trace(inputs)
-        self.structs = [_struct(self.first.values[place].aval) for place in self.first.weights.values()]
+        self.structs: dict[str, Any] = {}
+        for place in self.first.weights.values():
+            label, count = self.first.labels[place], 1
+            while label in self.structs:
+                count += 1
+                label = f"{self.first.labels[place]}.{count}"
+            self.structs[label] = _struct(self.first.values[place].aval)
 
     def _trace(self, inputs: tuple[Any, ...]) -> _Trace:
         leaves, treedef = jax.tree.flatten(inputs)
@@ -77,14 +85,17 @@ class Hoisted:
                 self._traces[key] = _Trace(self._fn, self._params, inputs)
             return self._traces[key]
 
-    def __call__(self, weights: Sequence[Any], *inputs: Any) -> Any:
+    def __call__(self, weights: Mapping[str, Any], *inputs: Any) -> Any:
         """The function's output.
 
         Raises:
-            ValueError: for inputs of these shapes the function makes other weights of its parameters.
+            ValueError: weights of another function, or for inputs of these shapes it makes others of its parameters.
         """
+        if weights.keys() != self.structs.keys():
+            strange = sorted(weights.keys() ^ self.structs.keys())
+            raise ValueError(f"these are weights of another function: {listed(strange)}")
         trace = self._trace(jax.tree.map(_struct, inputs))
-        by_name = dict(zip(self.first.weights, weights, strict=True))
+        by_name = {name: weights[label] for name, label in zip(self.first.weights, self.structs, strict=True)}
         if trace.weights.keys() - by_name.keys():
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in jax.tree.leaves(inputs))
             raise ValueError(f"for inputs of the shapes {shapes} the function makes other weights of its parameters")
@@ -130,12 +141,14 @@ class _Trace:
     Attributes:
         values: all, by their place.
         weights: the names of those that the parameters' owner computes, and a place where each is made.
+        labels: for a reader: the paths of parameters by their places, and what made a value of them.
     """
 
     def __init__(self, fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]):
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
         self._tree = jax.tree.structure(shape)
         self.values: list[_Value] = []
+        self.labels = dict(enumerate(map(_path, jax.tree_util.tree_leaves_with_path(params))))
         self._steps: list[_Step] = []
         count = len(jax.tree.leaves(params))
         avals = [var.aval for var in closed.jaxpr.invars]
@@ -185,6 +198,8 @@ class _Trace:
             self._add(_Value(depends, var.aval, f"{text} {i}" if depends < 2 else None, moved))
             for i, var in enumerate(eqn.outvars)
         )
+        if depends == 1:
+            self.labels |= dict.fromkeys(outs, "/".join(part for part in (str(names), eqn.primitive.name) if part))
         self._steps.append(_Step(eqn, ins, outs, names))
         return outs
 
@@ -261,9 +276,14 @@ class _Trace:
         return [value(place) for place in wanted]
 
 
+def _path(item: tuple[Any, Any]) -> str:
+    """A leaf's path in its pytree, "bert/pooler/kernel" say."""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in item[0])
+
+
 def _typed(value: Any, aval: Any) -> Any:
-    """A constant with its type: a literal is a number of Python's."""
-    return value if hasattr(value, "dtype") else np.asarray(value, aval.dtype)
+    """A constant with the type that it has in the trace: a literal is a number of Python's, an array may be wider."""
+    return value if jnp.issubdtype(aval.dtype, jax.dtypes.extended) else np.asarray(value, aval.dtype)
 
 
 def _is_float(value: Any) -> bool:

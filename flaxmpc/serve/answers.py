@@ -8,7 +8,7 @@ import numpy as np
 
 from flaxmpc import secure
 from flaxmpc.data.batches import Text
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.config import EncoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Prediction:
 
     Attributes:
         text: the text as it was given; a pair is a tuple of two.
-        truncated: whether the text was longer than `BertConfig.longest`, and is cut.
+        truncated: whether the text was longer than `EncoderConfig.longest`, and is cut.
         cost: the cost of the secure run that the text was in.
         label: the label with the largest logit, where a text has one label of several.
         score: the probability of `label`, in [0, 1].
@@ -113,7 +113,7 @@ VALUE = Head(("value",), _value, ("value",), lambda answer: (f"{answer.value:.4f
 _HEADS = {"regression": VALUE, "single_label_classification": ONE_LABEL, "multi_label_classification": LABELS}
 
 
-def head(config: BertConfig) -> Head:
+def head(config: EncoderConfig) -> Head:
     """Finds the kind of a classifier's head by its problem_type; a single logit is a value, unless that says else.
 
     Raises:
@@ -128,7 +128,7 @@ def head(config: BertConfig) -> Head:
 
 
 def predict(
-    text: Text, logits: np.ndarray, plain: np.ndarray | None, config: BertConfig, truncated: bool, cost: secure.Cost
+    text: Text, logits: np.ndarray, plain: np.ndarray | None, config: EncoderConfig, truncated: bool, cost: secure.Cost
 ) -> Prediction:
     """Makes the answer to one text of its logits.
 

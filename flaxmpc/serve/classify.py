@@ -12,8 +12,8 @@ import numpy as np
 
 from flaxmpc import secure
 from flaxmpc.data.batches import Encoded, Text, encode
-from flaxmpc.models.bert import BertForSequenceClassification
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.base import WithHead
+from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.mask import Mask
 from flaxmpc.serve.answers import Inference, Prediction, head, predict
 
@@ -22,11 +22,11 @@ _LENGTHS = (16, 32, 64, 128, 256, 512)
 
 
 def buckets(longest: int) -> list[int]:
-    """The lengths that a model's texts are padded to; `longest` is the most tokens of a text, `BertConfig.longest`."""
+    """The lengths that a model's texts are padded to; `longest` is the most tokens of a text."""
     return [*(length for length in _LENGTHS if length < longest), longest]
 
 
-def limit(config: BertConfig) -> str:
+def limit(config: EncoderConfig) -> str:
     """Says for a message how many tokens a model's texts may have, and why."""
     why = "has positions for" if config.model_max_length is None else "was trained and measured for"
     return f"{config.longest} tokens, all that the model {why}"
@@ -66,7 +66,7 @@ class Client:
 
     def __init__(
         self,
-        model: BertForSequenceClassification,
+        model: WithHead,
         tokenizer: Any,
         params: dict[str, Any],
         lengths: Sequence[int] | None = None,
@@ -87,8 +87,6 @@ class Client:
         self.client_params = params
         self.lengths = sorted(lengths or buckets(self.config.longest))
         self._embed = jax.jit(functools.partial(model.apply, method="embed"))
-        # Whether types are among what is shared: one-hot, for all texts alike, or a program could not take both.
-        self._shares_types = not self.config.embedding.client_embeds and self.config.num_texts != 1
         head(self.config)
 
     def bucket(self, num_tokens: int) -> int:
@@ -99,7 +97,7 @@ class Client:
         return found
 
     def encode(self, texts: Sequence[Text]) -> Encoded:
-        """Makes token ids and types of texts or pairs, cut at `BertConfig.longest`.
+        """Makes token ids and types of texts or pairs, cut at `EncoderConfig.longest`.
 
         Raises:
             TextError: a text that is empty, or of the wrong form: a pair where the model takes single texts, one
@@ -175,11 +173,11 @@ class Client:
             types: HF's token_type_ids of pairs, (batch, token); None: all are 0.
 
         Raises:
-            ValueError: more tokens than `BertConfig.longest`, or an id that the model does not have.
+            ValueError: more tokens than `EncoderConfig.longest`, or an id that the model does not have.
         """
         if ids.shape[1] > self.config.longest:
             raise ValueError(f"a text has {ids.shape[1]} tokens; it may have {limit(self.config)}")
-        if types is None and self._shares_types:
+        if types is None and self.config.shares_types:
             types = np.zeros_like(ids)
         tokens: Any = self._tokens(ids, types)
         if self.config.embedding.client_embeds:

@@ -11,9 +11,8 @@ import numpy as np
 from flaxmpc import secure
 from flaxmpc.data.batches import Text
 from flaxmpc.models import folder as folders
-from flaxmpc.models.base import defer, param_shapes, without_embeddings
-from flaxmpc.models.bert import BertForSequenceClassification
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.base import WithHead, defer, param_shapes, without_embeddings
+from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.lazy import Lazy, square_mean_by_product
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import InverseRoot
@@ -39,13 +38,13 @@ class Private(NamedTuple):
         model: as it was trained; its `embed` is the client's where the embedding is public.
         client_params: the embedding's, where the client embeds; else nothing.
         function: (weights, what the client shares, mask) -> what was asked for, the logits.
-        weights: numpy arrays, secret; jax.ShapeDtypeStruct where the parameters are.
+        weights: secret numpy arrays by name; jax.ShapeDtypeStruct where the parameters are.
     """
 
     model: Any
     client_params: dict[str, Any]
     function: secure.Hoisted
-    weights: list[Any]
+    weights: dict[str, Any]
 
 
 def private(model: Any, params: dict[str, Any], config: secure.Config, method: Any = "from_embeddings") -> Private:
@@ -58,29 +57,29 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, method: A
         config: of the parties: a protocol computes many small products one by one or grouped.
         method: of the model, from a lazy state of the embeddings and the mask to the output.
     """
-    bert: BertConfig = model.config
-    embeds = bert.embedding.client_embeds
+    own: EncoderConfig = model.config
+    embeds = own.embedding.client_embeds
     product = grouped_conv if config.grouped_products else matmul
     client_params, secret_params = without_embeddings(model, params) if embeds else ({}, params)
 
     def on_shares(params: dict[str, Any], shared: Any, mask: Mask) -> Any:
         if not embeds:
             # A state with a unit is 0 at padding.
-            needed = mask.tokens if bert.score_degree is None else None
+            needed = mask.tokens if own.score_degree is None else None
             shared = model.apply({"params": params}, *shared, attention_mask=needed, method="embed")
-        return model.apply({"params": params}, defer(bert, shared, mask, product), mask, method=method)
+        return model.apply({"params": params}, defer(own, shared, mask, product), mask, method=method)
 
-    function, weights = secure.hoist(on_shares, secret_params, *_example(bert), dtype="float64")
+    function, weights = secure.hoist(on_shares, secret_params, *_example(own), dtype="float64")
     return Private(model, client_params, function, weights)
 
 
-def _example(config: BertConfig) -> tuple[Any, Mask]:
+def _example(config: EncoderConfig) -> tuple[Any, Mask]:
     """What a client shares of a text, as shapes."""
     shape = (1, min(2, config.longest))
     mask = jax.eval_shape(config.mask, jax.ShapeDtypeStruct(shape, np.int32))
     if config.embedding.client_embeds:
         return jax.ShapeDtypeStruct((*shape, config.hidden_size), np.float32), mask
-    sizes = [config.vocab_size] if config.num_texts == 1 else [config.vocab_size, config.type_vocab_size]
+    sizes = [config.vocab_size, config.type_vocab_size] if config.shares_types else [config.vocab_size]
     ids = jax.ShapeDtypeStruct(shape, np.int32)
     return tuple(jax.eval_shape(lambda ids, n=n: config.embedding.encode(ids, n), ids) for n in sizes), mask
 
@@ -99,21 +98,19 @@ def logits_and_size(model: Any, embeddings: Lazy, mask: Mask) -> tuple[jax.Array
     return model.head(hidden, True), size if isinstance(last, InverseRoot) else jnp.ones_like(size)
 
 
-def sequence_classifier(model: Any, folder: Path) -> BertForSequenceClassification:
+def sequence_classifier(model: Any, folder: Path) -> WithHead:
     """The model that a folder holds. ValueError: it is another."""
-    if not isinstance(model, BertForSequenceClassification):
+    if not model.classifies_sequences:
         raise ValueError(f"{folder} holds a {type(model).__name__}, not a sequence classifier")
     return model
 
 
-def _private(loaded: folders.LoadedModel, config: secure.Config) -> Private:
-    """ValueError: the model is no sequence classifier."""
-    return private(sequence_classifier(loaded.model, loaded.folder), loaded.params, config)
+def private_classifier(loaded: folders.LoadedModel, config: secure.Config, method: Any = "from_embeddings") -> Private:
+    """`private` of a loaded model. ValueError: it is no sequence classifier."""
+    return private(sequence_classifier(loaded.model, loaded.folder), loaded.params, config, method)
 
 
-def plan(
-    model: BertForSequenceClassification, config: secure.Config
-) -> tuple[secure.Hoisted, dict[str, Any], secure.Planned]:
+def plan(model: WithHead, config: secure.Config) -> tuple[secure.Hoisted, dict[str, Any], secure.Planned]:
     """What programs are compiled from where a model's weights are not at hand.
 
     Returns:
@@ -155,7 +152,7 @@ def check_encoded(
     Raises:
         ValueError: see `secure.check`; or the model is no sequence classifier.
     """
-    model, client_params, function, weights = _private(loaded, secure.Config())
+    model, client_params, function, weights = private_classifier(loaded, secure.Config())
     client = Client(model, loaded.tokenizer, client_params)
     weights = jax.device_put(weights)
     inputs = ((weights, *client.share(*run)) for run in runs)
@@ -181,7 +178,7 @@ class SecureClassifier(Classifier):
         Raises:
             ValueError: the model is no sequence classifier, or its logits have no meaning.
         """
-        self.model, client_params, self.function, weights = _private(loaded, parties.config)
+        self.model, client_params, self.function, weights = private_classifier(loaded, parties.config)
         super().__init__(self.model, loaded.tokenizer, client_params)
         self._params = loaded.params
         self._secure = secure.jit(self.function, parties=parties)

@@ -17,9 +17,8 @@ from flaxmpc import secure
 from flaxmpc.data.batches import Text
 from flaxmpc.errors import brief
 from flaxmpc.models import folder as folders
-from flaxmpc.models.base import param_shapes, without_embeddings
-from flaxmpc.models.bert import BertForSequenceClassification
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.base import WithHead, param_shapes, without_embeddings
+from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.models.tokenizer import save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
@@ -29,7 +28,7 @@ from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.programs import Approved, compile_program
 from flaxmpc.serve.answers import Inference
 from flaxmpc.serve.classify import Classifier, Client, TextRun, buckets, limit
-from flaxmpc.serve.private import SecureClassifier, plan, sequence_classifier
+from flaxmpc.serve.private import logits_and_size, plan, private_classifier, sequence_classifier
 
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy.cluster import Limits
@@ -71,9 +70,12 @@ def put(
     sizes = _sizes(loaded.model.config, lengths, batches)
     name = name or loaded.folder.resolve().name
     m.check_name(name)  # before minutes of compiling and sending
-    classifier = SecureClassifier(loaded, parties)
-    programs = _programs(classifier, classifier.model, classifier.weights, parties.cluster, sizes)
-    parties.publish(name, classifier.weights, programs, _bundle(classifier))
+    model, client_params, function, weights = private_classifier(loaded, parties.config, logits_and_size)
+    client = Client(model, loaded.tokenizer, client_params)
+    resident = parties.put(weights)
+    parties.publish(
+        name, resident, _programs(client, function, resident, parties.cluster, sizes), _bundle(client, model)
+    )
     return parties.find(name)[1]
 
 
@@ -115,7 +117,7 @@ def approve(
     return programs
 
 
-def _sizes(config: BertConfig, lengths: Sequence[int] | None, batches: Sequence[int]) -> list[tuple[int, int]]:
+def _sizes(config: EncoderConfig, lengths: Sequence[int] | None, batches: Sequence[int]) -> list[tuple[int, int]]:
     """Batch and length of each program. ValueError: a length that is none of the model's buckets, or no number."""
     known = buckets(config.longest)
     if lengths is None:
@@ -144,14 +146,14 @@ def _programs(
     return programs
 
 
-def _bundle(classifier: SecureClassifier) -> bytes:
+def _bundle(client: Client, model: WithHead) -> bytes:
     """Packs what clients need in the clear: config, tokenizer, and the embedding if it is public."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        save_tokenizer(classifier.tokenizer, folder)
-        (folder / "config.json").write_text(json.dumps(classifier.model.config.to_dict()), "utf-8")
-        if classifier.client_params:
-            write_params(folder / _TABLE, classifier.client_params)
+        save_tokenizer(client.tokenizer, folder)
+        (folder / "config.json").write_text(json.dumps(folders.described(model)), "utf-8")
+        if client.client_params:
+            write_params(folder / _TABLE, client.client_params)
         return msgspec.msgpack.encode({name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))})
 
 
@@ -182,7 +184,7 @@ def _unpack(bundle: bytes, folder: Path) -> None:
 class _Bundle(NamedTuple):
     """What a client needs of a model: the model, the embedding's parameters (if it embeds) and the tokenizer."""
 
-    model: BertForSequenceClassification
+    model: WithHead
     params: dict[str, Any]
     tokenizer: Any
 
@@ -197,7 +199,9 @@ class _Bundle(NamedTuple):
             folder = Path(directory)
             try:
                 _unpack(bundle, folder)
-                model = BertForSequenceClassification(BertConfig.from_folder(folder))
+                model = folders.read_model(folder)
+                if not model.classifies_sequences:
+                    raise ValueError(f"a {type(model).__name__} is no sequence classifier")
                 params: dict[str, Any] = {}
                 if model.config.embedding.client_embeds:
                     table, _ = without_embeddings(model, param_shapes(model))
@@ -294,7 +298,7 @@ def _check_size(name: str, program: m.PublicProgram, limits: Limits) -> None:
         )
 
 
-def _check_shares(programs: Mapping[str, m.PublicProgram], config: BertConfig, limits: Limits) -> None:
+def _check_shares(programs: Mapping[str, m.PublicProgram], config: EncoderConfig, limits: Limits) -> None:
     """Refuses (ValueError) runs with larger shares than this client's cluster.toml allows: they are made at once."""
     of_token = config.hidden_size if config.embedding.client_embeds else config.vocab_size + config.type_vocab_size
     for name, program in programs.items():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from flaxmpc.models.base import Intermediates
+from flaxmpc.models.outputs import Intermediates
 
 
 def _masked_mean(values: Any, mask: Array) -> Array:

@@ -12,7 +12,7 @@ import pytest
 from flaxmpc.cli import main as cli
 from flaxmpc.convert.configs import FineTuning
 from flaxmpc.convert.evaluate import evaluate, spread
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.folder import read_config
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.normalization import NORMALIZATIONS
@@ -44,7 +44,7 @@ def test_a_model_is_fine_tuned_converted_and_measured_by_command(data, tmp_path,
     assert results["margin_bits"] > 2
     recipe = json.loads((student / "recipe.json").read_text())
     assert recipe["attention"] == ["2quad_freediv", "2quad"]
-    config = BertConfig.from_folder(student)
+    config = read_config(student)
     assert [config.attention_of(layer).name for layer in range(2)] == recipe["attention"]
     for protocol in ("ref2k", "aby3"):
         assert 0 <= results[f"{protocol}_accuracy"] <= 1

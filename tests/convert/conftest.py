@@ -4,8 +4,7 @@ import pytest
 
 from flaxmpc.data.batches import Split
 from flaxmpc.models.base import init_params
-from flaxmpc.models.bert import BertForSequenceClassification
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.bert import BertConfig, BertForSequenceClassification
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from flaxmpc.convert.configs import Conversion
 from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.convert.runs import resolve
 from flaxmpc.models import folder as folders
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.folder import read_config
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_model_is_for_the_lengths_at_which_all_is_finite(diverging):
     assert (long["finite"], long["joined"], long["rows"]) == (0, 64, 64)
     assert long["teacher_agreement"] == 0  # a row that is not finite has no label
     assert "ref2k_rows" not in long
-    assert BertConfig.from_folder(student).model_max_length == 16
+    assert read_config(student).model_max_length == 16
     card = (student / "README.md").read_text()
     assert "| longest text | 16 tokens |" in card
     assert "| up to 24 | 64 | 64 | 0 | 0.0 % |" in card

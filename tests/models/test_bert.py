@@ -21,12 +21,13 @@ from flaxmpc.models import folder as folders
 from flaxmpc.models.base import init_params, num_params, param_shapes
 from flaxmpc.models.bert import (
     ARCHITECTURES,
+    PRESETS,
+    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
 )
-from flaxmpc.models.config import PRESETS, BertConfig
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.models.weights import read_params
 from flaxmpc.nn.activation import ACTIVATIONS

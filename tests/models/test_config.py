@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from flaxmpc.models.config import PRESETS, BertConfig, preset
+from flaxmpc.models.bert import PRESETS, BertConfig, preset
+from flaxmpc.models.folder import read_config
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION, PerHead
 from flaxmpc.nn.embedding import EMBEDDINGS
@@ -20,7 +21,7 @@ def written_and_read(config):
 
 
 def test_a_hf_folder_is_read_as_it_is(minilm):
-    config = BertConfig.from_folder(minilm)
+    config = read_config(minilm)
     assert config == PRESETS["minilm-l6"]
     assert config.attention is ATTENTION["softmax"]
     assert config.hidden_act is ACTIVATIONS["gelu"]
@@ -159,7 +160,7 @@ def test_labels_are_read_as_transformers_reads_them(fields):
 def test_a_value_that_a_field_cannot_have_is_named(fields, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=message) as error:
-        BertConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     assert "\n" not in str(error.value)
     assert "config.json" in str(error.value)
     assert len(str(error.value)) < 1000
@@ -246,7 +247,7 @@ def test_an_unknown_part_gets_the_known_ones_and_the_closest(field, name, closes
 
     (tmp_path / "config.json").write_text(json.dumps({field: name}))
     with pytest.raises(ValueError, match=f"Did you mean {closest!r}") as error:
-        BertConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     assert "config.json" in str(error.value)
 
 
@@ -308,18 +309,18 @@ def test_a_config_can_be_a_key():
 def test_a_bad_file_is_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json(: | cannot be read as JSON: | holds no JSON object)"):
-        BertConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"hidden_act": "\xff"}')
     with pytest.raises(ValueError, match=r"config\.json cannot be read as JSON: 'utf-8' codec"):
-        BertConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_a_folder_without_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist: a model folder holds"):
-        BertConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 def test_a_preset_is_found_and_changed():
@@ -351,5 +352,5 @@ def test_how_many_texts_a_model_takes_is_kept_and_checked():
 def test_a_config_that_takes_long_to_read_is_refused(content, message, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=rf"config\.json {message}") as error:
-        BertConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     assert "\n" not in str(error.value)

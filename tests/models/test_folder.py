@@ -9,8 +9,7 @@ import pytest
 
 from flaxmpc.models import folder as folders
 from flaxmpc.models.base import init_params
-from flaxmpc.models.bert import ARCHITECTURES, BertForMaskedLM, BertForSequenceClassification
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.bert import ARCHITECTURES, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from flaxmpc.models.params import flatten
 from flaxmpc.models.tokenizer import FILES
 from flaxmpc.models.weights import WeightsError

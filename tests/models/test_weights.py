@@ -8,8 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flaxmpc.models.base import param_shapes
-from flaxmpc.models.bert import ARCHITECTURES, BertForMaskedLM, BertForSequenceClassification
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.bert import ARCHITECTURES, BERT, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from flaxmpc.models.params import flatten
 from flaxmpc.models.weights import WeightsError, hf_name, read_params, write_params
 
@@ -341,7 +340,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_an_unknown_parameter_has_no_name():
     with pytest.raises(ValueError, match="no HF name is known for the parameter 'bert/other/kernel'"):
-        hf_name("bert/other/kernel")
+        hf_name("bert/other/kernel", BERT)
 
 
 def test_matrices_are_stored_in_few_bits_and_vectors_whole(path, params, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import flaxmpc
 from flaxmpc.convert import card
 from flaxmpc.models import zoo
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.folder import read_config
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_the_default_is_in_the_zoo():
 @pytest.mark.parametrize("name", zoo.entries() or [zoo.DEFAULT])
 def test_every_entry_is_whole_small_and_measured(name):
     folder = zoo.find(name)
-    config = BertConfig.from_folder(folder)
+    config = read_config(folder)
     assert config.embedding.name in (folder / "README.md").read_text("utf-8")  # the card says which mode it is for
     assert config.model_max_length == json.loads((folder / "recipe.json").read_text("utf-8"))["max_length"]
     assert card.text(folder) == (folder / "README.md").read_text("utf-8")

@@ -47,19 +47,24 @@ def random_numbers(params, x):
     return x * jax.random.normal(jax.random.key(0), x.shape) + params["table"][: len(x)]
 
 
+def wide_constants(params, x):
+    order = np.array([2, 0, 1])  # of 64 bits, which a trace makes 32
+    return x @ params["kernel"][order.repeat(2) * 2 % 6] * np.float64(0.1), params["table"][order] * order[:, None]
+
+
 def twice(params, x):
     square = jax.jit(jnp.square)
     return square(params["bias"]) + square(x[:, :4]) + square(square(params["bias"]))
 
 
-FUNCTIONS = [centred, in_functions, only_params, only_inputs, in_a_loop, random_numbers, twice]
+FUNCTIONS = [centred, in_functions, only_params, only_inputs, in_a_loop, random_numbers, wide_constants, twice]
 every_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 
 
 @every_function
 def test_the_split_function_is_the_function(function):
     g, weights = secure.hoist(function, PARAMS, X)
-    assert all(isinstance(weight, np.ndarray) for weight in weights)
+    assert all(isinstance(weight, np.ndarray) for weight in weights.values())
     for x in (X, -X, X[:1], np.concatenate([X, X])):  # other values, and other shapes
         expected = function(PARAMS, x)
         for ours in (g(weights, x), jax.jit(g)(weights, x)):
@@ -80,7 +85,7 @@ def test_the_split_function_is_the_function_on_shares(function, group):
 @pytest.mark.parametrize("dtype", [None, "float32", "float64"])
 def test_the_weights_have_their_own_types_in_whatever_they_are_computed(function, dtype):
     _, weights = secure.hoist(function, PARAMS, X, dtype=dtype)
-    assert {weight.dtype for weight in weights} <= {np.dtype("float32")}
+    assert {weight.dtype for weight in weights.values()} <= {np.dtype("float32")}
 
 
 @every_function
@@ -88,16 +93,18 @@ def test_shapes_alone_give_the_shapes_of_the_weights(function):
     params, inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (PARAMS, X))
     _, planned = secure.hoist(function, params, inputs)
     g, weights = secure.hoist(function, PARAMS, inputs)
-    assert [(leaf.shape, leaf.dtype) for leaf in planned] == [(leaf.shape, leaf.dtype) for leaf in weights]
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in planned.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in weights.items()
+    }
     assert g.structs == planned
 
 
 def test_what_depends_on_parameters_alone_is_left_to_nobody_else():
     g, weights = secure.hoist(centred, PARAMS, X)
     assert set(primitives(g, weights, X)) == {"dot_general", "add", "broadcast_in_dim"}
-    assert [weight.shape for weight in weights] == [(4,), (6, 4)]
+    assert {name: weight.shape for name, weight in weights.items()} == {"bias": (4,), "mul": (6, 4)}
     kernel = PARAMS["kernel"]
-    np.testing.assert_allclose(weights[1], 2.0 * (kernel - kernel.mean(-1, keepdims=True)), atol=1e-6)
+    np.testing.assert_allclose(weights["mul"], 2.0 * (kernel - kernel.mean(-1, keepdims=True)), atol=1e-6)
 
 
 def test_computing_in_double_precision_is_more_exact():
@@ -106,8 +113,8 @@ def test_computing_in_double_precision_is_more_exact():
     def lost(params, x):
         return x * ((params["x"] + params["y"]) - params["x"])
 
-    assert secure.hoist(lost, params, X)[1] == [0.0]
-    assert secure.hoist(lost, params, X, dtype="float64")[1] == [1.0]
+    assert list(secure.hoist(lost, params, X)[1].values()) == [0.0]
+    assert list(secure.hoist(lost, params, X, dtype="float64")[1].values()) == [1.0]
 
 
 def test_what_only_repeats_or_moves_a_parameter_is_the_same_weight_for_every_length():
@@ -117,10 +124,10 @@ def test_what_only_repeats_or_moves_a_parameter_is_the_same_weight_for_every_len
         return x + positions, repeated.T + x[:, :4], params["kernel"].T.reshape(-1)[:, None, None] * x
 
     g, weights = secure.hoist(moves, PARAMS, X)
-    assert sorted(weight.shape for weight in weights) == [(4,), (6, 4), (9, 6)]
+    assert sorted(weight.shape for weight in weights.values()) == [(4,), (6, 4), (9, 6)]
     for length in (1, 5, 9):
         x = RNG.normal(size=(length, 6)).astype(np.float32)
-        assert [w.shape for w in secure.hoist(moves, PARAMS, x)[1]] == [w.shape for w in weights]
+        assert secure.hoist(moves, PARAMS, x)[1].keys() == weights.keys()
         for a, b in zip(g(weights, x), moves(PARAMS, x), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -154,14 +161,36 @@ def test_what_is_computed_twice_is_one_weight():
         return (x * jnp.exp(params["table"][0]) + 1.0) * jnp.exp(params["table"][0])
 
     g, weights = secure.hoist(again, PARAMS, X)
-    assert [weight.shape for weight in weights] == [(6,)]
+    assert [weight.shape for weight in weights.values()] == [(6,)]
     np.testing.assert_allclose(g(weights, X), again(PARAMS, X), rtol=1e-5)
 
 
-def test_too_few_weights_are_refused():
+@pytest.mark.parametrize("change", ["too few", "too many", "another function's"])
+def test_weights_of_another_function_are_refused(change):
     g, weights = secure.hoist(centred, PARAMS, X)
-    with pytest.raises(ValueError, match="argument"):
-        g(weights[:-1], X)
+    if change == "too few":
+        weights.pop("bias")
+    elif change == "too many":
+        weights["own"] = weights["bias"]
+    else:
+        weights = secure.hoist(random_numbers, PARAMS, X)[1]
+    with pytest.raises(ValueError, match=r"^these are weights of another function: \w+"):
+        g(weights, X)
+
+
+def test_weights_are_named_by_where_they_come_from():
+    import flax.linen as nn
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(4, name="first")(x)
+            kernel = self.param("kernel", nn.initializers.ones, (4, 2))
+            return y @ jnp.exp(kernel) @ jnp.exp(2.0 * kernel[:2])
+
+    params: Any = Model().init(jax.random.key(0), X)
+    _, weights = secure.hoist(Model().apply, params, X)
+    assert set(weights) == {"params/first/kernel", "params/first/bias", "Model/exp", "Model/exp.2"}
 
 
 def test_errors_and_margins_name_the_users_module_and_line():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flaxmpc.data.batches import Text
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.bert import BertConfig
 from flaxmpc.secure import cost as costs
 from flaxmpc.serve.answers import LABELS, ONE_LABEL, VALUE, head, predict
 

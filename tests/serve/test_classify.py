@@ -116,8 +116,8 @@ def test_the_types_change_what_is_shared_as_in_the_model(client):
     run = client.run(client.encode([("good", "bad")]), [0], 1)
     embeddings, _ = client.share(run.ids, run.mask, run.types)
     without, _ = client.share(run.ids, run.mask)
-    assert np.abs(embeddings - without)[0, :3].max() == 0
-    assert np.abs(embeddings - without)[0, 3:5].min(-1).max() > 0
+    assert np.abs(embeddings - without)[0, :3].max() < 1e-5
+    assert np.abs(embeddings - without)[0, 3:5].max(-1).min() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from flaxmpc import secure
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
+from flaxmpc.models.bert import BertForMaskedLM
 from flaxmpc.serve.private import SecureClassifier
 
 # Of 3 to 18 tokens, so in two buckets.
@@ -167,7 +168,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder_of, minilm, tmp_path, gr
 
 def test_only_a_sequence_classifier_classifies(folder_of, group):
     loaded = folders.load(folder_of("public"))
-    other = loaded._replace(model=folders.ARCHITECTURES["BertForMaskedLM"](loaded.model.config))
+    other = loaded._replace(model=BertForMaskedLM(loaded.model.config))
     with pytest.raises(ValueError, match="holds a BertForMaskedLM, not a sequence classifier"):
         SecureClassifier(other, group("REF2K"))
 

@@ -15,13 +15,15 @@ from safetensors.numpy import load
 
 from flaxmpc import secure
 from flaxmpc.models import folder as folders
-from flaxmpc.models.config import BertConfig
+from flaxmpc.models.base import without_embeddings
+from flaxmpc.models.bert import BertConfig
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import Limits
 from flaxmpc.secure.deploy.local import write_local
 from flaxmpc.serve import remote
-from flaxmpc.serve.private import SecureClassifier
+from flaxmpc.serve.classify import Client
+from flaxmpc.serve.private import SecureClassifier, logits_and_size, private_classifier
 
 TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
 
@@ -252,10 +254,15 @@ def test_no_party_receives_ids_logits_or_anything_but_uniform_shares(parties, mo
         assert scipy.stats.chisquare(counts).pvalue > 1e-4
 
 
+def bundle_of(loaded):
+    table, _ = without_embeddings(loaded.model, loaded.params)
+    return remote._bundle(Client(loaded.model, loaded.tokenizer, table), loaded.model)
+
+
 @pytest.fixture(scope="module")
-def contents(loaded, group):
+def contents(loaded):
     """The files of a bundle, of which a client makes the model."""
-    return msgspec.msgpack.decode(remote._bundle(SecureClassifier(loaded, group("REF2K"))))
+    return msgspec.msgpack.decode(bundle_of(loaded))
 
 
 def test_a_bundle_holds_what_a_client_needs_and_nothing_else(loaded, contents):
@@ -275,11 +282,11 @@ def test_a_bundle_holds_what_a_client_needs_and_nothing_else(loaded, contents):
     assert not any(str(loaded.folder).encode() in content for content in contents.values())
 
 
-def test_a_bundle_holds_the_tokenizer_that_the_model_has(loaded, group):
+def test_a_bundle_holds_the_tokenizer_that_the_model_has(loaded):
     """Tokens that were added later too."""
     tokenizer = folders.load_tokenizer(loaded.folder)
     tokenizer.add_tokens(["<film>"])
-    bundle = remote._bundle(SecureClassifier(loaded._replace(tokenizer=tokenizer), group("REF2K")))
+    bundle = bundle_of(loaded._replace(tokenizer=tokenizer))
     text = "a <film> acted beautifully"
     assert remote._Bundle.read(bundle).tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
 
@@ -442,8 +449,9 @@ def test_programs_are_approved_without_the_weights(changes, group, write_classif
     written = write_local(tmp_path / "c")
     limits = msgspec.structs.replace(written.limits, max_batch_rows=1 if changes else 2)
     cluster = msgspec.structs.replace(written, programs="programs.txt", limits=limits)
-    owners = SecureClassifier(loaded, group("ABY3"))
-    put = remote._programs(owners, owners.model, owners.weights, cluster, [(1, 16)])
+    model, client_params, function, weights = private_classifier(loaded, cluster.config, logits_and_size)
+    client = Client(model, loaded.tokenizer, client_params)
+    put = remote._programs(client, function, group("ABY3").put(weights), cluster, [(1, 16)])
     (tmp_path / "film").mkdir()
     shutil.copy(loaded.folder / "config.json", tmp_path / "film")
     monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path / "cache"))

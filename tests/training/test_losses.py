@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxmpc.models.base import Intermediates
+from flaxmpc.models.outputs import Intermediates
 from flaxmpc.training import losses
 
 RNG = np.random.default_rng(0)

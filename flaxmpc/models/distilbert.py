@@ -1,0 +1,104 @@
+"""DistilBERT (Sanh et al., arXiv 1910.01108): BERT's encoder without token types and pooler, half as many layers."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+from jaxtyping import Array
+
+from flaxmpc.models.base import Family, WithHead, first_token, register
+from flaxmpc.models.config import EncoderConfig
+from flaxmpc.models.heads import AnswerHead, MaskedLMHead, TokenHead
+from flaxmpc.nn.activation import ActivationPart
+from flaxmpc.nn.lazy import State, force
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilBertConfig(EncoderConfig):
+    """The shape of a DistilBERT and its parts; the defaults are HF's."""
+
+    model_type: ClassVar[str] = "distilbert"
+    hf_fields: ClassVar[Mapping[str, str]] = {
+        "dim": "hidden_size",
+        "hidden_dim": "intermediate_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "activation": "hidden_act",
+        "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+        "seq_classif_dropout": "classifier_dropout",
+    }
+
+    num_hidden_layers: int = 6
+    type_vocab_size: int = 0
+    classifier_dropout: Any = 0.2
+
+
+class _DistilBert(WithHead):
+    base_model_prefix: ClassVar[str] = "distilbert"
+
+
+class DistilBertForSequenceClassification(_DistilBert):
+    """Logits (batch, label) from the first token: dense, ReLU, dense."""
+
+    classifies_sequences: ClassVar[bool] = True
+
+    def setup_head(self) -> None:
+        self.dropout = self._classifier_dropout()
+        self.pre_classifier = self._dense(self.config.hidden_size)
+        self.classifier = self._dense(self.config.num_labels)
+
+    def head(self, hidden: State, deterministic: bool) -> Array:
+        pooled = jax.nn.relu(force(self.pre_classifier(first_token(hidden))))
+        return force(self.classifier(self.dropout(pooled, deterministic=deterministic)))
+
+
+class DistilBertForTokenClassification(TokenHead, _DistilBert):
+    __doc__ = TokenHead.__doc__
+
+
+class DistilBertForQuestionAnswering(AnswerHead, _DistilBert):
+    __doc__ = AnswerHead.__doc__
+
+
+class DistilBertForMaskedLM(MaskedLMHead, _DistilBert):
+    __doc__ = MaskedLMHead.__doc__
+
+    @property
+    def act(self) -> ActivationPart:
+        return self.config.hidden_act_of(-1)
+
+
+_LAYER, _THEIRS = r"distilbert/layer_(\d+)/", r"distilbert.transformer.layer.\1."
+
+DISTILBERT = register(
+    Family(
+        DistilBertConfig,
+        (
+            DistilBertForSequenceClassification,
+            DistilBertForTokenClassification,
+            DistilBertForQuestionAnswering,
+            DistilBertForMaskedLM,
+        ),
+        names=(
+            (r"distilbert/embeddings/(word|position)_embeddings", r"distilbert.embeddings.\1_embeddings.weight"),
+            (r"distilbert/embeddings/layer_norm/", "distilbert.embeddings.LayerNorm."),
+            (f"{_LAYER}attention/query/", f"{_THEIRS}attention.q_lin."),
+            (f"{_LAYER}attention/key/", f"{_THEIRS}attention.k_lin."),
+            (f"{_LAYER}attention/value/", f"{_THEIRS}attention.v_lin."),
+            (f"{_LAYER}attention/output/", f"{_THEIRS}attention.out_lin."),
+            (rf"{_LAYER}attention/(\w+)$", rf"{_THEIRS}attention.\2"),
+            (f"{_LAYER}attention_layer_norm/", f"{_THEIRS}sa_layer_norm."),
+            (f"{_LAYER}intermediate/", f"{_THEIRS}ffn.lin1."),
+            (f"{_LAYER}output/", f"{_THEIRS}ffn.lin2."),
+            (f"{_LAYER}output_layer_norm/", f"{_THEIRS}output_layer_norm."),
+            (r"(pre_classifier|classifier|qa_outputs)/", r"\1."),
+            (r"transform/", "vocab_transform."),
+            (r"transform_layer_norm/", "vocab_layer_norm."),
+            (r"decoder_bias", "vocab_projector.bias"),
+        ),
+        tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
+        heads=("pre_classifier.", "classifier.", "qa_outputs.", "vocab_"),
+    )
+)

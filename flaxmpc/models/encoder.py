@@ -1,0 +1,124 @@
+"""The encoder of BERT and its kin: embeddings of tokens, then post-LayerNorm blocks, with pluggable parts.
+
+What differs between these families stands in their config, or in a method that a subclass has instead.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flaxmpc.models.config import EncoderConfig
+from flaxmpc.models.outputs import EncoderOutput
+from flaxmpc.nn.layers import Dense, Norm, PostNormBlock
+from flaxmpc.nn.lazy import Lazy, State
+from flaxmpc.nn.mask import Mask
+from flaxmpc.nn.normalization import EXACT
+
+Hidden = Float[Array, "batch token hidden"]
+
+
+class TokenEmbeddings(nn.Module):
+    """Word + position (+ token type), LayerNorm, dropout. ValueError: more tokens than the model has positions."""
+
+    config: EncoderConfig
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        config = self.config
+
+        def table(name: str, rows: int) -> Any:
+            initial = nn.initializers.normal(config.initializer_range)
+            return self.param(name, initial, (rows, config.hidden_size), self.param_dtype)
+
+        self.word_embeddings = table("word_embeddings", config.vocab_size)
+        self.position_embeddings = table("position_embeddings", config.max_position_embeddings)
+        if config.type_vocab_size:
+            self.token_type_embeddings = table("token_type_embeddings", config.type_vocab_size)
+        self.layer_norm = Norm(epsilon=config.layer_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def __call__(self, tokens: Array, token_types: Array | None, *, deterministic: bool) -> Hidden:
+        config, lookup = self.config, self.config.embedding.lookup
+        length, first = tokens.shape[1], config.first_position
+        if length > config.num_positions:
+            raise ValueError(f"a text has {length} tokens, but the model has {config.num_positions} positions")
+        positions_PxH = self.position_embeddings
+        if config.type_vocab_size and token_types is None:
+            # All are 0. Added before the cut, so that the owner adds, whatever the length.
+            positions_PxH = positions_PxH + self.token_type_embeddings[0]
+        x_BxTxH = lookup(self.word_embeddings, tokens) + positions_PxH[first : first + length]
+        if config.type_vocab_size and token_types is not None:
+            x_BxTxH = x_BxTxH + lookup(self.token_type_embeddings, token_types)
+        return self.dropout(self.layer_norm(x_BxTxH), deterministic=deterministic)
+
+
+class Encoder(nn.Module):
+    """Embeddings and blocks; a pooler (dense, tanh) where a head asks for it."""
+
+    config: Any
+    add_pooling_layer: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        config = self.config
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        initial: dict[str, Any] = {"kernel_init": nn.initializers.normal(config.initializer_range), **types}
+        self.embeddings = TokenEmbeddings(config, **types)
+        self.layers = [
+            PostNormBlock(
+                attention_part=config.attention_of(i),
+                hidden_act=config.hidden_act_of(i),
+                norms=config.layer_norms_of(i),
+                num_attention_heads=config.num_attention_heads,
+                intermediate_size=config.intermediate_size,
+                epsilon=config.layer_norm_eps,
+                hidden_dropout=config.hidden_dropout_prob,
+                attention_dropout=config.attention_probs_dropout_prob,
+                name=f"layer_{i}",
+                **initial,
+            )
+            for i in range(config.num_hidden_layers)
+        ]
+        if self.add_pooling_layer:
+            self.pooler = Dense(config.hidden_size, **initial)
+
+    def embed(
+        self,
+        input_ids: Array,
+        token_type_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Hidden:
+        """See `WithHead.embed`.
+
+        With a mask, and LayerNorms that are right only where they were calibrated, padding holds the first token's
+        embedding, and so its states in every layer: on what no token has they diverge, and 0 x inf is no 0.
+        """
+        x_BxTxH = self.embeddings(input_ids, token_type_ids, deterministic=deterministic)
+        parts = [part for i in range(self.config.num_hidden_layers) for part in self.config.layer_norms_of(i)]
+        if attention_mask is None or all(part == EXACT for part in parts):
+            return x_BxTxH
+        mask_BxTx1 = jnp.asarray(attention_mask, x_BxTxH.dtype)[..., None]
+        return x_BxTxH * mask_BxTx1 + x_BxTxH[:, :1] * (1 - mask_BxTx1)
+
+    def position_bias(self, num_tokens: int) -> Float[Array, "1 head query key"] | None:
+        """What positions add to the scores of every layer; None: nothing."""
+        return None
+
+    def encode(self, x: State, mask: Mask, *, deterministic: bool = True) -> EncoderOutput:
+        """Embeddings (batch, token, hidden), or a lazy state of them (`defer`), through all layers."""
+        embeddings, unit = x, x.unit if isinstance(x, Lazy) else None
+        bias = self.position_bias(x.shape[1])
+        if bias is not None and unit is not None:  # once for all layers: the scores have both tokens' a
+            bias = bias * (unit.scale * unit.scale.swapaxes(-1, -2))[:, None]
+        found = []
+        for i, layer in enumerate(self.layers):
+            last = i == len(self.layers) - 1
+            x, seen = layer(x, mask, bias, deterministic, None if last else unit)
+            found.append((x, seen))
+        return EncoderOutput.of(embeddings, found)

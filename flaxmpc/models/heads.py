@@ -1,0 +1,86 @@
+"""Heads that several families have. A family's model is a head's class and the family's, in this order."""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from flaxmpc.models.base import WithHead, first_token
+from flaxmpc.nn.activation import ACTIVATIONS, ActivationPart
+from flaxmpc.nn.layers import activate
+from flaxmpc.nn.lazy import Lazy, State, force
+
+
+class PooledHead(WithHead):
+    """Logits (batch, label) from the encoder's pooler: the first token, dense, tanh. As in BERT."""
+
+    classifies_sequences: ClassVar[bool] = True
+    pools: ClassVar[bool] = True
+
+    def setup_head(self) -> None:
+        self.dropout = self._classifier_dropout()
+        self.classifier = self._dense(self.config.num_labels)
+
+    def head(self, hidden: State, deterministic: bool) -> Array:
+        pooled = jnp.tanh(force(self.encoder.pooler(first_token(hidden))))
+        return force(self.classifier(self.dropout(pooled, deterministic=deterministic)))
+
+
+class FirstTokenHead(WithHead):
+    """Logits (batch, label) from the first token: dense, tanh, dense. As in RoBERTa."""
+
+    classifies_sequences: ClassVar[bool] = True
+
+    def setup_head(self) -> None:
+        self.dropout = self._classifier_dropout()
+        self.classifier_dense = self._dense(self.config.hidden_size)
+        self.classifier_out_proj = self._dense(self.config.num_labels)
+
+    def head(self, hidden: State, deterministic: bool) -> Array:
+        first = self._dropped(first_token(hidden), deterministic)
+        pooled = self.dropout(jnp.tanh(force(self.classifier_dense(first))), deterministic=deterministic)
+        return force(self.classifier_out_proj(pooled))
+
+    def _dropped(self, hidden: State, deterministic: bool) -> State:
+        """Nothing is dropped of a lazy state, which is for evaluation."""
+        return hidden if isinstance(hidden, Lazy) else self.dropout(hidden, deterministic=deterministic)
+
+
+class TokenHead(WithHead):
+    """Logits (batch, token, label)."""
+
+    def setup_head(self) -> None:
+        self.dropout = self._classifier_dropout()
+        self.classifier = self._dense(self.config.num_labels)
+
+    def head(self, hidden: State, deterministic: bool) -> Array:
+        if not isinstance(hidden, Lazy):  # which is for evaluation
+            hidden = self.dropout(hidden, deterministic=deterministic)
+        return force(self.classifier(hidden))
+
+
+class AnswerHead(WithHead):
+    """Logits (batch, token, 2): of the answer's start and end."""
+
+    def setup_head(self) -> None:
+        self.qa_outputs = self._dense(2)
+
+    def head(self, hidden: State, deterministic: bool) -> Array:
+        return force(self.qa_outputs(hidden))
+
+
+class MaskedLMHead(WithHead):
+    """Logits (batch, token, vocabulary): dense, activation, LayerNorm, and the table of words as output matrix."""
+
+    def setup_head(self) -> None:
+        self.transform = self._dense(self.config.hidden_size)
+        self.transform_layer_norm = self._norm()
+        self.decoder_bias = self._decoder_bias()
+
+    @property
+    def act(self) -> ActivationPart:
+        return ACTIVATIONS["gelu"]
+
+    def head(self, hidden: State, deterministic: bool) -> Array:
+        hidden = self.transform_layer_norm(activate(self.transform(hidden), self.act))
+        return force(hidden @ self.encoder.embeddings.word_embeddings.T) + self.decoder_bias

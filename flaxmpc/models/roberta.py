@@ -1,0 +1,68 @@
+"""RoBERTa (Liu et al., arXiv 1907.11692): BERT's encoder, positions that start after padding's, another classifier."""
+
+import dataclasses
+from typing import ClassVar
+
+from flaxmpc.models.base import Family, WithHead, encoder_names, register
+from flaxmpc.models.config import EncoderConfig
+from flaxmpc.models.heads import AnswerHead, FirstTokenHead, MaskedLMHead, TokenHead
+
+
+@dataclasses.dataclass(frozen=True)
+class RobertaConfig(EncoderConfig):
+    """The shape of a RoBERTa and its parts; the defaults are HF's."""
+
+    model_type: ClassVar[str] = "roberta"
+
+    vocab_size: int = 50265
+    pad_token_id: int = 1
+
+    @property
+    def first_position(self) -> int:
+        return self.pad_token_id + 1
+
+
+class _Roberta(WithHead):
+    base_model_prefix: ClassVar[str] = "roberta"
+
+
+class RobertaForSequenceClassification(FirstTokenHead, _Roberta):
+    __doc__ = FirstTokenHead.__doc__
+
+
+class RobertaForTokenClassification(TokenHead, _Roberta):
+    __doc__ = TokenHead.__doc__
+
+
+class RobertaForQuestionAnswering(AnswerHead, _Roberta):
+    __doc__ = AnswerHead.__doc__
+
+
+class RobertaForMaskedLM(MaskedLMHead, _Roberta):
+    __doc__ = MaskedLMHead.__doc__
+
+
+ROBERTA = register(
+    Family(
+        RobertaConfig,
+        (
+            RobertaForSequenceClassification,
+            RobertaForTokenClassification,
+            RobertaForQuestionAnswering,
+            RobertaForMaskedLM,
+        ),
+        names=(
+            *encoder_names("roberta"),
+            (r"classifier_(dense|out_proj)/", r"classifier.\1."),
+            (r"(classifier|qa_outputs)/", r"\1."),
+            (r"transform/", "lm_head.dense."),
+            (r"transform_layer_norm/", "lm_head.layer_norm."),
+            (r"decoder_bias", "lm_head.bias"),
+        ),
+        tied={
+            "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+            "lm_head.decoder.bias": "lm_head.bias",
+        },
+        heads=("classifier.", "qa_outputs.", "lm_head."),
+    )
+)
