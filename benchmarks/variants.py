@@ -11,8 +11,9 @@ from flax.core import unfreeze
 
 from flaxmpc import secure
 from flaxmpc.models import zoo
-from flaxmpc.models.base import param_shapes, without_embeddings
-from flaxmpc.models.bert import BertConfig, BertForSequenceClassification, preset
+from flaxmpc.models.base import WithHead, family_of, param_shapes, without_embeddings
+from flaxmpc.models.bert import BertConfig, preset
+from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.folder import read_config
 from flaxmpc.serve.private import private
 
@@ -110,7 +111,7 @@ def random_params(shapes: Any) -> Any:
     return jax.tree.map(fill, shapes)
 
 
-def as_written(model: BertForSequenceClassification) -> Callable[..., jax.Array]:
+def as_written(model: WithHead) -> Callable[..., jax.Array]:
     """What a user writes: (params, embeddings or tokens, mask) -> logits, with nothing folded."""
 
     def from_embeddings(params: Any, embeddings: jax.Array, mask: Any) -> Any:
@@ -123,10 +124,10 @@ def as_written(model: BertForSequenceClassification) -> Callable[..., jax.Array]
     return from_embeddings if model.config.embedding.client_embeds else from_tokens
 
 
-def ours(config: BertConfig, *, folded: bool, batch: int, tokens: int) -> Workload:
+def ours(config: EncoderConfig, *, folded: bool, batch: int, tokens: int) -> Workload:
     """A classifier of this package as it is served: the client's part is done, the head is included."""
     config = dataclasses.replace(config, num_texts=1)  # else the types of pairs are shared too
-    model = BertForSequenceClassification(config)
+    model = family_of(config.model_type).models[0](config)
     params = random_params(param_shapes(model))
     if folded:
         _, client, function, weights = private(model, params, secure.Config())

@@ -28,6 +28,7 @@ SCRIPTS = {
     "attention": {"variant", "num_tokens", "shared_reciprocal", "error"},
     "parts": {"variant", "kind", "form"},
     "steps": {"step", "variant", "kept"},
+    "families": {"variant", "num_layers"},
     "scaling": {"axis", "value", "bytes_sent_total_exponent", "bytes_polynomial"},
     "embedding": {"variant", "num_layers", "client_bytes"},
     "network": {"network", "modelled_seconds", "measured_seconds", "relative_error"},

@@ -116,6 +116,10 @@ class WithHead(nn.Module):
         initial = nn.initializers.normal(self.config.initializer_range)
         return Dense(features, kernel_init=initial, dtype=self.dtype, param_dtype=self.param_dtype)
 
+    def _dropped(self, hidden: State, deterministic: bool) -> State:
+        """The head's dropout. Nothing is dropped of a lazy state, which is for evaluation."""
+        return hidden if isinstance(hidden, Lazy) else self.dropout(hidden, deterministic=deterministic)
+
     def _norm(self) -> Norm:
         return Norm(epsilon=self.config.layer_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
 

@@ -22,19 +22,19 @@ class _Bert(WithHead):
 
 
 class BertForSequenceClassification(PooledHead, _Bert):
-    __doc__ = PooledHead.__doc__
+    """BERT that gives a label for a text, see `PooledHead`."""
 
 
 class BertForTokenClassification(TokenHead, _Bert):
-    __doc__ = TokenHead.__doc__
+    """BERT that gives a label for every token, see `TokenHead`."""
 
 
 class BertForQuestionAnswering(AnswerHead, _Bert):
-    __doc__ = AnswerHead.__doc__
+    """BERT that gives the answer to a question in the text, see `AnswerHead`."""
 
 
 class BertForMaskedLM(MaskedLMHead, _Bert):
-    __doc__ = MaskedLMHead.__doc__
+    """BERT that gives the words that stood at masked tokens, see `MaskedLMHead`."""
 
     @property
     def act(self) -> ActivationPart:

@@ -55,15 +55,15 @@ class DistilBertForSequenceClassification(_DistilBert):
 
 
 class DistilBertForTokenClassification(TokenHead, _DistilBert):
-    __doc__ = TokenHead.__doc__
+    """DistilBERT that gives a label for every token, see `TokenHead`."""
 
 
 class DistilBertForQuestionAnswering(AnswerHead, _DistilBert):
-    __doc__ = AnswerHead.__doc__
+    """DistilBERT that gives the answer to a question in the text, see `AnswerHead`."""
 
 
 class DistilBertForMaskedLM(MaskedLMHead, _DistilBert):
-    __doc__ = MaskedLMHead.__doc__
+    """DistilBERT that gives the words that stood at masked tokens, see `MaskedLMHead`."""
 
     @property
     def act(self) -> ActivationPart:

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from flaxmpc.models.base import WithHead, first_token
 from flaxmpc.nn.activation import ACTIVATIONS, ActivationPart
 from flaxmpc.nn.layers import activate
-from flaxmpc.nn.lazy import Lazy, State, force
+from flaxmpc.nn.lazy import State, force
 
 
 class PooledHead(WithHead):
@@ -41,10 +41,6 @@ class FirstTokenHead(WithHead):
         pooled = self.dropout(jnp.tanh(force(self.classifier_dense(first))), deterministic=deterministic)
         return force(self.classifier_out_proj(pooled))
 
-    def _dropped(self, hidden: State, deterministic: bool) -> State:
-        """Nothing is dropped of a lazy state, which is for evaluation."""
-        return hidden if isinstance(hidden, Lazy) else self.dropout(hidden, deterministic=deterministic)
-
 
 class TokenHead(WithHead):
     """Logits (batch, token, label)."""
@@ -54,9 +50,7 @@ class TokenHead(WithHead):
         self.classifier = self._dense(self.config.num_labels)
 
     def head(self, hidden: State, deterministic: bool) -> Array:
-        if not isinstance(hidden, Lazy):  # which is for evaluation
-            hidden = self.dropout(hidden, deterministic=deterministic)
-        return force(self.classifier(hidden))
+        return force(self.classifier(self._dropped(hidden, deterministic)))
 
 
 class AnswerHead(WithHead):

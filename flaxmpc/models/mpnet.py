@@ -94,19 +94,19 @@ class _MPNet(WithHead):
 
 
 class MPNetForSequenceClassification(FirstTokenHead, _MPNet):
-    __doc__ = FirstTokenHead.__doc__
+    """MPNet that gives a label for a text, see `FirstTokenHead`."""
 
 
 class MPNetForTokenClassification(TokenHead, _MPNet):
-    __doc__ = TokenHead.__doc__
+    """MPNet that gives a label for every token, see `TokenHead`."""
 
 
 class MPNetForQuestionAnswering(AnswerHead, _MPNet):
-    __doc__ = AnswerHead.__doc__
+    """MPNet that gives the answer to a question in the text, see `AnswerHead`."""
 
 
 class MPNetForMaskedLM(MaskedLMHead, _MPNet):
-    __doc__ = MaskedLMHead.__doc__
+    """MPNet that gives the words that stood at masked tokens, see `MaskedLMHead`."""
 
 
 _LAYER, _THEIRS = r"mpnet/layer_(\d+)/", r"mpnet.encoder.layer.\1."

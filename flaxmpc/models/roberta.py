@@ -27,19 +27,19 @@ class _Roberta(WithHead):
 
 
 class RobertaForSequenceClassification(FirstTokenHead, _Roberta):
-    __doc__ = FirstTokenHead.__doc__
+    """RoBERTa that gives a label for a text, see `FirstTokenHead`."""
 
 
 class RobertaForTokenClassification(TokenHead, _Roberta):
-    __doc__ = TokenHead.__doc__
+    """RoBERTa that gives a label for every token, see `TokenHead`."""
 
 
 class RobertaForQuestionAnswering(AnswerHead, _Roberta):
-    __doc__ = AnswerHead.__doc__
+    """RoBERTa that gives the answer to a question in the text, see `AnswerHead`."""
 
 
 class RobertaForMaskedLM(MaskedLMHead, _Roberta):
-    __doc__ = MaskedLMHead.__doc__
+    """RoBERTa that gives the words that stood at masked tokens, see `MaskedLMHead`."""
 
 
 ROBERTA = register(

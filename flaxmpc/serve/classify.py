@@ -193,7 +193,8 @@ class Client:
             return self.config.embedding.encode(jnp.asarray(ids), size)
 
         words = encoded("input_ids", ids, self.config.vocab_size)
-        return (words,) if types is None else (words, encoded("token_type_ids", types, self.config.type_vocab_size))
+        known = self.config.type_vocab_size
+        return (words,) if types is None or not known else (words, encoded("token_type_ids", types, known))
 
 
 def _is_pair(text: Any) -> bool:

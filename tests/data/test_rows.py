@@ -180,6 +180,7 @@ def test_csv_is_read_or_refused_as_csv_does(tmp_path_factory, text):
         # Other encodings.
         ("a.csv", "text,label\na,1\n".encode("utf-16"), "a.csv is UTF-16: save it as UTF-8"),
         ("a.tsv", "text\tlabel\na\t1\n".encode("utf-16-be"), "a.tsv, line 1: a NUL byte, which UTF-16 has"),
+        ("a.jsonl", b"\n{}\n{}", "a.jsonl, line 2: rows without a column"),
         ("a.jsonl", "\ufeff{}".encode("utf-16-be"), "a.jsonl is UTF-16: save it as UTF-8"),
         ("a.json", "[]".encode("utf-32"), "a.json is UTF-32: save it as UTF-8"),
         ("a.csv", b"text,label\na\x85b,1\n", "a.csv, line 2: not UTF-8 (byte 0x85)"),
