@@ -3,8 +3,8 @@
 from flaxmpc.nn.activation import ACTIVATIONS, Activation
 from flaxmpc.nn.attention import ATTENTION, Attention, Constant, PerHead, RowSum
 from flaxmpc.nn.embedding import EMBEDDINGS, Embedding
-from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, SelfAttention
-from flaxmpc.nn.lazy import Lazy, Unit
+from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, PreNormBlock, SelfAttention
+from flaxmpc.nn.lazy import Lazy, Stream, Unit
 from flaxmpc.nn.mask import Mask, causal
 from flaxmpc.nn.normalization import NORMALIZATIONS, Exact, Newton
 
@@ -25,8 +25,10 @@ __all__ = [
     "Norm",
     "PerHead",
     "PostNormBlock",
+    "PreNormBlock",
     "RowSum",
     "SelfAttention",
+    "Stream",
     "Unit",
     "causal",
 ]

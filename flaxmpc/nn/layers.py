@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from flaxmpc.nn.activation import ActivationPart, SquareForm, Squares
 from flaxmpc.nn.attention import AttentionPart, Homogeneous, Scalars, folded, scalars_of, scores_of
-from flaxmpc.nn.lazy import Lazy, State, Unit, power_of_two, side_by_side, square_mean_by_product
+from flaxmpc.nn.lazy import Lazy, State, Stream, Unit, side_by_side, size, square_mean_by_product
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import EXACT, InverseRoot, Normalization, centred, variance
 
@@ -55,30 +55,36 @@ class Norm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: State, into: Unit | None = None) -> State:
+    def __call__(self, x: State | Stream, into: Unit | None = None) -> State:
         """Args: into: the unit that a lazy result is wanted in; an array has none."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
         if isinstance(x, Lazy):
             return self._lazy(x, scale, bias, into)
+        if isinstance(x, Stream):
+            assert isinstance(self.part, InverseRoot), "a stream is for what divides by a deviation"
+            assert self.part.centres == x.centres, "a stream is centred, or not, for all normalisations"
+            return self._divided(x.value, None, scale, bias, into)
         array, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
         return self.part(array, self.epsilon) * scale + bias
 
     def _lazy(self, x: Lazy, scale: Array, bias: Array, into: Unit | None) -> Lazy:
         """What is left of it is the division: the matrices take the mean, and those that follow scale and bias.
 
-        The deviation comes `size` times too large, so that the mean square has a power of two as its divisor.
+        It is computed `size` times too large, so that the mean square has a power of two as its divisor.
         """
         part = self.part
         if not isinstance(part, InverseRoot):
             y = part(x.force() if x.unit is None else x.force() * x.unit.inverse, self.epsilon)
             return Lazy((y if into is None else y * into.scale,), (scale,), bias, into, x.product)
-        size = math.sqrt(power_of_two(x.shape[-1]) / x.shape[-1])
-        c = x.map(lambda rows: (centred(rows) if part.centres else rows) * size).force()
-        factor = part.inverse_root(
-            square_mean_by_product(c) + self.epsilon, None if into is None else into.scale, x.unit
-        )
-        return Lazy((c * factor,), (scale / size,), bias, into, x.product)
+        c = x.map(lambda rows: (centred(rows) if part.centres else rows) * size(rows.shape[-1])).force()
+        return self._divided(c, x.unit, scale, bias, into).replace(product=x.product)
+
+    def _divided(self, c: Array, unit: Unit | None, scale: Array, bias: Array, into: Unit | None) -> Lazy:
+        """c by its deviation. The result's matrix takes `size` away again."""
+        variance = square_mean_by_product(c) + self.epsilon
+        factor = self.part.inverse_root(variance, None if into is None else into.scale, unit)  # pyright: ignore[reportAttributeAccessIssue]
+        return Lazy((c * factor,), (scale / size(c.shape[-1]),), bias, into)
 
 
 def activate(x: State, act: ActivationPart) -> State:
@@ -187,12 +193,12 @@ class Seen(NamedTuple):
     variances: tuple[Float[Array, "batch token 1"] | None, ...]
 
 
-class PostNormBlock(nn.Module):
-    """Attention and feed-forward, each with a residual and then a normalisation, as in BERT.
+class _Block(nn.Module):
+    """What blocks of either kind have.
 
     Attributes:
         attention_part, hidden_act: parts.
-        norms: parts, after attention and after the feed-forward.
+        norms: parts, of the attention and of the feed-forward.
         num_attention_heads, intermediate_size: of the attention; features of the feed-forward between its matrices.
         epsilon: of the normalisations.
         hidden_dropout, attention_dropout: rates while training.
@@ -210,6 +216,22 @@ class PostNormBlock(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
+    def _attention(self) -> SelfAttention:
+        rest = (self.attention_dropout, self.kernel_init, self.dtype, self.param_dtype)
+        return SelfAttention(self.attention_part, self.num_attention_heads, *rest, name="attention")
+
+    def _norm(self, place: int, name: str) -> Norm:
+        return Norm(self.norms[place], self.epsilon, self.dtype, self.param_dtype, name=name)
+
+    def _feed_forward(self, x: State, features: int) -> State:
+        rest = (self.kernel_init, self.dtype, self.param_dtype)
+        x = activate(Dense(self.intermediate_size, *rest, name="intermediate")(x), self.hidden_act)
+        return Dense(features, *rest, name="output")(x)
+
+
+class PostNormBlock(_Block):
+    """Attention and feed-forward, each with a residual and then a normalisation, as in BERT."""
+
     @nn.compact
     def __call__(
         self,
@@ -220,28 +242,39 @@ class PostNormBlock(nn.Module):
         into: Unit | None = None,
     ) -> tuple[State, Seen]:
         """Args: bias: see `SelfAttention`. into: the unit that a lazy result is wanted in, of the next block."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        initial: dict[str, Any] = {"kernel_init": self.kernel_init, **types}
         dropout = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
-
-        attention = SelfAttention(
-            self.attention_part, self.num_attention_heads, self.attention_dropout, name="attention", **initial
-        )
-        y, scores = attention(x, mask, bias, deterministic)
+        y, scores = self._attention()(x, mask, bias, deterministic)
         x = _sum(x, y, dropout)
         first = _met(self.norms[0], x)
-        x = Norm(self.norms[0], self.epsilon, name="attention_layer_norm", **types)(x)
-        y = activate(Dense(self.intermediate_size, name="intermediate", **initial)(x), self.hidden_act)
-        y = Dense(x.shape[-1], name="output", **initial)(y)
+        x = self._norm(0, "attention_layer_norm")(x)
+        x = _sum(x, self._feed_forward(x, x.shape[-1]), dropout)
+        seen = Seen(scores, (first, _met(self.norms[1], x)))
+        return self._norm(1, "output_layer_norm")(x, into), seen
+
+
+class PreNormBlock(_Block):
+    """Attention and feed-forward, each of a normalised state, with a residual, as in GPT-2 and ViT.
+
+    On shares its state is a `Stream`. A normalisation follows the last block.
+    """
+
+    @nn.compact
+    def __call__(
+        self, x: State | Stream, mask: Mask, bias: Array | None = None, deterministic: bool = True
+    ) -> tuple[Any, Seen]:
+        """Args: bias: see `SelfAttention`."""
+        dropout = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
+        first = _met(self.norms[0], x)
+        y, scores = self._attention()(self._norm(0, "attention_layer_norm")(x), mask, bias, deterministic)
         x = _sum(x, y, dropout)
         seen = Seen(scores, (first, _met(self.norms[1], x)))
-        return Norm(self.norms[1], self.epsilon, name="output_layer_norm", **types)(x, into), seen
+        return _sum(x, self._feed_forward(self._norm(1, "output_layer_norm")(x), x.shape[-1]), dropout), seen
 
 
-def _sum(x: State, y: State, dropout: nn.Dropout) -> State:
+def _sum(x: Any, y: State, dropout: nn.Dropout) -> Any:
     """The residual; nothing is dropped of a lazy state."""
     return x + y if isinstance(y, Lazy) else x + dropout(y)
 
 
-def _met(part: Normalization, x: State) -> Float[Array, "batch token 1"] | None:
-    return None if isinstance(x, Lazy) else variance(part, x)
+def _met(part: Normalization, x: State | Stream) -> Float[Array, "batch token 1"] | None:
+    return None if isinstance(x, (Lazy, Stream)) else variance(part, x)

@@ -91,6 +91,43 @@ class Lazy(flax.struct.PyTreeNode):
         return arrays @ jnp.concatenate([*matrices, self.bias[None]], 0)
 
 
+class Stream(flax.struct.PyTreeNode):
+    """The residual stream of pre-LayerNorm blocks, as it is kept on shares: nothing but normalisations read it.
+
+    So its mean over the features is left out where they take it away, and it is `size` times too large, so that its
+    mean square has a power of two as its divisor. What is added goes through a matrix that does both.
+
+    Attributes:
+        value: (batch, token, hidden).
+        centres: whether the normalisations take the mean away.
+    """
+
+    value: Any
+    centres: bool = flax.struct.field(pytree_node=False, default=True)
+
+    @classmethod
+    def of(cls, x: Float[Array, "batch token hidden"], centres: bool = True) -> "Stream":
+        """From embeddings."""
+        return cls(_sized(x, centres), centres)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def __add__(self, other: Lazy) -> "Stream":
+        assert other.unit is None, "a stream has no unit"
+        return self.replace(value=self.value + other.map(lambda rows: _sized(rows, self.centres)).force())
+
+
+def size(hidden: int) -> float:
+    """How much larger than the deviation a lazy normalisation computes it, see `square_mean_by_product`."""
+    return math.sqrt(power_of_two(hidden) / hidden)
+
+
+def _sized(rows: Float[Array, "*rows hidden"], centres: bool) -> Float[Array, "*rows hidden"]:
+    return (rows - rows.mean(-1, keepdims=True) if centres else rows) * size(rows.shape[-1])
+
+
 State: TypeAlias = Float[Array, "..."] | Lazy
 """What goes from layer to layer, (batch, token, hidden): an array, or what is not computed yet. The value decides what
 a layer does.

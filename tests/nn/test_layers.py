@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxmpc import secure
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION
-from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, SelfAttention, activate
-from flaxmpc.nn.lazy import Lazy, side_by_side
+from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, PreNormBlock, SelfAttention, activate
+from flaxmpc.nn.lazy import Lazy, Stream, side_by_side
 from flaxmpc.nn.mask import Mask, causal
 from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, Newton
 from flaxmpc.nn.product import grouped_conv
@@ -198,3 +199,51 @@ def test_blocks_may_be_scanned():
         own = {"params": jax.tree.map(lambda leaf, i=i: leaf[i], variables["params"]["layer"])}
         x, _ = applied(block(), own, x, seen)
     np.testing.assert_allclose(out, x, rtol=1e-4, atol=1e-4)
+
+
+class PreNormStack(nn.Module):
+    """Two blocks and the normalisation that follows them, of an array or a stream."""
+
+    attention: Any
+    norm: Any = EXACT
+
+    @nn.compact
+    def __call__(self, x, mask):
+        for i in range(2):
+            block = PreNormBlock(self.attention, ACTIVATIONS["quad"], (self.norm,) * 2, 2, 12, name=f"layer_{i}")
+            x, _ = block(x, mask)
+        x = Norm(self.norm, name="last")(x)
+        return x.force() if isinstance(x, Lazy) else x
+
+
+@pytest.mark.parametrize("pairs", [None, causal], ids=["all pairs", "causal"])
+@pytest.mark.parametrize("part", ["softmax", "2quad", "2quad_freediv", "softmax_freediv", "scaling"])
+def test_a_stream_is_the_same_function_and_on_shares(part, pairs, group):
+    seen = Mask.from_tokens(TOKENS, pairs=pairs)
+    module = PreNormStack(ATTENTION[part])
+    variables = params_of(module, X, seen)
+    plain = applied(module, variables, X, seen)
+
+    def on_shares(variables, x, seen):
+        return applied(module, variables, Stream.of(x), seen)
+
+    function, weights = secure.hoist(on_shares, variables, X, seen, dtype="float64")
+    np.testing.assert_allclose(np.asarray(function(weights, X, seen))[VALID], np.asarray(plain)[VALID], atol=2e-4)
+    ours, cost = secure.jit(function, parties=group("ABY3")).run(weights, np.asarray(X), jax.device_get(seen))
+    np.testing.assert_allclose(ours[VALID], np.asarray(plain)[VALID], atol=0.03)
+    _, written = secure.jit(lambda *args: applied(module, *args), parties=group("ABY3")).run(
+        variables, np.asarray(X), jax.device_get(seen)
+    )
+    assert cost.bytes_sent < written.bytes_sent
+    assert cost.rounds < written.rounds
+
+
+def test_a_stream_without_centring():
+    seen = Mask.from_tokens(TOKENS)
+    module = PreNormStack(ATTENTION["softmax"], NORMALIZATIONS["rms_norm"])
+    variables = params_of(module, X, seen)
+    plain = applied(module, variables, X, seen)
+    found = applied(module, variables, Stream.of(X, centres=False), seen)
+    np.testing.assert_allclose(np.asarray(found)[VALID], np.asarray(plain)[VALID], atol=2e-4)
+    with pytest.raises(AssertionError, match="a stream is centred, or not, for all normalisations"):
+        applied(module, variables, Stream.of(X), seen)
