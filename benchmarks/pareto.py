@@ -20,11 +20,11 @@ from variants import SHARED_RECIPROCAL, ours
 
 from flaxmpc import secure
 from flaxmpc.models import zoo
-from flaxmpc.models.bert import BertConfig
+from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.folder import read_config
 
 
-def names(config: BertConfig) -> dict[str, str]:
+def names(config: EncoderConfig) -> dict[str, str]:
     """The parts' names, of all layers that differ."""
     layers = range(config.num_hidden_layers)
     return {
@@ -33,11 +33,11 @@ def names(config: BertConfig) -> dict[str, str]:
     }
 
 
-def teacher_of(config: BertConfig) -> BertConfig:
+def teacher_of(config: EncoderConfig) -> EncoderConfig:
     return dataclasses.replace(config, attention="softmax", hidden_act="gelu", layer_norm="layer_norm")
 
 
-def measure(config: BertConfig, tokens: int, *, folded: bool, **fields: Any) -> Record:
+def measure(config: EncoderConfig, tokens: int, *, folded: bool, **fields: Any) -> Record:
     """Of the shape, with random weights: not all entries have theirs in the repository."""
     cost = ours(config, folded=folded, batch=1, tokens=tokens).run(secure.InProcess("ABY3")).cost
     return record(cost, shared_reciprocal=SHARED_RECIPROCAL, **fields, **names(config), num_tokens=tokens)

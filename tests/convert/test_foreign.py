@@ -194,6 +194,7 @@ def test_a_family_of_ones_own(toy, write_classifier, data, tmp_path, group):
     assert json.loads((tmp_path / "student" / "config.json").read_text())["model_type"] == "flaxmpc-toy"
 
 
+@pytest.mark.slow
 def test_parts_of_ones_own(parts, write_classifier, data, tmp_path, group):
     encoder = write_classifier(tmp_path / "made", attention="softmax", hidden_act="gelu", hidden_dropout_prob=0.0,
                                attention_probs_dropout_prob=0.0)  # fmt: skip

@@ -87,7 +87,7 @@ def test_the_first_token_is_taken_before_anything_is_computed():
 def test_states_of_two_units_are_not_added():
     one, other = (Mask.from_tokens(TOKENS, degree=degree).unit for degree in (1, 2))
     with pytest.raises(AssertionError, match="two units"):
-        some_state(one) + some_state(other)
+        _ = some_state(one) + some_state(other)
 
 
 def test_dense(mask):
