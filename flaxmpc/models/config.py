@@ -165,7 +165,7 @@ class EncoderConfig:
     Attributes:
         model_type: HF's name of the family.
         hf_fields: for HF's names of fields that are others than these, the field.
-        type_vocab_size: number of token types; 0 for none.
+        has_token_types: whether the family tells the two texts of a pair apart; else type_vocab_size is 0.
         id2label: the names of the labels, in order of their ids.
         problem_type: what a classifier's logits mean: "regression", "single_label_classification",
             "multi_label_classification"; None: a regression for one label, else one label of several.
@@ -184,6 +184,7 @@ class EncoderConfig:
 
     model_type: ClassVar[str]
     hf_fields: ClassVar[Mapping[str, str]] = {}
+    has_token_types: ClassVar[bool] = True
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -229,6 +230,11 @@ class EncoderConfig:
             raise unknown("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not in 0..{self.vocab_size - 1}, the vocabulary")
+        if (self.type_vocab_size > 0) != self.has_token_types:
+            needed = (
+                "a whole number in 1..1024" if self.has_token_types else f"0, as {self.model_type} has no token types"
+            )
+            raise ValueError(f"type_vocab_size {self.type_vocab_size} is not {needed}")
         if self.num_positions < 1:
             raise ValueError(
                 f"max_position_embeddings {self.max_position_embeddings} leaves none for a text, whose first token has "
@@ -335,6 +341,8 @@ class EncoderConfig:
         own = {field.name for field in dataclasses.fields(cls)}
         values = {cls.hf_fields.get(name, name): value for name, value in fields.items()}
         values = {name: value for name, value in values.items() if name in own}
+        if not cls.has_token_types:
+            values.pop("type_vocab_size", None)
         if isinstance(values.get("hidden_act"), str):
             values["hidden_act"] = _HF_ACTIVATIONS.get(values["hidden_act"], values["hidden_act"])
         if values.get("pad_token_id", 0) is None:  # it names no id; what stands on padding is masked

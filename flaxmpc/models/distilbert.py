@@ -19,6 +19,7 @@ class DistilBertConfig(EncoderConfig):
     """The shape of a DistilBERT and its parts; the defaults are HF's."""
 
     model_type: ClassVar[str] = "distilbert"
+    has_token_types: ClassVar[bool] = False
     hf_fields: ClassVar[Mapping[str, str]] = {
         "dim": "hidden_size",
         "hidden_dim": "intermediate_size",

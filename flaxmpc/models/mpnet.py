@@ -24,6 +24,7 @@ class MPNetConfig(EncoderConfig):
     """
 
     model_type: ClassVar[str] = "mpnet"
+    has_token_types: ClassVar[bool] = False
 
     vocab_size: int = 30527
     type_vocab_size: int = 0

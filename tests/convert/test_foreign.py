@@ -38,6 +38,7 @@ TEXTS = ["a gripping film", "the movie is a bad, very bad mess"]
 @dataclasses.dataclass(frozen=True)
 class ToyConfig(EncoderConfig):
     model_type: ClassVar[str] = "toy"
+    has_token_types: ClassVar[bool] = False
     type_vocab_size: int = 0
 
 

@@ -297,6 +297,18 @@ def test_weights_are_the_same_for_every_length(family, embedding):
 # --------------------------------------------------------------------------------------------------------- one family
 
 
+@pytest.mark.parametrize("model_type", ["distilbert", "mpnet"])
+def test_a_family_without_token_types_has_none(model_type, tmp_path):
+    family = FAMILIES[model_type]
+    with pytest.raises(ValueError, match=f"type_vocab_size 2 is not 0, as {model_type} has no token types"):
+        config_of(family, type_vocab_size=2)
+    said = config_of(family).to_dict() | {"type_vocab_size": 2}  # which HF's model does not look at
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert folders.read_config(tmp_path) == config_of(family)
+    with pytest.raises(ValueError, match="type_vocab_size 0 is not a whole number in 1"):
+        config_of(BERT, type_vocab_size=0)
+
+
 def test_positions_start_after_paddings():
     model, params, (ids, _) = case("RobertaForSequenceClassification")
     table = params["roberta"]["embeddings"]["position_embeddings"]
