@@ -234,7 +234,7 @@ class EncoderConfig:
             needed = (
                 "a whole number in 1..1024" if self.has_token_types else f"0, as {self.model_type} has no token types"
             )
-            raise ValueError(f"type_vocab_size {self.type_vocab_size} is not {needed}")
+            raise ValueError(f"type_vocab_size {self.type_vocab_size} is not {allowed}")
         if self.num_positions < 1:
             raise ValueError(
                 f"max_position_embeddings {self.max_position_embeddings} leaves none for a text, whose first token has "

@@ -300,7 +300,7 @@ def test_weights_are_the_same_for_every_length(family, embedding):
 @pytest.mark.parametrize("model_type", ["distilbert", "mpnet"])
 def test_a_family_without_token_types_has_none(model_type, tmp_path):
     family = FAMILIES[model_type]
-    with pytest.raises(ValueError, match=f"type_vocab_size 2 is not 0, as {model_type} has no token types"):
+    with pytest.raises(ValueError, match=f"type_vocab_size 2 is not 0, as {model_type} has no types"):
         config_of(family, type_vocab_size=2)
     said = config_of(family).to_dict() | {"type_vocab_size": 2}  # which HF's model does not look at
     (tmp_path / "config.json").write_text(json.dumps(said))
