@@ -231,9 +231,7 @@ class EncoderConfig:
         if self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not in 0..{self.vocab_size - 1}, the vocabulary")
         if (self.type_vocab_size > 0) != self.has_token_types:
-            needed = (
-                "a whole number in 1..1024" if self.has_token_types else f"0, as {self.model_type} has no token types"
-            )
+            allowed = "a whole number in 1..1024" if self.has_token_types else f"0, as {self.model_type} has no types"
             raise ValueError(f"type_vocab_size {self.type_vocab_size} is not {allowed}")
         if self.num_positions < 1:
             raise ValueError(
