@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import enable_x64
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.errors import listed
+from flaxmpc.secure.arithmetic import enable_x64
 from flaxmpc.secure.jaxpr import bind, called
 
 # They repeat or move numbers, which costs nothing on shares. They stay in the function, so that what is repeated for
@@ -226,7 +226,7 @@ class _Trace:
         """The weights of parameters, the leaves of the pytree."""
         wanted = list(self.weights.values())
         steps, _ = self._needed(wanted, lambda value: True)
-        x64 = enable_x64() if dtype is not None and np.dtype(dtype).itemsize == 8 else contextlib.nullcontext()
+        x64 = enable_x64(True) if dtype is not None and np.dtype(dtype).itemsize == 8 else contextlib.nullcontext()
 
         def wide(x: Any) -> Any:
             return jnp.asarray(x, dtype) if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) else x

@@ -585,7 +585,8 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------ the tests
 
 
-PATIENCE = 200  # seconds for one example
+# Seconds for one example, and for one that is marked as slow.
+PATIENCE, MORE_PATIENCE = 200, 1200
 
 
 def tried(names: Iterable[str], *arguments: str) -> dict[str, tuple[str, str]]:
@@ -603,11 +604,12 @@ def tried(names: Iterable[str], *arguments: str) -> dict[str, tuple[str, str]]:
             current = "the start"
             for line in process.stdout:
                 clock.cancel()
-                clock = threading.Timer(PATIENCE, process.kill)
-                clock.start()
                 if line.startswith("> "):
                     current = line[2:].strip()
-                elif line.startswith("= "):
+                slow = current in left and example(current).slow
+                clock = threading.Timer(MORE_PATIENCE if slow else PATIENCE, process.kill)
+                clock.start()
+                if line.startswith("= "):
                     name, *rest = json.loads(line[2:])
                     found[name] = tuple(rest)
             clock.cancel()
