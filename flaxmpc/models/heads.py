@@ -78,3 +78,15 @@ class MaskedLMHead(WithHead):
     def head(self, hidden: State, deterministic: bool) -> Array:
         hidden = self.transform_layer_norm(activate(self.transform(hidden), self.act))
         return force(hidden @ self.encoder.embeddings.word_embeddings.T) + self.decoder_bias
+
+
+# HF's names of the heads in RoBERTa and MPNet, see `Family`.
+LM_HEAD_NAMES = (
+    (r"classifier_(dense|out_proj)/", r"classifier.\1."),
+    (r"(classifier|qa_outputs)/", r"\1."),
+    (r"transform/", "lm_head.dense."),
+    (r"transform_layer_norm/", "lm_head.layer_norm."),
+    (r"decoder_bias", "lm_head.bias"),
+)
+LM_HEAD_TIED = {"lm_head.decoder.bias": "lm_head.bias"}
+LM_HEADS = ("classifier.", "qa_outputs.", "lm_head.")

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int
 from flaxmpc.models.base import Family, WithHead, register
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.encoder import Encoder
-from flaxmpc.models.heads import AnswerHead, FirstTokenHead, MaskedLMHead, TokenHead
+from flaxmpc.models.heads import (
+    LM_HEAD_NAMES,
+    LM_HEAD_TIED,
+    LM_HEADS,
+    AnswerHead,
+    FirstTokenHead,
+    MaskedLMHead,
+    TokenHead,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +136,9 @@ MPNET = register(
             (f"{_LAYER}attention_layer_norm/", f"{_THEIRS}attention.LayerNorm."),
             (f"{_LAYER}(intermediate|output)/", rf"{_THEIRS}\2.dense."),
             (f"{_LAYER}output_layer_norm/", f"{_THEIRS}output.LayerNorm."),
-            (r"classifier_(dense|out_proj)/", r"classifier.\1."),
-            (r"(classifier|qa_outputs)/", r"\1."),
-            (r"transform/", "lm_head.dense."),
-            (r"transform_layer_norm/", "lm_head.layer_norm."),
-            (r"decoder_bias", "lm_head.bias"),
+            *LM_HEAD_NAMES,
         ),
-        tied={
-            "lm_head.decoder.weight": "mpnet.embeddings.word_embeddings.weight",
-            "lm_head.decoder.bias": "lm_head.bias",
-        },
-        heads=("classifier.", "qa_outputs.", "lm_head."),
+        tied={"lm_head.decoder.weight": "mpnet.embeddings.word_embeddings.weight", **LM_HEAD_TIED},
+        heads=LM_HEADS,
     )
 )

@@ -5,7 +5,15 @@ from typing import ClassVar
 
 from flaxmpc.models.base import Family, WithHead, encoder_names, register
 from flaxmpc.models.config import EncoderConfig
-from flaxmpc.models.heads import AnswerHead, FirstTokenHead, MaskedLMHead, TokenHead
+from flaxmpc.models.heads import (
+    LM_HEAD_NAMES,
+    LM_HEAD_TIED,
+    LM_HEADS,
+    AnswerHead,
+    FirstTokenHead,
+    MaskedLMHead,
+    TokenHead,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +61,9 @@ ROBERTA = register(
         ),
         names=(
             *encoder_names("roberta"),
-            (r"classifier_(dense|out_proj)/", r"classifier.\1."),
-            (r"(classifier|qa_outputs)/", r"\1."),
-            (r"transform/", "lm_head.dense."),
-            (r"transform_layer_norm/", "lm_head.layer_norm."),
-            (r"decoder_bias", "lm_head.bias"),
+            *LM_HEAD_NAMES,
         ),
-        tied={
-            "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-            "lm_head.decoder.bias": "lm_head.bias",
-        },
-        heads=("classifier.", "qa_outputs.", "lm_head."),
+        tied={"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight", **LM_HEAD_TIED},
+        heads=LM_HEADS,
     )
 )
