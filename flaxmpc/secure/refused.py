@@ -7,6 +7,7 @@ _KEY = "a random key must be known when the function is compiled: a constant in 
 _HOST = "the parties cannot call back into Python: they see no value"
 _NONE = "SPU has no such operation"
 _LOOP = "it loops until it has converged, which no party may see"
+_LONG = "SPU does not come to its end within nine minutes, for eight numbers"
 
 REFUSED = MappingProxyType(
     {
@@ -32,8 +33,10 @@ REFUSED = MappingProxyType(
         "igamma": _LOOP,
         "igamma_grad_a": _LOOP,
         "igammac": _LOOP,
+        "polygamma": _LONG,
         "random_gamma_grad": _LOOP,
         "regularized_incomplete_beta": _LOOP,
+        "zeta": _LONG,
         "clz": _BITS,
         "nextafter": _BITS,
         "reduce_precision": _BITS,

@@ -53,7 +53,6 @@ class Example(NamedTuple):
     args: tuple[Any, ...]
     tolerance: float = 2e-3
     refused: str = ""
-    slow: bool = False
 
 
 EXAMPLES: dict[str, dict[str, Example]] = {}
@@ -124,8 +123,8 @@ add("igammac", "float32", lax.igammac, POSITIVE, POSITIVE[::-1].copy(), toleranc
 add("igamma_grad_a", "float32", lax.igamma_grad_a, POSITIVE, POSITIVE[::-1].copy(), tolerance=1e-2)
 add("random_gamma_grad", "float32", lax.random_gamma_grad, POSITIVE, POSITIVE[::-1].copy(), tolerance=1e-2)
 add("regularized_incomplete_beta", "float32", lax.betainc, POSITIVE, POSITIVE, np.abs(UNIT), tolerance=1e-2)
-add("polygamma", "float32", lax.polygamma, np.ones(8, np.float32), POSITIVE, tolerance=1e-2, slow=True)
-add("zeta", "float32", lax.zeta, POSITIVE + 1.5, POSITIVE, tolerance=1e-2, slow=True)
+add("polygamma", "float32", lax.polygamma, np.ones(8, np.float32), POSITIVE, tolerance=1e-2)
+add("zeta", "float32", lax.zeta, POSITIVE + 1.5, POSITIVE, tolerance=1e-2)
 every("select_n", lambda x, y: lax.select_n(B, x, y), 2)
 for kind, (x, y) in PAIRS.items():
     add("select_n", f"secret choice of {kind}", lax.select_n, B, x, y)
@@ -585,8 +584,7 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------ the tests
 
 
-# Seconds for one example, and for one that is marked as slow.
-PATIENCE, MORE_PATIENCE = 200, 1200
+PATIENCE = 200  # seconds for one example
 
 
 def tried(names: Iterable[str], *arguments: str) -> dict[str, tuple[str, str]]:
@@ -606,8 +604,7 @@ def tried(names: Iterable[str], *arguments: str) -> dict[str, tuple[str, str]]:
                 clock.cancel()
                 if line.startswith("> "):
                     current = line[2:].strip()
-                slow = current in left and example(current).slow
-                clock = threading.Timer(MORE_PATIENCE if slow else PATIENCE, process.kill)
+                clock = threading.Timer(PATIENCE, process.kill)
                 clock.start()
                 if line.startswith("= "):
                     name, *rest = json.loads(line[2:])
@@ -659,7 +656,7 @@ def test_every_primitive_is_tried():
 
 
 def test_every_primitive_is_right_or_refused_by_name():
-    assert not unexpected(sweep([name for name in NAMES if not example(name).slow], "REF2K"))
+    assert not unexpected(sweep(NAMES, "REF2K"))
 
 
 def test_what_no_table_knows_is_refused_in_one_line(group, monkeypatch):
