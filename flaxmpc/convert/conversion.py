@@ -106,6 +106,8 @@ def _load_task(config: FineTuning | Conversion, tokenizer: Any, model: EncoderCo
     for warning in task.warnings:
         print(f"{config.data}: {warning}")
     for split in (getattr(task, name) for name in SPLITS):
+        if model.counts_from_padding and any(model.pad_token_id in row for row in split.input_ids):
+            raise ValueError(f"{config.data}: a text holds {tokenizer.pad_token}, the padding token")
         for what, rows, known in (
             ("token", split.input_ids, model.vocab_size),
             ("token type", split.token_type_ids or (), model.type_vocab_size),

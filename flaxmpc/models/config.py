@@ -289,6 +289,11 @@ class EncoderConfig:
         return 0
 
     @property
+    def counts_from_padding(self) -> bool:
+        """Whether HF's model counts positions past padding tokens, so that one in a text would move the others."""
+        return self.first_position > 0
+
+    @property
     def num_positions(self) -> int:
         """Tokens of the longest text that there are positions for."""
         return self.max_position_embeddings - self.first_position

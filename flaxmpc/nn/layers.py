@@ -164,6 +164,10 @@ class SelfAttention(nn.Module):
             context = self.part(q, k, v, mask, scalars, bias=bias, product=product)
         else:
             assert isinstance(self.part, Homogeneous), "a state has a unit where attention takes it"
+            if left := sorted(scalars.keys() - {"shift"}):
+                raise ValueError(
+                    f"attention {self.part.name!r} says that it folds, but {left[0]!r} is left of its scalars"
+                )
             context = product(self.part.numerators(scores_of(q, k, bias, product), mask), v)
         return Lazy.held(self._merge(context), unit, product), None
 

@@ -90,7 +90,10 @@ class Hoisted:
 
         Raises:
             ValueError: weights of another function, or for inputs of these shapes it makes others of its parameters.
+            TypeError: weights that are not by name.
         """
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"the weights are a dict by name, as `hoist` gives them, not a {type(weights).__name__}")
         if weights.keys() != self.structs.keys():
             strange = sorted(weights.keys() ^ self.structs.keys())
             raise ValueError(f"these are weights of another function: {listed(strange)}")
@@ -191,7 +194,7 @@ class _Trace:
         depends = 2 if eqn.effects else max((self.values[place].depends for place in ins), default=0)
         text = ""
         if depends < 2:
-            text = f"{eqn.primitive.name} {eqn.params} {[self.values[place].name for place in ins]}"
+            text = f"{eqn.primitive.name} {_described(eqn.params)} {[self.values[place].name for place in ins]}"
             text = hashlib.sha256(text.encode()).hexdigest()
         moved = eqn.primitive.name in _MOVES
         outs = tuple(
@@ -274,6 +277,19 @@ class _Trace:
                 if place not in kept and last.get(place, -1) <= i:
                     del found[place]
         return [value(place) for place in wanted]
+
+
+def _described(value: Any) -> str:
+    """All of a parameter of an equation: text leaves out the middle of an array, and the constants of a function."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_described(own)}" for name, own in value.items())
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_described, value))})"
+    if isinstance(value, ClosedJaxpr):
+        return f"{value.jaxpr} {_described(value.consts)}"
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return f"{value.dtype}{value.shape} {hashlib.sha256(np.asarray(value).tobytes()).hexdigest()}"
+    return str(value)
 
 
 def _path(item: tuple[Any, Any]) -> str:

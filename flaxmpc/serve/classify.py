@@ -114,16 +114,19 @@ class Client:
                 raise TextError(place, len(texts), reason)
         encoded = encode(self.tokenizer, texts, self.config.longest)
         special = self.tokenizer.num_special_tokens_to_add(pairs)
+        # By itself, as not every family tells the texts of a pair apart.
+        sides = [side for pair in texts for side in pair] if pairs else []
+        empty = [not ids for ids in self.tokenizer(sides, add_special_tokens=False)["input_ids"]] if pairs else []
         for place, row in enumerate(encoded.input_ids):
             if row.max() >= self.config.vocab_size:
                 raise ValueError(
                     f"the tokenizer gives token {row.max()}, but the model has {self.config.vocab_size}: "
                     "they do not belong together"
                 )
-            kinds = np.bincount([] if encoded.token_type_ids is None else encoded.token_type_ids[place], minlength=2)
-            one_is_empty = kinds[1] > 0 and (kinds[0] <= 2 or kinds[1] <= 1)  # [CLS] first [SEP], second [SEP]
-            if one_is_empty or len(row) <= special:
+            if any(empty[2 * place : 2 * place + 2]) or len(row) <= special:
                 raise TextError(place, len(texts), "has no token: the tokenizer drops all that it holds")
+            if self.config.counts_from_padding and self.config.pad_token_id in row:
+                raise TextError(place, len(texts), f"holds {self.tokenizer.pad_token}, the padding token")
         return encoded
 
     def _wrong_form(self, pairs: bool) -> str:

@@ -93,9 +93,11 @@ def logits_and_size(model: Any, embeddings: Lazy, mask: Mask) -> tuple[jax.Array
     """
     hidden: Lazy = model.encoder.encode(embeddings, mask).hidden
     (state,) = hidden.arrays
-    *_, last = model.config.layer_norms_of(model.config.num_hidden_layers - 1)
+    config: EncoderConfig = model.config
+    parts = [part for layer in range(config.num_hidden_layers) for part in config.layer_norms_of(layer)]
     size = square_mean_by_product(state[:, 0])[:, 0]
-    return model.head(hidden, True), size if isinstance(last, InverseRoot) else jnp.ones_like(size)
+    divides = all(isinstance(part, InverseRoot) for part in parts[-1:])
+    return model.head(hidden, True), size if divides else jnp.ones_like(size)
 
 
 def sequence_classifier(model: Any, folder: Path) -> WithHead:

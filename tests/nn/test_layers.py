@@ -1,5 +1,6 @@
 """Every layer given a lazy state is the layer: plain and lazy are compared, with a unit and without."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -247,3 +248,20 @@ def test_a_stream_without_centring():
     np.testing.assert_allclose(np.asarray(found)[VALID], np.asarray(plain)[VALID], atol=2e-4)
     with pytest.raises(AssertionError, match="a stream is centred, or not, for all normalisations"):
         applied(module, variables, Stream.of(X), seen)
+
+
+def test_a_part_that_says_it_folds_and_keeps_a_scalar_is_refused():
+    """On a lazy state with a unit nobody would look at it."""
+
+    class Gained(type(ATTENTION["2quad_freediv"])):
+        def fold(self, scalars, num_heads, query=True):
+            folded = super().fold(scalars, num_heads, query)
+            return folded._replace(scalars={**folded.scalars, "gain": jnp.ones((num_heads,))})
+
+    own = ATTENTION["2quad_freediv"]
+    part = Gained(**{field.name: getattr(own, field.name) for field in dataclasses.fields(own)})
+    seen = Mask.from_tokens(TOKENS, degree=2)
+    module = SelfAttention(part, 2)
+    variables = params_of(module, X, seen)
+    with pytest.raises(ValueError, match="attention '2quad_freediv' says that it folds, but 'gain' is left"):
+        applied(module, variables, some_state(seen.unit), seen)

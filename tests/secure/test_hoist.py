@@ -178,6 +178,31 @@ def test_weights_of_another_function_are_refused(change):
         g(weights, X)
 
 
+def test_weights_that_are_not_by_name_are_refused():
+    g, weights = secure.hoist(centred, PARAMS, X)
+    with pytest.raises(TypeError, match=r"^the weights are a dict by name, as `hoist` gives them, not a list"):
+        g(list(weights.values()), X)
+
+
+@pytest.mark.parametrize("size", [3, 5000])
+def test_loops_that_differ_in_what_they_close_over_are_two_weights(size):
+    """The middle of a long array, or the constants of a function, are not in JAX's text of an equation."""
+    one = np.zeros(size, np.float32)
+    other = one.copy()
+    other[size // 2] = 1.0
+
+    def loop(w, c):
+        return jax.lax.scan(lambda y, _: (y * c + 1.0, None), w, None, length=2)[0]
+
+    def both(params, x):
+        return x * loop(params["w"], one) + loop(params["w"], other)
+
+    params, x = {"w": np.full(size, 2.0, np.float32)}, np.full(size, 3.0, np.float32)
+    g, weights = secure.hoist(both, params, x)
+    assert len(weights) == 2
+    np.testing.assert_allclose(g(weights, x), both(params, x))
+
+
 def test_weights_are_named_by_where_they_come_from():
     import flax.linen as nn
 

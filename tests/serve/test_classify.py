@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from flaxmpc.models import folder as folders
-from flaxmpc.models.base import without_embeddings
+from flaxmpc.models.base import init_params, without_embeddings
+from flaxmpc.models.mpnet import MPNetConfig, MPNetForSequenceClassification
 from flaxmpc.serve.classify import Client, TextError, buckets
 
 
@@ -191,3 +192,28 @@ def test_a_run_that_takes_more_is_filled_with_its_first_text(client):
         ([0, 1], (2, 16), [3, 4]),
         ([2], (2, 16), [5, 5]),
     ]
+
+
+@pytest.fixture(scope="module")
+def without_types(tmp_path_factory, write_classifier):
+    """The client of an MPNet, which counts positions past padding and does not tell the texts of a pair apart."""
+    source = folders.load(write_classifier(tmp_path_factory.mktemp("mpnet"), num_hidden_layers=1))
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = MPNetConfig(vocab_size=20, max_position_embeddings=24, pad_token_id=0, **shape)
+    model = MPNetForSequenceClassification(config)
+    table, _ = without_embeddings(model, init_params(model))
+    return Client(model, source.tokenizer, table)
+
+
+@pytest.mark.parametrize("pair", [("good", "\u200b"), ("\u200b", "good")], ids=["second", "first"])
+def test_an_empty_text_of_a_pair_is_found_without_types(pair, without_types):
+    assert len(without_types.encode([("good", "bad")]).input_ids) == 1
+    with pytest.raises(TextError, match="text 2 of 2 has no token: the tokenizer drops all that it holds"):
+        without_types.encode([("good", "bad"), pair])
+
+
+def test_padding_in_a_text_is_refused_where_positions_are_counted_past_it(without_types, client):
+    """HF's RoBERTa and MPNet would give every token after it another position."""
+    with pytest.raises(TextError, match=r"text 2 of 2 holds \[PAD\], the padding token"):
+        without_types.encode(["good", "a [PAD] film"])
+    assert len(client.encode(["a [PAD] film"]).input_ids) == 1  # a BERT counts by place
