@@ -19,7 +19,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.errors import listed
-from flaxmpc.secure.arithmetic import enable_x64
+from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 from flaxmpc.secure.jaxpr import bind, called
 
 # They repeat or move numbers, which costs nothing on shares. They stay in the function, so that what is repeated for

@@ -181,7 +181,7 @@ def test_weights_of_another_function_are_refused(change):
 def test_weights_that_are_not_by_name_are_refused():
     g, weights = secure.hoist(centred, PARAMS, X)
     with pytest.raises(TypeError, match=r"^the weights are a dict by name, as `hoist` gives them, not a list"):
-        g(list(weights.values()), X)
+        g(list(weights.values()), X)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("size", [3, 5000])

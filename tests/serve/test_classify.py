@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,7 +199,12 @@ def test_a_run_that_takes_more_is_filled_with_its_first_text(client):
 def without_types(tmp_path_factory, write_classifier):
     """The client of an MPNet, which counts positions past padding and does not tell the texts of a pair apart."""
     source = folders.load(write_classifier(tmp_path_factory.mktemp("mpnet"), num_hidden_layers=1))
-    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+    }
     config = MPNetConfig(vocab_size=20, max_position_embeddings=24, pad_token_id=0, **shape)
     model = MPNetForSequenceClassification(config)
     table, _ = without_embeddings(model, init_params(model))
