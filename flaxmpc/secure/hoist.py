@@ -222,26 +222,16 @@ class _Trace:
     def run(self, weights: Mapping[str | None, Any], inputs: Sequence[Any]) -> Any:
         """The function's output, computed or traced, from weights by their names."""
         found = {place: weights[self.values[place].name] for place in self._read_weights}
-        made = self._evaluated(self._left, self._outs, found, {2: inputs}, lambda eqn: eqn.params, lambda x: x)
-        return jax.tree.unflatten(self._tree, made)
+        return jax.tree.unflatten(self._tree, self._evaluated(self._left, self._outs, found, {2: inputs}))
 
     def compute(self, params: Sequence[Any], dtype: Any) -> list[np.ndarray]:
-        """The weights of parameters, the leaves of the pytree."""
+        """The weights of parameters, the leaves of the pytree; in between in floating point of another type."""
         wanted = list(self.weights.values())
         steps, _ = self._needed(wanted, lambda value: True)
-        x64 = enable_x64(True) if dtype is not None and np.dtype(dtype).itemsize == 8 else contextlib.nullcontext()
-
-        def wide(x: Any) -> Any:
-            return jnp.asarray(x, dtype) if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) else x
-
-        def own_params(eqn: Any) -> Mapping[str, Any]:
-            return {name: dtype if _is_float(value) else value for name, value in eqn.params.items()}
-
-        with x64:
-            given = {1: [np.asarray(leaf) for leaf in params]}
-            made = self._evaluated(
-                steps, wanted, {}, given, (lambda eqn: eqn.params) if dtype is None else own_params, wide
-            )
+        given = {1: [np.asarray(leaf) for leaf in params]}
+        wide = dtype is not None and np.dtype(dtype).itemsize == 8
+        with enable_x64(True) if wide else contextlib.nullcontext():
+            made = self._evaluated(steps, wanted, {}, given, dtype)
             return [np.asarray(value, self.values[place].aval.dtype) for place, value in zip(wanted, made, strict=True)]
 
     def _evaluated(
@@ -250,28 +240,32 @@ class _Trace:
         wanted: Sequence[int],
         found: dict[int, Any],
         given: Mapping[int, Sequence[Any]],
-        params: Callable[[Any], Mapping[str, Any]],
-        cast: Callable[[Any], Any],
+        dtype: Any = None,
     ) -> list[Any]:
         """The wanted values.
 
         Args:
             found: values by their places, if they are known; what is computed is added, and dropped after its last use.
             given: parameters or inputs, by what depends on them.
-            params: of an equation.
-            cast: applied to constants and parameters.
+            dtype: of floating-point numbers; None: their own.
         """
 
         def value(place: int) -> Any:
             if place not in found:
                 depends, aval, *_, own = self.values[place]
-                found[place] = cast(_typed(own, aval)) if depends == 0 else cast(given[depends][own])
+                x = _typed(own, aval) if depends == 0 else given[depends][own]
+                found[place] = (
+                    x if dtype is None or not jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, dtype)
+                )
             return found[place]
 
         last = {place: i for i, step in enumerate(steps) for place in step.ins}
         kept = set(wanted)
         for i, step in enumerate(steps):
-            made = step.bind([value(place) for place in step.ins], params(step.eqn))
+            params = step.eqn.params
+            if dtype is not None:
+                params = {name: dtype if _is_float(own) else own for name, own in params.items()}
+            made = step.bind([value(place) for place in step.ins], params)
             found.update(zip(step.outs, made, strict=True))
             for place in {*step.ins, *step.outs}:
                 if place not in kept and last.get(place, -1) <= i:
