@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import msgspec
@@ -30,6 +32,8 @@ TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "g
 # Runs in the parties: keeps all that comes in, after TLS.
 CAPTURE = """
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 import flaxmpc.secure.deploy.rpc as rpc, flaxmpc.secure.deploy.connection as connection
 seen = open({path!r}, 'ab', buffering=0)
 decode = rpc.decode
@@ -82,6 +86,20 @@ def test_answers_are_those_of_the_in_process_run(parties, expected):
     assert [prediction.logits_plaintext for prediction in predictions] == [[]] * 3
     # A run of two texts, and one of one.
     assert cost.bytes_sent == sum(each.cost.bytes_sent for each in predictions[::2] if each.cost)
+
+
+def test_clients_of_one_certificate_may_all_start_at_once(parties, monkeypatch):
+    """A party sends one certificate two bundles at a time."""
+    monkeypatch.setattr(remote.secure, "cache_dir", lambda: None)
+    together = threading.Barrier(8)
+
+    def start(_: int) -> set[str]:
+        with parties.connect("client") as client:
+            together.wait()
+            return {remote.RemoteClassifier(client, "tiny").model.hash for _ in range(5)}
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set().union(*pool.map(start, range(8)))) == 1
 
 
 def test_a_text_that_the_model_diverges_on_has_an_error_in_its_place(parties, expected):

@@ -248,22 +248,37 @@ class Cluster(Parties):
         )
 
     def bundle(self, name: str, model: m.PublicModel) -> bytes:
-        """A model's bundle. SecureError: it is not the one that all parties have, or too large."""
+        """A model's bundle; waits while others with this certificate fetch as many as a party sends at a time.
+
+        Raises:
+            SecureError: it is not the one that all parties have, or too large; or there was no room within the
+                cluster's timeout_seconds.
+        """
         most = self.cluster.limits.max_request_bytes
         if model.bundle_bytes > most:
             raise SecureError(f"the bundle of {name!r} has {model.bundle_bytes} bytes; max_request_bytes is {most}")
-        content = bytearray()
-        try:
-            for piece in self._peers[0].receive("bundle", m.Names(self._session, [name])):
-                content += piece.content
-                if len(content) > model.bundle_bytes:
-                    break
-        except grpc.RpcError as error:
-            raise SecureError(rpc.describe(self.cluster.party[0], error)) from error
-        content = bytes(content)
+        end = time.monotonic() + self.cluster.timeout_seconds
+        while True:
+            try:
+                content = self._received(name, model)
+                break
+            except grpc.RpcError as error:
+                full = isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                if not full or time.monotonic() > end:
+                    raise SecureError(rpc.describe(self.cluster.party[0], error)) from error
+            time.sleep(_POLL)
         if m.digest(content) != model.bundle:
             raise SecureError(f"party 0 sent another bundle of {name!r} than the parties agreed on")
         return content
+
+    def _received(self, name: str, model: m.PublicModel) -> bytes:
+        """The bundle as party 0 sends it, to little more than the size that it has; grpc.RpcError."""
+        content = bytearray()
+        for piece in self._peers[0].receive("bundle", m.Names(self._session, [name])):
+            content += piece.content
+            if len(content) > model.bundle_bytes:
+                break
+        return bytes(content)
 
     def infer(self, name: str, model: m.PublicModel, program: str, inputs: Any) -> Inferred:
         """Asks a model.
