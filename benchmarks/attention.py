@@ -21,7 +21,7 @@ from harness import Benchmark, Options, Record, figure, record
 from variants import SHARED_RECIPROCAL, Workload
 
 from flaxmpc import secure
-from flaxmpc.nn.attention import ATTENTION, Attention, scores_of
+from flaxmpc.nn.attention import ATTENTION, Attention
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.product import grouped_conv
 
@@ -39,7 +39,7 @@ def workload(part: Attention, heads: int, length: int) -> Workload:
 
     def context(scalars: Any, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
         if folds:
-            return grouped_conv(part.numerators(scores_of(query, key, product=grouped_conv), mask), value)
+            return part.mix(query, key, value, mask, product=grouped_conv)
         return part(query, key, value, mask, scalars, product=grouped_conv)
 
     rng = np.random.default_rng(0)

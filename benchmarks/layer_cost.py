@@ -25,7 +25,7 @@ from flaxmpc.nn.activation import Activation
 from flaxmpc.nn.layers import PostNormBlock
 from flaxmpc.nn.lazy import Lazy
 from flaxmpc.nn.mask import Mask
-from flaxmpc.nn.product import grouped_conv, matmul
+from flaxmpc.serve.private import product_for
 
 # As transformers' Flax models have it.
 JAX_GELU = Activation("gelu_jax", functools.partial(jax.nn.gelu, approximate=False), "jax.nn")
@@ -62,7 +62,7 @@ def as_written(config: BertConfig) -> Callable[..., jax.Array]:
 
 def lazily(config: BertConfig, protocol: secure.Config) -> Callable[..., jax.Array]:
     """The same on a lazy state, to the array that the state after it holds."""
-    product = grouped_conv if protocol.grouped_products else matmul
+    product = product_for(protocol)
 
     def layer(params: Any, hidden: jax.Array, mask: Mask) -> jax.Array:
         before = Lazy.held(hidden, mask.unit, product)

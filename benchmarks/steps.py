@@ -81,6 +81,8 @@ def cases(heads: int, size: int, tokens: int) -> Iterator[Case]:
 
     yield Case("mean of squares", "squares", False, lambda _, x: jnp.square(x).mean(-1, keepdims=True), (hidden,))
     yield Case("mean of squares", "diagonal of X X^T", True, lambda _, x: square_mean_by_product(x), (hidden,))
+    yield Case("mean of squares", "of a few rows each, grouped", True,
+               lambda _, x: square_mean_by_product(x, grouped_conv), (hidden,))  # fmt: skip
 
     yield Case("inverse square root", "SPU's", False, lambda _, v: jax.lax.rsqrt(v), (row,))
     yield Case("inverse square root", f"Newton, {AFTER_ATTENTION.steps} steps (after attention)", True,

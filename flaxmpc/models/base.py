@@ -12,7 +12,7 @@ from jaxtyping import Array
 from flaxmpc.errors import brief, unknown
 from flaxmpc.models.config import OWN, EncoderConfig
 from flaxmpc.models.encoder import Encoder, Hidden
-from flaxmpc.models.outputs import Outputs
+from flaxmpc.models.outputs import EncoderOutput, Outputs
 from flaxmpc.nn.layers import Dense, Norm
 from flaxmpc.nn.lazy import Lazy, State
 from flaxmpc.nn.mask import Mask
@@ -35,12 +35,14 @@ class WithHead(nn.Module):
         base_model_prefix: the name of the encoder among the parameters.
         encoder_class: the encoder's.
         classifies_sequences: whether the logits are (batch, label): one answer for each text.
+        reads_first: whether the head reads the first token alone.
         pools: whether the encoder has a pooler.
     """
 
     base_model_prefix: ClassVar[str]
     encoder_class: ClassVar[type[Encoder]] = Encoder
     classifies_sequences: ClassVar[bool] = False
+    reads_first: ClassVar[bool] = False
     pools: ClassVar[bool] = False
 
     config: Any
@@ -79,9 +81,13 @@ class WithHead(nn.Module):
         """
         return self.encoder.embed(input_ids, token_type_ids, attention_mask, deterministic=deterministic)
 
+    def encode(self, embeddings: State, mask: Mask, *, deterministic: bool = True) -> EncoderOutput:
+        """What the head reads, and what led there."""
+        return self.encoder.encode(embeddings, mask, deterministic=deterministic, first=self.reads_first)
+
     def outputs_from_embeddings(self, embeddings: State, mask: Mask, *, deterministic: bool = True) -> Outputs:
         """The logits, and what led there."""
-        encoded = self.encoder.encode(embeddings, mask, deterministic=deterministic)
+        encoded = self.encode(embeddings, mask, deterministic=deterministic)
         return Outputs(self.head(encoded.hidden, deterministic), encoded.intermediates)
 
     def from_embeddings(self, embeddings: State, mask: Mask, *, deterministic: bool = True) -> Array:

@@ -44,6 +44,7 @@ class DistilBertForSequenceClassification(_DistilBert):
     """Logits (batch, label) from the first token: dense, ReLU, dense."""
 
     classifies_sequences: ClassVar[bool] = True
+    reads_first: ClassVar[bool] = True
 
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()

@@ -3,6 +3,7 @@
 What differs between these families stands in their config, or in a method that a subclass has instead.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -110,15 +111,32 @@ class Encoder(nn.Module):
         """What positions add to the scores of every layer; None: nothing."""
         return None
 
-    def encode(self, x: State, mask: Mask, *, deterministic: bool = True) -> EncoderOutput:
-        """Embeddings (batch, token, hidden), or a lazy state of them (`defer`), through all layers."""
-        embeddings, unit = x, x.unit if isinstance(x, Lazy) else None
-        bias = self.position_bias(x.shape[1])
+    def encode(self, x: State, mask: Mask, *, deterministic: bool = True, first: bool = False) -> EncoderOutput:
+        """Embeddings (batch, token, hidden), or a lazy state of them (`defer`), through all layers.
+
+        Args:
+            first: whether the head reads the first token alone. Then of a lazy state the last layer computes no other.
+        """
+        unit, bias = x.unit if isinstance(x, Lazy) else None, self.position_bias(x.shape[1])
         if bias is not None and unit is not None:  # once for all layers: the scores have both tokens' a
             bias = bias * (unit.scale * unit.scale.swapaxes(-1, -2))[:, None]
-        found = []
-        for i, layer in enumerate(self.layers):
-            last = i == len(self.layers) - 1
-            x, seen = layer(x, mask, bias, deterministic, None if last else unit)
-            found.append((x, seen))
-        return EncoderOutput.of(embeddings, found)
+        return through(self.layers, x, mask, bias, deterministic=deterministic, first=first)
+
+
+def through(
+    layers: Sequence[PostNormBlock],
+    x: State,
+    mask: Mask,
+    bias: Array | None = None,
+    *,
+    deterministic: bool = True,
+    first: bool = False,
+) -> EncoderOutput:
+    """A state through blocks, one after the other; `bias` and `first` as `PostNormBlock` has them, of the last one."""
+    embeddings, unit = x, x.unit if isinstance(x, Lazy) else None
+    found = []
+    for i, layer in enumerate(layers):
+        last = i == len(layers) - 1
+        x, seen = layer(x, mask, bias, deterministic, None if last else unit, first and last)
+        found.append((x, seen))
+    return EncoderOutput.of(embeddings, found)

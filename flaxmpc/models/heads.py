@@ -15,6 +15,7 @@ class PooledHead(WithHead):
     """Logits (batch, label) from the encoder's pooler: the first token, dense, tanh. As in BERT."""
 
     classifies_sequences: ClassVar[bool] = True
+    reads_first: ClassVar[bool] = True
     pools: ClassVar[bool] = True
 
     def setup_head(self) -> None:
@@ -30,6 +31,7 @@ class FirstTokenHead(WithHead):
     """Logits (batch, label) from the first token: dense, tanh, dense. As in RoBERTa."""
 
     classifies_sequences: ClassVar[bool] = True
+    reads_first: ClassVar[bool] = True
 
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()

@@ -11,6 +11,7 @@ product of V with the mask (S x d) then serves numerator and normaliser, where m
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -90,9 +91,9 @@ def relu_eps(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
     return jax.nn.relu(scores) + 1e-12 * mask.weight[:, None, None, :]
 
 
-def square(scores: Scores, mask: Mask, shift: PerHeadScalar) -> Scores:
+def square(scores: Scores, mask: Mask, shift: PerHeadScalar | None) -> Scores:
     """(s + c)^2, c one trainable scalar per head. One squaring: the cheapest that is never negative."""
-    return jnp.square(scores + shift[:, None, None])
+    return jnp.square(scores if shift is None else scores + shift[:, None, None])
 
 
 def relu(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
@@ -106,6 +107,9 @@ def linear(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
 
 
 # -------------------------------------------------------------------------------------------------- normalisers
+
+# (columns for every key, dropout of the numerators) -> their sums, weighted by the numerators.
+Mix = Callable[..., Context]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,21 +129,15 @@ class RowSum:
     per_length: bool = False
 
     def __call__(
-        self,
-        numerator: Scores,
-        value: Values,
-        mask: Mask,
-        scale: PerHeadScalar | None,
-        product: Product,
-        dropout: Dropout | None,
+        self, mix: Mix, value: Values, mask: Mask, scale: PerHeadScalar | None, dropout: Dropout | None
     ) -> Context:
         weight = (mask.weight if self.per_length else mask.tokens)[:, None, :, None]
         # The mask as one more column of V: the same product then also gives the row sum.
         columns = jnp.concatenate([value * weight, jnp.broadcast_to(weight, (*value.shape[:-1], 1))], -1)
-        mixed = product(numerator, columns)
+        mixed = mix(columns)
         context, row_sum = mixed[..., :-1], mixed[..., -1:]
         if dropout is not None:  # the sum is taken over all keys, dropped or not, so it is never 0
-            context = product(dropout(numerator), value * weight)
+            context = mix(value * weight, dropout=dropout)
         return context * (1.0 / row_sum) if self.reciprocal else context / row_sum
 
 
@@ -158,18 +156,12 @@ class Constant:
     calibrated: bool = True
 
     def __call__(
-        self,
-        numerator: Scores,
-        value: Values,
-        mask: Mask,
-        scale: PerHeadScalar | None,
-        product: Product,
-        dropout: Dropout | None,
+        self, mix: Mix, value: Values, mask: Mask, scale: PerHeadScalar | None, dropout: Dropout | None
     ) -> Context:
         """Args: scale: r_h (head,), or None where it is folded into the weights."""
         in_value = self.per_length and mask.pairs is None
         weighted = value * (mask.weight if in_value else mask.tokens)[:, None, :, None]
-        mixed = product(numerator if dropout is None else dropout(numerator), weighted)
+        mixed = mix(weighted, dropout=dropout)
         if self.per_length and not in_value:  # n differs from query to query
             mixed = mixed * mask.inverse_count[:, None, :, None]
         return mixed if scale is None else mixed * scale[:, None, None]
@@ -246,14 +238,23 @@ class Foldable(Trained, Protocol):
 class Homogeneous(Foldable, Protocol):
     """A part of the form context_i = sum_j f(s_ij) (m_j / n) V_j, f(a s) = a^k f(s) for a > 0, once it is folded.
 
-    Then mask and 1/n fold too. `score_degree` is k, or None where this object is not of the form after all;
-    `numerators` is f. Of its scalars `shift` may be left, which is added to the scores.
+    Then mask and 1/n fold too. `score_degree` is k, or None where this object is not of the form after all; `mix` is
+    sum_j f(s_ij) V_j over all keys. Of its scalars `shift` may be left, which is in the scores already.
     """
 
     @property
     def score_degree(self) -> int | None: ...
 
-    def numerators(self, scores: Scores, mask: Mask) -> Scores: ...
+    def mix(
+        self,
+        query: Queries,
+        key: Keys,
+        value: Values,
+        mask: Mask,
+        *,
+        bias: Array | None = None,
+        product: Product = matmul,
+    ) -> Context: ...
 
 
 def scalars_of(part: AttentionPart, num_heads: int) -> Scalars:
@@ -302,6 +303,7 @@ class Attention:
         degree: k where f(a s; a c) = a^k f(s; c) for a > 0, so that a per-head factor folds into W_q; None if f is
             not homogeneous.
         exponential: whether f(s + t) is about e^t f(s), so that an offset of a row's scores is a factor of its sum.
+        linear: whether f(s) is s, so that Q (K^T V) is (Q K^T) V.
     """
 
     name: str
@@ -312,6 +314,7 @@ class Attention:
     shift: float | None = None
     degree: int | None = None
     exponential: bool = False
+    linear: bool = False
 
     def __call__(
         self,
@@ -325,8 +328,27 @@ class Attention:
         product: Product = matmul,
         dropout: Dropout | None = None,
     ) -> Context:
-        numerator = mask.hide(self.f(scores_of(query, key, bias, product), mask, scalars.get("shift")))
-        return self.normaliser(numerator, value, mask, scalars.get("scale"), product, dropout)
+        mix = functools.partial(self.mix, query, key, mask=mask, shift=scalars.get("shift"), bias=bias, product=product)
+        return self.normaliser(mix, value, mask, scalars.get("scale"), dropout)
+
+    def mix(
+        self,
+        query: Queries,
+        key: Keys,
+        value: Values,
+        mask: Mask,
+        shift: PerHeadScalar | None = None,
+        *,
+        bias: Array | None = None,
+        product: Product = matmul,
+        dropout: Dropout | None = None,
+    ) -> Context:
+        """sum_j f(s_ij) V_j, of a linear f without the scores where these are the larger matrix."""
+        plain = bias is None and mask.pairs is None and dropout is None
+        if self.linear and plain and key.shape[-1] * value.shape[-1] < query.shape[-2] * key.shape[-2]:
+            return product(query, product(key.swapaxes(-1, -2), value))
+        numerator = mask.hide(self.f(scores_of(query, key, bias, product), mask, shift))
+        return product(numerator if dropout is None else dropout(numerator), value)
 
     def scalars(self, num_heads: int) -> Scalars:
         """`shift` c where f has one, and `scale` r where nothing divides."""
@@ -379,14 +401,15 @@ class Attention:
         per_length = isinstance(self.normaliser, Constant) and self.normaliser.per_length
         return self.degree if per_length else None
 
-    def numerators(self, scores: Scores, mask: Mask) -> Scores:
-        """f(s; 0)."""
-        return self.f(scores, mask, None if self.shift is None else jnp.zeros((scores.shape[1],)))
-
 
 def _take(x: Array, indices: Sequence[int], axis: int) -> Array:
     """Static slices rather than a gather, which SPU runs as a loop."""
     return jnp.concatenate([jax.lax.slice_in_dim(x, i, i + 1, axis=axis) for i in indices], axis)
+
+
+def _of_heads(heads: Sequence[int], *given: Array) -> list[Array]:
+    """Of arrays (batch, head, token, depth) those of some heads."""
+    return [_take(x, heads, 1) for x in given]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,10 +463,10 @@ class PerHead:
         dropout: Dropout | None = None,
     ) -> Context:
         def context(part: AttentionPart, heads: Sequence[int]) -> Context:
-            own_query, own_key, own_value = (_take(x, heads, 1) for x in (query, key, value))
+            own = _of_heads(heads, query, key, value)
             added = None if bias is None else _take(bias, heads, 1)
-            own = self._own(part, heads, scalars)
-            return part(own_query, own_key, own_value, mask, own, bias=added, product=product, dropout=dropout)
+            scalars_ = self._own(part, heads, scalars)
+            return part(*own, mask, scalars_, bias=added, product=product, dropout=dropout)
 
         return self._joined([context(part, heads) for part, heads in self._groups()], 1)
 
@@ -479,12 +502,22 @@ class PerHead:
     def score_degree(self) -> int | None:
         return common_degree(self.parts)
 
-    def numerators(self, scores: Scores, mask: Mask) -> Scores:
-        def own(part: AttentionPart, heads: Sequence[int]) -> Scores:
+    def mix(
+        self,
+        query: Queries,
+        key: Keys,
+        value: Values,
+        mask: Mask,
+        *,
+        bias: Array | None = None,
+        product: Product = matmul,
+    ) -> Context:
+        def context(part: AttentionPart, heads: Sequence[int]) -> Context:
             assert isinstance(part, Homogeneous), "asked for where score_degree says that all are"
-            return part.numerators(_take(scores, heads, 1), mask)
+            added = None if bias is None else _take(bias, heads, 1)
+            return part.mix(*_of_heads(heads, query, key, value), mask, bias=added, product=product)
 
-        return self._joined([own(part, heads) for part, heads in self._groups()], 1)
+        return self._joined([context(part, heads) for part, heads in self._groups()], 1)
 
 
 ATTENTION: Registry[Any] = Registry("attention", AttentionPart)
@@ -555,5 +588,6 @@ scaling = ATTENTION.register(
         Constant(calibrated=False),
         "MPCViT, arXiv 2211.13955",
         degree=1,
+        linear=True,
     )
 )

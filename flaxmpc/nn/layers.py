@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
@@ -16,7 +17,8 @@ from flaxmpc.nn.activation import ActivationPart, SquareForm, Squares
 from flaxmpc.nn.attention import AttentionPart, Homogeneous, Scalars, folded, scalars_of, scores_of
 from flaxmpc.nn.lazy import Lazy, State, Stream, Unit, side_by_side, size, square_mean_by_product
 from flaxmpc.nn.mask import Mask
-from flaxmpc.nn.normalization import EXACT, InverseRoot, Normalization, centred, variance
+from flaxmpc.nn.normalization import EXACT, InverseRoot, Normalization, centred, halvings, variance
+from flaxmpc.nn.product import Product
 
 
 class Dense(nn.Module):
@@ -64,7 +66,7 @@ class Norm(nn.Module):
         if isinstance(x, Stream):
             assert isinstance(self.part, InverseRoot), "a stream is for what divides by a deviation"
             assert self.part.centres == x.centres, "a stream is centred, or not, for all normalisations"
-            return self._divided(x.value, None, scale, bias, into)
+            return self._divided(x.value, None, scale, bias, into, x.product)
         array, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
         return self.part(array, self.epsilon) * scale + bias
 
@@ -77,14 +79,26 @@ class Norm(nn.Module):
         if not isinstance(part, InverseRoot):
             y = part(x.force() if x.unit is None else x.force() * x.unit.inverse, self.epsilon)
             return Lazy((y if into is None else y * into.scale,), (scale,), bias, into, x.product)
-        c = x.map(lambda rows: (centred(rows) if part.centres else rows) * size(rows.shape[-1])).force()
-        return self._divided(c, x.unit, scale, bias, into).replace(product=x.product)
+        power = halvings(part)
+        factor = size(x.shape[-1]) * 2.0**-power
+        c = x.map(lambda rows: (centred(rows) if part.centres else rows) * factor).force()
+        return self._divided(c, x.unit, scale, bias, into, x.product, power)
 
-    def _divided(self, c: Array, unit: Unit | None, scale: Array, bias: Array, into: Unit | None) -> Lazy:
-        """c by its deviation. The result's matrix takes `size` away again."""
-        variance = square_mean_by_product(c) + self.epsilon
-        factor = self.part.inverse_root(variance, None if into is None else into.scale, unit)  # pyright: ignore[reportAttributeAccessIssue]
-        return Lazy((c * factor,), (scale / size(c.shape[-1]),), bias, into)
+    def _divided(
+        self,
+        c: Array,
+        unit: Unit | None,
+        scale: Array,
+        bias: Array,
+        into: Unit | None,
+        product: Product,
+        power: int = 0,
+    ) -> Lazy:
+        """c, which was halved `power` times, by its deviation. The result's matrix takes `size` away again."""
+        part: Any = self.part if power == 0 else self.part.scaled(4.0**-power)  # pyright: ignore[reportAttributeAccessIssue]
+        variance = square_mean_by_product(c, product) + self.epsilon * 4.0**-power
+        factor = part.inverse_root(variance, None if into is None else into.scale, unit)
+        return Lazy((c * factor,), (scale / size(c.shape[-1]),), bias, into, product)
 
 
 def activate(x: State, act: ActivationPart) -> State:
@@ -116,16 +130,31 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: State, mask: Mask, bias: Array | None = None, deterministic: bool = True
+        self,
+        x: State,
+        mask: Mask,
+        bias: Array | None = None,
+        deterministic: bool = True,
+        queries: Lazy | None = None,
     ) -> tuple[State, Float[Array, "batch head query key"] | None]:
-        """Args: bias: of positions, (1 or batch, head, query, key), added to the scores; a unit is in it already."""
+        """The output and the scores.
+
+        Args:
+            bias: of positions, (1 or batch, head, query, key), added to the scores; a unit is in it already.
+            queries: of a lazy state the first tokens, where nobody reads the output of the others.
+        """
         features = x.shape[-1]
         dense = {"kernel_init": self.kernel_init, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        projected = [Dense(features, name=name, **dense)(x) for name in ("query", "key", "value")]
+        if queries is not None:
+            mask, bias = mask.first(queries.shape[1]), None if bias is None else bias[:, :, : queries.shape[1]]
+        sources = {"query": x if queries is None else queries, "key": x, "value": x}
+        projected = [Dense(features, name=name, **dense)(source) for name, source in sources.items()]
         start = scalars_of(self.part, self.num_heads)
         scalars = {name: jnp.asarray(self.param(name, lambda _, value=value: value)) for name, value in start.items()}
-        compute: Any = self._lazy if isinstance(x, Lazy) else self._plain
-        context, scores = compute(projected, mask, scalars, bias, deterministic)
+        if isinstance(x, Lazy):
+            context, scores = self._lazy(projected, mask, scalars, bias, together=queries is None), None
+        else:
+            context, scores = self._plain(projected, mask, scalars, bias, deterministic)
         return Dense(features, name="output", **dense)(context), scores
 
     def _split(self, y: Float[Array, "batch token features"]) -> Float[Array, "batch head token depth"]:
@@ -137,7 +166,7 @@ class SelfAttention(nn.Module):
         return context.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * depth)
 
     def _plain(
-        self, projected: list[Array], mask: Mask, scalars: Scalars, bias: Array | None, deterministic: bool
+        self, projected: list[Any], mask: Mask, scalars: Scalars, bias: Array | None, deterministic: bool
     ) -> tuple[Array, Array]:
         query, key, value = map(self._split, projected)
         query = query / math.sqrt(query.shape[-1])
@@ -145,10 +174,8 @@ class SelfAttention(nn.Module):
         context = self.part(query, key, value, mask, scalars, bias=bias, dropout=dropout)
         return self._merge(context), scores_of(query, key, bias)
 
-    def _lazy(
-        self, projected: list[Lazy], mask: Mask, scalars: Scalars, bias: Array | None, deterministic: bool
-    ) -> tuple[Lazy, None]:
-        """Queries, keys and values are one product; what can be of the scalars goes into their matrices."""
+    def _lazy(self, projected: list[Any], mask: Mask, scalars: Scalars, bias: Array | None, together: bool) -> Lazy:
+        """What can be of the scalars goes into the matrices. Keys and values are one product, with queries `together`."""
         query, key, value = projected
         unit, product, heads = query.unit, query.product, self.num_heads
         depth = query.shape[-1] // heads
@@ -158,8 +185,8 @@ class SelfAttention(nn.Module):
         if unit is not None and "shift" in scalars:  # one more feature of queries and keys, whose product is a^2 c
             query = _with_feature(query, scalars["shift"])
             key = _with_feature(key, jnp.ones((heads,)))
-        ends = (query.shape[-1], query.shape[-1] + key.shape[-1])
-        q, k, v = map(self._split, jnp.split(side_by_side([query, key, value]).force(), ends, -1))
+        products = [[query, key, value]] if together else [[query], [key, value]]
+        q, k, v = (self._split(y) for states in products for y in _forced(states))
         if unit is None:
             context = self.part(q, k, v, mask, scalars, bias=bias, product=product)
         else:
@@ -168,8 +195,14 @@ class SelfAttention(nn.Module):
                 raise ValueError(
                     f"attention {self.part.name!r} says that it folds, but {left[0]!r} is left of its scalars"
                 )
-            context = product(self.part.numerators(scores_of(q, k, bias, product), mask), v)
-        return Lazy.held(self._merge(context), unit, product), None
+            context = self.part.mix(q, k, v, mask, bias=bias, product=product)
+        return Lazy.held(self._merge(context), unit, product)
+
+
+def _forced(states: list[Lazy]) -> list[Array]:
+    """The values of states that are read from the same arrays: one product."""
+    ends = np.cumsum([state.shape[-1] for state in states])[:-1]
+    return jnp.split(side_by_side(states).force(), ends.tolist(), -1)
 
 
 def _with_feature(x: Lazy, value: Float[Array, " head"]) -> Lazy:
@@ -244,11 +277,18 @@ class PostNormBlock(_Block):
         bias: Array | None = None,
         deterministic: bool = True,
         into: Unit | None = None,
+        first: bool = False,
     ) -> tuple[State, Seen]:
-        """Args: bias: see `SelfAttention`. into: the unit that a lazy result is wanted in, of the next block."""
+        """The block's output, of a lazy state only the first token's, (batch, 1, hidden), where `first` says so.
+
+        Args:
+            bias: see `SelfAttention`.
+            into: the unit that a lazy result is wanted in, of the next block.
+        """
         dropout = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
-        y, scores = self._attention()(x, mask, bias, deterministic)
-        x = _sum(x, y, dropout)
+        queries = x.tokens(1) if first and isinstance(x, Lazy) else None
+        y, scores = self._attention()(x, mask, bias, deterministic, queries)
+        x = _sum(x if queries is None else queries, y, dropout)
         first = _met(self.norms[0], x)
         x = self._norm(0, "attention_layer_norm")(x)
         x = _sum(x, self._feed_forward(x, x.shape[-1]), dropout)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flaxmpc.nn.product import Product, matmul
+from flaxmpc.nn.product import Product, matmul, rows_together
 
 
 class Unit(NamedTuple):
@@ -77,6 +77,11 @@ class Lazy(flax.struct.PyTreeNode):
         matrices = tuple(f(jnp.diag(m) if m.ndim == 1 else m) for m in self.matrices)
         return self.replace(matrices=matrices, bias=f(self.bias))
 
+    def tokens(self, count: int) -> "Lazy":
+        """Of the first tokens alone, (batch, count, features)."""
+        unit = None if self.unit is None else Unit(*(factor[:, :count] for factor in self.unit))
+        return self.replace(arrays=tuple(array[:, :count] for array in self.arrays), unit=unit)
+
     def first(self) -> "Lazy":
         """The first token's, (batch, features). It has no unit."""
         assert self.unit is None, "what reads one token takes no unit"
@@ -100,15 +105,17 @@ class Stream(flax.struct.PyTreeNode):
     Attributes:
         value: (batch, token, hidden).
         centres: whether the normalisations take the mean away.
+        product: see `Lazy`.
     """
 
     value: Any
     centres: bool = flax.struct.field(pytree_node=False, default=True)
+    product: Product = flax.struct.field(pytree_node=False, default=matmul)
 
     @classmethod
-    def of(cls, x: Float[Array, "batch token hidden"], centres: bool = True) -> "Stream":
+    def of(cls, x: Float[Array, "batch token hidden"], centres: bool = True, product: Product = matmul) -> "Stream":
         """From embeddings."""
-        return cls(_sized(x, centres), centres)
+        return cls(_sized(x, centres), centres, product)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,20 +160,22 @@ def power_of_two(hidden: int) -> int:
     return 1 << (hidden - 1).bit_length()
 
 
-def square_mean_by_product(x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch 1"]:
+def square_mean_by_product(x: Float[Array, "*batch hidden"], product: Product = matmul) -> Float[Array, "*batch 1"]:
     """The sum of the squares over the last axis, divided by `power_of_two(hidden)`.
 
-    It is taken as the diagonal of X X^T where there are fewer rows than columns: a product of matrices sends per
-    element of its result, rows x rows, and truncates once, where the squares are rows x columns elements, each
-    truncated (ABY3, 128 x 768: 0.9 MB for 5.1 MB). And the divisor is one that fixed point knows exactly: at 18
-    fraction bits 1/768 is off by 0.1 %.
+    It is taken as the diagonals of products X X^T of some rows each: a product of matrices sends per element of its
+    result, rows x rows, and truncates once, where the squares are rows x columns elements, each truncated (ABY3,
+    128 x 768: 0.05 MB for 5.1 MB). And the divisor is one that fixed point knows exactly: at 18 fraction bits 1/768 is
+    off by 0.1 %.
     """
     hidden = x.shape[-1]
     rows = math.prod(x.shape[:-1])
-    if rows > hidden:
+    together = rows_together(rows, product)
+    if together > hidden:
         squares = jnp.square(x).sum(-1, keepdims=True)
     else:
-        flat_RxH = x.reshape(rows, hidden)
-        # A strided slice takes the diagonal without a gather, which jnp would make.
-        squares = jax.lax.slice((flat_RxH @ flat_RxH.T).reshape(-1), (0,), (rows * rows,), (rows + 1,))
+        blocks_NxRxH = x.reshape(-1, together, hidden)
+        products_NxRR = product(blocks_NxRxH[:, None], blocks_NxRxH.swapaxes(-1, -2)[:, None]).reshape(-1, together**2)
+        # A strided slice takes the diagonals without a gather, which jnp would make.
+        squares = jax.lax.slice(products_NxRR, (0, 0), products_NxRR.shape, (1, together + 1))
     return squares.reshape(*x.shape[:-1], 1) / power_of_two(hidden)

@@ -30,6 +30,17 @@ class Both:
         return np.logical_and.reduce([np.asarray(part(num_tokens)) for part in self.parts])
 
 
+@dataclasses.dataclass(frozen=True)
+class First:
+    """The pairs of the first queries alone, `count` of them."""
+
+    pairs: Pairs
+    count: int
+
+    def __call__(self, num_tokens: int) -> Bool[np.ndarray, "query key"]:
+        return np.asarray(self.pairs(num_tokens))[: self.count]
+
+
 class Mask(flax.struct.PyTreeNode):
     """Which keys a query sees, in the forms that the computing parties multiply with.
 
@@ -83,6 +94,12 @@ class Mask(flax.struct.PyTreeNode):
     def __and__(self, pairs: Pairs) -> "Mask":
         """The mask that sees what both see. For the client: it counts anew, and drops the degree."""
         return Mask.from_tokens(self.tokens, pairs=pairs if self.pairs is None else Both((self.pairs, pairs)))
+
+    def first(self, count: int) -> "Mask":
+        """What the first queries see."""
+        pairs = self.pairs if self.pairs is None else First(self.pairs, count)
+        inverse_count, log_count = self.inverse_count[:, :count], self.log_count[:, :count]
+        return self.replace(inverse_count=inverse_count, log_count=log_count, pairs=pairs)
 
     @property
     def unit(self) -> Unit:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -45,7 +46,10 @@ class InverseRoot(Normalization, Protocol):
 
 @runtime_checkable
 class Ranged(InverseRoot, Protocol):
-    """A part that is right only for variances on [low, high]: `calibrated` gives the one for those seen in data."""
+    """A part that is right only for variances on [low, high]: `calibrated` gives the one for those seen in data.
+
+    `scaled` gives the one for variances `factor` times as large: a folded model makes them 1 at most.
+    """
 
     @property
     def low(self) -> float: ...
@@ -56,6 +60,8 @@ class Ranged(InverseRoot, Protocol):
     def calibrated(self, variances: Array | np.ndarray, *, margin: float, tolerance: float) -> "Ranged":
         """See `Newton.calibrated`."""
         ...
+
+    def scaled(self, factor: float) -> "Ranged": ...
 
 
 def centred(x: X) -> X:
@@ -122,8 +128,13 @@ def _linear_start(low: float, high: float, steps: int) -> tuple[float, float]:
     return a, a * float(slopes[best])
 
 
-# A step is 5.3 rounds in ABY3, so from 8 steps on (63 rounds a LayerNorm) the exact part takes fewer (60).
-_MOST_STEPS = 7
+def _products(pairs: Sequence[tuple[Array, Array]]) -> Array:
+    """The products of pairs, all at once."""
+    return jnp.stack([a for a, _ in pairs]) * jnp.stack([b for _, b in pairs])
+
+
+# A step is 5.3 rounds in ABY3, so from 9 steps on (63 rounds a LayerNorm) the exact part takes fewer (60).
+_MOST_STEPS = 8
 
 # Of a part that somebody asks for: each is traced.
 _LARGEST_STEPS = 32
@@ -131,11 +142,11 @@ _LARGEST_STEPS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Newton(_Divides):
-    """1/sqrt(v) by Newton's method in Goldschmidt's coupled form, from a start fitted to the variances seen in data.
+    """1/sqrt(v) by Newton's method, from a start fitted to the variances seen in data.
 
-    y0 = a - b v; g = v y0, h = y0 / 2; each step r = 1/2 - g h, g += g r, h += h r; 1/sqrt(v) = 2 h. One product and
-    one joint product a step, no comparison, no bit decomposition. Two steps do for variances within a factor of ten;
-    right only on [low, high], and diverges above, so calibrate with a margin.
+    2 h = a - b v; each step h = 3/2 h - 2 (v h) (h h); 1/sqrt(v) = 2 h. One joint product and one product a step, no
+    comparison, no bit decomposition. Two steps do for variances within a factor of ten; right only on [low, high], and
+    diverges above, so calibrate with a margin.
 
     Attributes:
         low, high: the variances that it is for.
@@ -159,18 +170,31 @@ class Newton(_Divides):
         if unit is not None:
             variance = variance * unit.inverse_square
             scale = unit.inverse if scale is None else scale * unit.inverse
+        power = halvings(self)
+        if power != 0:  # the square of the root of a large variance has few fraction bits, and so has a small variance
+            root = self.scaled(4.0**-power).inverse_root(variance * 4.0**-power, scale)
+            return root * 2.0**-power
         a, b = _linear_start(self.low, self.high, self.steps)
-        h = 0.5 * a - (0.5 * b) * variance  # doubled by adding: a product with 2 would be truncated
-        g = variance * (h + h)
+        v, h = variance, 0.5 * a - (0.5 * b) * variance
+        times_v = v if scale is None else v * scale if self.steps == 1 else None  # the last step's factor of h
         for _ in range(self.steps - 1):
-            residual = 0.5 - g * h
-            g, h = jnp.stack([g, h]) * (1.0 + residual)
-        if scale is None:
-            h = h * (1.5 - g * h)
-        else:  # h scale beside g h, so that the scale costs no round
-            product, scaled = jnp.stack([g, jnp.broadcast_to(scale, h.shape)]) * h
-            h = scaled * (1.5 - product)
-        return h + h
+            pairs = [(v, h), (h, h), (jnp.full_like(h, 1.5), h)]
+            if times_v is None:  # beside the others, so that it costs no round
+                pairs.append((v, jnp.broadcast_to(scale, v.shape)))
+            vh, hh, more, *found = _products(pairs)
+            times_v = found[0] if found else times_v
+            cubed = vh * hh
+            h = more - (cubed + cubed)  # doubled by adding: a product with 2 would be truncated
+        pairs = [(times_v, h), (h, h)]
+        if scale is not None:
+            pairs.append((jnp.broadcast_to(scale, h.shape), h))
+        vh, hh, *found = _products(pairs)
+        cubed, h = vh * hh, found[0] if found else h
+        twice = cubed + cubed
+        return (h + h + h) - (twice + twice)
+
+    def scaled(self, factor: float) -> "Newton":
+        return dataclasses.replace(self, low=self.low * factor, high=self.high * factor)
 
     def relative_error(self) -> float:
         """The largest |y sqrt(v) - 1| on [low, high], in exact arithmetic."""
@@ -203,6 +227,11 @@ class Newton(_Divides):
         raise ValueError(
             f"variances from {seen.min():g} to {seen.max():g} are too wide for layer_norm_newton: layer_norm does"
         )
+
+
+def halvings(part: Any) -> int:
+    """How often a state is to be halved, so that the variances that a part is for lie about 1."""
+    return round(math.log(part.low * part.high, 16.0)) if isinstance(part, Ranged) else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,16 @@ def grouped_conv(
     return jnp.concatenate([_one_conv(a[i : i + step], b[i : i + step]) for i in range(0, batch, step)])
 
 
+def rows_together(rows: int, product: Product) -> int:
+    """How many rows a product of rows with themselves takes at once, where only each one with itself is wanted.
+
+    Products one by one take rounds each, so one takes all. Of a grouped one each group takes as few as there can be.
+    """
+    if product is not grouped_conv:
+        return rows
+    return rows // next(groups for groups in range(_MOST_GROUPS, 0, -1) if rows % groups == 0)
+
+
 def _one_conv(a: Array, b: Array) -> Array:
     batch, heads, m, k = a.shape
     n = b.shape[-1]

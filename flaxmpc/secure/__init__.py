@@ -10,24 +10,30 @@ from flaxmpc.secure._spu import SecureError
 from flaxmpc.secure.cache import cache_dir
 from flaxmpc.secure.check import Margins, OverflowRisk, check
 from flaxmpc.secure.cost import Cost, OpCost
+from flaxmpc.secure.fixed import Fixed
 from flaxmpc.secure.hoist import Hoisted, hoist
 from flaxmpc.secure.jit import Program, Run, SecureFunction, jit
 from flaxmpc.secure.magnitudes import OpMargin
 from flaxmpc.secure.network import LAN, WAN, Network
 from flaxmpc.secure.party import InProcess, Parties, Party, Planned, Resident
+from flaxmpc.secure.plan import BitPlan, PlanError, plan
 from flaxmpc.secure.protocol import EXP_MODES, PROTOCOLS, Config, Protocol, get_protocol
+from flaxmpc.secure.ring import FRACTION_BITS
 
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy.client import Cluster
 
 __all__ = [
     "EXP_MODES",
+    "FRACTION_BITS",
     "LAN",
     "PROTOCOLS",
     "WAN",
+    "BitPlan",
     "Cluster",
     "Config",
     "Cost",
+    "Fixed",
     "Hoisted",
     "InProcess",
     "Margins",
@@ -37,6 +43,7 @@ __all__ = [
     "OverflowRisk",
     "Parties",
     "Party",
+    "PlanError",
     "Planned",
     "Program",
     "Protocol",
@@ -49,6 +56,7 @@ __all__ = [
     "get_protocol",
     "hoist",
     "jit",
+    "plan",
 ]
 
 

@@ -31,17 +31,17 @@ class Arithmetic:
         self.integer: Any = np.int64 if self._ring_bits > 32 else np.int32
         self._wide = False
 
-    def x64(self) -> Any:
-        """The context in which what was made here can be lowered."""
+    def x64(self, wide: bool = False) -> Any:
+        """The context in which what was made here can be lowered, or something else that is `wide`."""
+        self._wide |= wide
         return enable_x64(self._wide or bool(jax.config.jax_enable_x64))  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _integers(self) -> Any:
+    def integers(self) -> Any:
         """The context in which JAX has `integer`."""
-        self._wide |= self.integer is np.int64
-        return self.x64()
+        return self.x64(self.integer is np.int64)
 
     def _to_ring(self, x: Any) -> Any:
-        """As `integer`, which on shares is the same number. Within `_integers`."""
+        """As `integer`, which on shares is the same number. Within `integers`."""
         return lax.convert_element_type(x, self.integer)
 
     def holds(self, dtype: Any) -> bool:
@@ -58,7 +58,7 @@ class Arithmetic:
         info = jnp.iinfo(dtype)
         if info.bits >= self._ring_bits or info.bits == 64:
             return lax.convert_element_type(x, dtype)  # the ring itself wraps, or the type is int64
-        with self._integers():
+        with self.integers():
             offset = self.integer(-info.min)
             low = ((self._to_ring(x) + offset) & self.integer(2**info.bits - 1)) - offset
             return lax.convert_element_type(low, dtype)
@@ -73,7 +73,7 @@ class Arithmetic:
         info = jnp.iinfo(dtype)
         by_shift = not isinstance(b, Tracer) and info.bits <= 32 and info.max < 2**31 and self.integer is np.int64
         known = np.asarray(b) if by_shift else None
-        with self._integers():
+        with self.integers():
             a, b = self._to_ring(a), self._to_ring(b)
             size_a, size_b = (jnp.abs(a), jnp.abs(b)) if info.min else (a, b)
             if known is not None:
@@ -93,7 +93,7 @@ class Arithmetic:
             return found[0].astype(dtype), found[1].astype(dtype)
 
     def encoded(self, x: Any) -> Any:
-        """The integer that encodes a float: x 2^fraction_bits. Within `_integers`."""
+        """The integer that encodes a float: x 2^fraction_bits. Within `integers`."""
         if not isinstance(x, Tracer):
             return np.rint(np.asarray(x, np.float64) * 2.0**self._fraction_bits).astype(self.integer)
         # On shares this changes the type alone; of a constant XLA would take the bits of the float.
@@ -103,7 +103,7 @@ class Arithmetic:
         """x - y trunc(x / y) of floats: a quotient that is nearly right, then integers, which are exact."""
         sign = x < 0
         x, y = (jnp.abs(v) if isinstance(v, Tracer) else np.abs(v) for v in (x, y))
-        with self._integers():
+        with self.integers():
             divisor = self.encoded(y)
             left = self.encoded(x)
             for _ in range(2):  # each leaves a part of 2^-13 of the quotient

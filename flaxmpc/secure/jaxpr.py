@@ -52,3 +52,8 @@ def bind(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any] | None = None) 
 def refusal(eqn: Any, reason: str) -> SecureError:
     """The error that names an equation's primitive, and the user's line."""
     return SecureError(f"SPU cannot compute {eqn.primitive.name} ({source(eqn)}): {reason}")
+
+
+def modules(scope: str) -> str:
+    """Flax names a module again for each of its methods: a/b.method/b.other is a/b."""
+    return re.sub(r"(?<![^/])([^/]+)(?:/\1(?![^/]))+", r"\1", re.sub(r"\.\w+", "", scope))

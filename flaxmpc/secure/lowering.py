@@ -53,12 +53,22 @@ def lower(fn: Callable[..., Any], structs: Sequence[Any], config: Config) -> tup
     rewriting = _Rewriting(config)
     flat = jax.jit(functools.partial(rewriting.evaluate, traced.jaxpr), keep_unused=True)
     try:
-        again = flat.trace(*jax.tree.leaves(structs))
+        with rewriting.arithmetic.x64(_is_wide(traced.jaxpr)):
+            again = flat.trace(*jax.tree.leaves(structs))
     except SecureError as error:  # JAX adds lines to what is raised while it traces
         raise SecureError(*error.args) from None
     with rewriting.arithmetic.x64():
         # For no device in particular: no code of one processor alone.
         return again.lower(lowering_platforms=("interpreter",)), traced.out_info
+
+
+def _is_wide(closed: ClosedJaxpr) -> bool:
+    """Whether something in a function has 64 bits, though its arguments have 32: see `flaxmpc.secure.ring`."""
+    return any(
+        getattr(getattr(var.aval, "dtype", None), "itemsize", 0) == 8
+        for eqn in closed.jaxpr.eqns
+        for var in eqn.outvars
+    )
 
 
 class _Known:

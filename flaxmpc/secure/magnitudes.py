@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from flaxmpc.secure.jaxpr import called, source
+from flaxmpc.secure.jaxpr import called, modules, source
 from flaxmpc.secure.limits import Operation, exact, quantities
 from flaxmpc.secure.protocol import Config
 
@@ -139,7 +138,7 @@ class _Flat:
 
         for eqn in closed.jaxpr.eqns:
             ins = tuple(map(number, eqn.invars))
-            here = "/".join(part for part in (where, _modules(str(eqn.source_info.name_stack))) if part)
+            here = "/".join(part for part in (where, modules(str(eqn.source_info.name_stack))) if part)
             if (function := called(eqn)) is not None:
                 outs = self._add(function, ins, here)
             else:
@@ -147,11 +146,6 @@ class _Flat:
                 self.steps.append(_Step(eqn, ins, tuple(outs), here))
             env.update(zip(eqn.outvars, outs, strict=True))
         return [number(var) for var in closed.jaxpr.outvars]
-
-
-def _modules(scope: str) -> str:
-    """Flax names a module again for each of its methods: a/b.method/b.other is a/b."""
-    return re.sub(r"(?<![^/])([^/]+)(?:/\1(?![^/]))+", r"\1", re.sub(r"\.\w+", "", scope))
 
 
 class Instrumented:

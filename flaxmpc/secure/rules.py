@@ -12,6 +12,7 @@ from jax.core import DropVar
 
 from flaxmpc.secure.arithmetic import Arithmetic, wraps
 from flaxmpc.secure.jaxpr import bind, refusal
+from flaxmpc.secure.ring import on_shares
 
 
 class Operands(NamedTuple):
@@ -224,6 +225,12 @@ def _convolution(eqn: Any, ins: Operands) -> list[Any]:
     return wrapped(eqn, outs or bind(eqn, ins.values), ins.arithmetic)
 
 
+def _ring(eqn: Any, ins: Operands) -> list[Any]:
+    """See `flaxmpc.secure.ring`."""
+    with ins.arithmetic.integers():
+        return [on_shares(eqn.primitive.name, ins.values[0], **eqn.params)]
+
+
 def _tan(eqn: Any, ins: Operands) -> list[Any]:
     return [lax.sin(ins.values[0]) / lax.cos(ins.values[0])]
 
@@ -251,6 +258,9 @@ RULES: Mapping[str, Callable[[Any, Operands], list[Any]]] = {
     "sort": _sort,
     "tan": _tan,
     "top_k": _top_k,
+    "to_ring": _ring,
+    "from_ring": _ring,
+    "truncate": _ring,
 }
 """(equation, operands) -> results; others are left as they are, or in `refused.REFUSED`."""
 

@@ -16,7 +16,7 @@ from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.lazy import Lazy, square_mean_by_product
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import InverseRoot
-from flaxmpc.nn.product import grouped_conv, matmul
+from flaxmpc.nn.product import Product, grouped_conv, matmul
 from flaxmpc.serve.classify import Classifier, Client, TextRun, limit
 
 # Tokens of a run, padding included: memory grows with them.
@@ -59,7 +59,7 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, method: A
     """
     own: EncoderConfig = model.config
     embeds = own.embedding.client_embeds
-    product = grouped_conv if config.grouped_products else matmul
+    product = product_for(config)
     client_params, secret_params = without_embeddings(model, params) if embeds else ({}, params)
 
     def on_shares(params: dict[str, Any], shared: Any, mask: Mask) -> Any:
@@ -71,6 +71,11 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, method: A
 
     function, weights = secure.hoist(on_shares, secret_params, *_example(own), dtype="float64")
     return Private(model, client_params, function, weights)
+
+
+def product_for(config: secure.Config) -> Product:
+    """How parties compute many small products."""
+    return grouped_conv if config.grouped_products else matmul
 
 
 def _example(config: EncoderConfig) -> tuple[Any, Mask]:
@@ -91,7 +96,7 @@ def logits_and_size(model: Any, embeddings: Lazy, mask: Mask) -> tuple[jax.Array
     then leaves a state whose size (text,) is not 1 but thousands. It is one number a text, opened to its client. What
     divides by no deviation does not diverge, and has no size: 1.
     """
-    hidden: Lazy = model.encoder.encode(embeddings, mask).hidden
+    hidden: Lazy = model.encode(embeddings, mask).hidden
     (state,) = hidden.arrays
     config: EncoderConfig = model.config
     parts = [part for layer in range(config.num_hidden_layers) for part in config.layer_norms_of(layer)]

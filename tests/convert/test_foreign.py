@@ -20,11 +20,10 @@ from flaxmpc.models import base
 from flaxmpc.models import folder as folders
 from flaxmpc.models.base import Family, WithHead
 from flaxmpc.models.config import EncoderConfig
+from flaxmpc.models.encoder import through
 from flaxmpc.models.heads import PooledHead
-from flaxmpc.models.outputs import EncoderOutput
 from flaxmpc.nn import ACTIVATIONS, ATTENTION, NORMALIZATIONS
 from flaxmpc.nn.layers import Dense, PostNormBlock
-from flaxmpc.nn.lazy import Lazy
 from flaxmpc.serve.private import SecureClassifier, check
 from flaxmpc.training.fit import Schedule
 
@@ -75,12 +74,8 @@ class ToyEncoder(nn.Module):
     def embed(self, input_ids, token_type_ids=None, attention_mask=None, *, deterministic=True):
         return self.embeddings(input_ids)
 
-    def encode(self, x, mask, *, deterministic=True):
-        start, unit, found = x, x.unit if isinstance(x, Lazy) else None, []
-        for i, layer in enumerate(self.layers):
-            x, seen = layer(x, mask, None, deterministic, None if i + 1 == len(self.layers) else unit)
-            found.append((x, seen))
-        return EncoderOutput.of(start, found)
+    def encode(self, x, mask, *, deterministic=True, first=False):
+        return through(self.layers, x, mask, deterministic=deterministic, first=first)
 
 
 class _Toy(WithHead):

@@ -1,6 +1,7 @@
 """Formulas are written here on their own, from the papers: float64, one row at a time."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -310,9 +311,42 @@ def test_the_stated_degree_is_the_numerators(part):
         close(np.asarray(twice), 2.0**part.degree * np.asarray(once))
         shifted = scores if shift is None else scores + np.asarray(shift)[:, None, None]
         if part.score_degree is not None:
-            close(np.asarray(part.numerators(jnp.asarray(shifted), mask)), np.asarray(once))
+            same = jnp.broadcast_to(jnp.eye(TOKENS), (BATCH, HEADS, TOKENS, TOKENS))
+            mixed = part.mix(jnp.asarray(shifted), same, same, mask)
+            close(np.asarray(mixed), np.asarray(once))
     else:
         assert all(np.abs(twice - 2.0**k * once).max() > 1e-6 for k in range(4)) or part.name == "2relu"
+
+
+@pytest.mark.parametrize("product", [matmul, grouped_conv])
+@pytest.mark.parametrize("folds", [False, True])
+def test_a_linear_attention_takes_keys_times_values_first_where_these_are_smaller(product, folds, group):
+    part, rng = ATTENTION["scaling"], np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(1, HEADS, 16, DEPTH)).astype(np.float32) for _ in range(3))
+    mask = jax.device_get(Mask.from_tokens(jnp.asarray([[1] * 11 + [0] * 5]), degree=1 if folds else None))
+    given = scalars(part)
+
+    def context(query, key, value, mask, part=part, bias=None):
+        if folds:
+            a = mask.unit.scale[:, None]
+            return part.mix(query * a, key * a, value * a, mask, product=product)
+        return part(query, key, value, mask, given, product=product, bias=bias)
+
+    first = secure.jit(context, parties=group("ABY3")).run(query, key, value, mask)
+    scores = functools.partial(context, part=dataclasses.replace(part, linear=False))
+    last = secure.jit(scores, parties=group("ABY3")).run(query, key, value, mask)
+    expected = (query @ key.swapaxes(-1, -2))[..., :11] @ value[:, :, :11] / 11
+    if folds:
+        expected = expected * np.asarray(mask.scale)[0, :, None]
+    else:
+        expected = expected * np.asarray(given["scale"])[:, None, None]
+    for run in (first, last):
+        np.testing.assert_allclose(run.output, expected, atol=2e-3)
+    assert first.cost.bytes_sent < 0.6 * last.cost.bytes_sent
+    if not folds:  # what is added to the scores is in no product of keys and values
+        bias = rng.normal(size=(1, HEADS, 16, 16)).astype(np.float32)
+        args = jax.tree.map(jnp.asarray, (query, key, value, mask))
+        close(context(*args, bias=jnp.asarray(bias)), scores(*args, bias=jnp.asarray(bias)))
 
 
 @every_part

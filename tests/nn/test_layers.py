@@ -85,6 +85,31 @@ def test_the_first_token_is_taken_before_anything_is_computed():
     np.testing.assert_allclose(state.first().force(), value_of(state)[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("pairs", [None, causal], ids=["all pairs", "causal"])
+@pytest.mark.parametrize("part", ["softmax", "2quad_freediv", "relu_freediv", "scaling"])
+def test_a_block_of_which_only_the_first_token_is_wanted(part, pairs):
+    """The same as of all tokens, and nothing is computed of the others behind keys and values."""
+    degree = ATTENTION[part].score_degree if pairs is None else None
+    seen = Mask.from_tokens(TOKENS, degree=degree, pairs=pairs)
+    state = some_state(None if degree is None else seen.unit)
+    module = PostNormBlock(ATTENTION[part], ACTIVATIONS["quad"], (EXACT, EXACT), 2, 24)
+    bias = jnp.asarray(RNG.normal(size=(1, 2, 5, 5)), jnp.float32)
+    variables = params_of(module, X, seen)
+
+    def run(state, first):
+        return applied(module, variables, state, seen, bias, first=first)[0]
+
+    one, all_ = run(state, True), run(state, False)
+    assert one.shape == (2, 1, 8)
+    np.testing.assert_allclose(value_of(one)[:, 0], value_of(all_)[:, 0], rtol=1e-4, atol=1e-5)
+    array = jnp.asarray(value_of(state), jnp.float32)
+    np.testing.assert_array_equal(run(array, True), run(array, False))
+    computed = jax.make_jaxpr(lambda: run(state, True).force())().eqns
+    shapes = [var.aval.shape for eqn in computed for var in eqn.outvars]
+    assert (2, 1, 24) in shapes, "of the feed-forward"
+    assert (2, 5, 24) not in shapes, "of the feed-forward"
+
+
 def test_states_of_two_units_are_not_added():
     one, other = (Mask.from_tokens(TOKENS, degree=degree).unit for degree in (1, 2))
     with pytest.raises(AssertionError, match="two units"):

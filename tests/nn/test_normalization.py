@@ -11,6 +11,7 @@ from flaxmpc import secure
 from flaxmpc.nn.layers import Norm
 from flaxmpc.nn.lazy import Unit, square_mean_by_product
 from flaxmpc.nn.normalization import NORMALIZATIONS, Clipped, Newton, Ranged, variance
+from flaxmpc.nn.product import grouped_conv, matmul, rows_together
 
 HIDDEN = 384
 NARROW, WIDE = Newton(low=0.5, high=2.0, steps=2), Newton().calibrated(jnp.array([0.28, 45.0]))
@@ -200,11 +201,18 @@ def test_newton_takes_fewer_rounds_than_the_exact_part(part, group):
     assert newton.bytes_sent < exact.bytes_sent
 
 
-@pytest.mark.parametrize("shape", [(1, 16), (5, 16), (2, 3, 16), (2, 20, 16), (7, 24)])
-def test_square_mean_divides_by_the_next_power_of_two(shape):
+@pytest.mark.parametrize("product", [matmul, grouped_conv])
+@pytest.mark.parametrize("shape", [(1, 16), (5, 16), (2, 3, 16), (2, 20, 16), (7, 24), (29, 24), (2, 384, 33)])
+def test_square_mean_divides_by_the_next_power_of_two(shape, product):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    expected = (x.astype(np.float64) ** 2).sum(-1, keepdims=True) / (16 if shape[-1] == 16 else 32)
-    np.testing.assert_allclose(square_mean_by_product(jnp.asarray(x)), expected, rtol=1e-5)
+    expected = (x.astype(np.float64) ** 2).sum(-1, keepdims=True) / {16: 16, 24: 32, 33: 64}[shape[-1]]
+    np.testing.assert_allclose(square_mean_by_product(jnp.asarray(x), product), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "together"), [(1, 1), (16, 1), (32, 2), (128, 8), (512, 32), (127, 127)])
+def test_grouped_products_take_few_rows_each(rows, together):
+    assert rows_together(rows, grouped_conv) == together
+    assert rows_together(rows, matmul) == rows
 
 
 def test_square_mean_by_product_sends_fewer_bytes_where_rows_are_few(group):

@@ -1,0 +1,131 @@
+"""`secure.Fixed`: a function in fixed point, its bits as a plan says, so that few of its products are truncated."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+from flaxmpc.secure.instructions import Function, Instruction
+from flaxmpc.secure.plan import SPARE_BITS, BitPlan, PlanError, followed, known_bits
+from flaxmpc.secure.ring import FRACTION_BITS, from_ring, to_ring, truncate
+
+
+class Fixed:
+    """A function in fixed point: `encode` its arguments, run this on shares, `decode` its results.
+
+        plan = secure.plan(model, [(params, x) for x in calibration])
+        fixed = secure.Fixed(model, plan)
+        parties = secure.InProcess(fraction_bits=secure.FRACTION_BITS)
+        y = fixed.decode(secure.jit(fixed, parties=parties)(*fixed.encode((params, x))))
+
+    It takes arguments of other shapes than the plan was made from, as long as it computes the same for them.
+
+    Attributes:
+        plan: its bits.
+    """
+
+    def __init__(self, fn: Callable[..., Any], plan: BitPlan):
+        self._fn = fn
+        self.plan = plan
+        self._functions: dict[Any, tuple[Function, dict[int, int]]] = {}
+        self._lock = threading.Lock()
+
+    def _function(self, args: tuple[Any, ...]) -> tuple[Function, dict[int, int]]:
+        """The function for arguments of these shapes, and the bits of its values before they are truncated."""
+        leaves, tree = jax.tree.flatten(args)
+        key = tree, tuple(jnp.shape(leaf) for leaf in leaves)
+        with self._lock:
+            if key not in self._functions:
+                function = Function(self._fn, args)
+                if function.fingerprint != self.plan.fingerprint:
+                    raise PlanError("the plan of bits is another function's, or for these shapes it computes otherwise")
+                kept, known = ([getattr(step, name) for step in self.plan.steps] for name in ("kept", "known"))
+                self._functions[key] = function, followed(function, self.plan.inputs, kept, known)[0]
+            return self._functions[key]
+
+    def __call__(self, *args: Any) -> Any:
+        """Encoded results for encoded arguments. PlanError: the plan is another function's."""
+        function, raw = self._function(args)
+        with enable_x64(True):  # pyright: ignore[reportCallIssue]
+            values: dict[int, tuple[Any, int]] = {
+                place: (to_ring(leaf), self.plan.inputs[place]) for place, leaf in enumerate(jax.tree.leaves(args))
+            }
+            for each in function.instructions:
+                values[each.out] = self._computed(each, function.number.get(each.out, -1), values, raw[each.out])
+            outputs = [
+                values[x][0] if isinstance(x, int) else _encoded(x, bits)
+                for x, bits in zip(function.outputs, self.plan.outputs, strict=True)
+            ]
+            return jax.tree.unflatten(function.tree, [from_ring(jnp.asarray(x)) for x in outputs])
+
+    def _computed(
+        self, each: Instruction, number: int, values: dict[int, tuple[Any, int]], bits: int
+    ) -> tuple[Any, int]:
+        """The result of an instruction, and its bits: `bits`, or fewer after a truncation."""
+        if each.kind == "shift":
+            x, _ = values[each.ins[0]]
+            return (-x if np.asarray(each.known).flat[0] < 0 else x), bits
+        if each.kind == "product":
+            step = self.plan.steps[number]
+            out = each.apply(
+                [values[x][0] if isinstance(x, int) else _encoded(x, known_bits(each, step.known)) for x in each.ins]
+            )
+            kept = bits if step.kept is None else min(bits, step.kept)
+            return truncate(out, bits - kept), kept
+        choice = each.ins[0] if each.eqn.primitive.name == "select_n" else None
+        ins = [
+            _raised(*values[x], bits) if isinstance(x, int) else x if x is choice else _encoded(x, bits)
+            for x in each.ins
+        ]
+        return (ins[0] if each.eqn.primitive.name == "convert_element_type" else each.apply(ins)), bits
+
+    def encode(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments as the function takes them. ValueError: a number too far beyond those that the plan was made of."""
+        return self.encode_from(0, args)
+
+    def encode_from(self, start: int, tree: Any) -> Any:
+        """The same of some of the arguments, whose leaves begin with number `start`."""
+        leaves, structure = jax.tree.flatten(tree)
+        return jax.tree.unflatten(structure, list(self._leaves(leaves, start)))
+
+    def _leaves(self, leaves: Sequence[Any], start: int) -> Iterator[np.ndarray]:
+        for number, leaf in enumerate(leaves, start):
+            if number >= len(self.plan.inputs):
+                raise PlanError("the plan of bits is another function's: it has fewer arguments")
+            array, most = np.asarray(leaf, np.float64), self.plan.magnitudes[number] * 2.0**SPARE_BITS
+            if not (np.abs(array) <= most).all():
+                worst = array.flat[np.argmax(np.where(np.isnan(array), np.inf, np.abs(array)))]
+                raise ValueError(f"an argument holds {worst:g}; its plan of bits is for up to {most:.3g}")
+            yield (np.rint(array * 2.0 ** self.plan.inputs[number]) * 2.0**-FRACTION_BITS).astype(np.float32)
+
+    def decode(self, outputs: Any) -> Any:
+        """Results as the function has them, float32."""
+        leaves, tree = jax.tree.flatten(outputs)
+        scaled = [
+            (np.asarray(x, np.float64) * 2.0 ** (FRACTION_BITS - bits)).astype(np.float32)
+            for x, bits in zip(leaves, self.plan.outputs, strict=True)
+        ]
+        return jax.tree.unflatten(tree, scaled)
+
+    def clear(self, *args: Any) -> Any:
+        """The results for plain arguments, computed with the plan's bits in the clear."""
+        encoded = self.encode(args)
+        with enable_x64(True):  # pyright: ignore[reportCallIssue]
+            return self.decode(jax.device_get(jax.jit(self)(*encoded)))
+
+
+def _encoded(known: Any, bits: int) -> np.ndarray:
+    """The integers of the ring that encode known numbers: modulo 2^64."""
+    whole = np.rint(np.asarray(known, np.float64) * 2.0**bits)
+    wrapped = whole - 2.0**64 * np.floor(whole * 2.0**-64)  # exact: all are powers of two
+    return wrapped.astype(np.uint64).view(np.int64)
+
+
+def _raised(x: Any, bits: int, to: int) -> Any:
+    return x * np.int64(1 << (to - bits)) if to > bits else x
