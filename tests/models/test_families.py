@@ -254,6 +254,44 @@ def test_kin_are_the_same_model_under_names_of_their_own():
         assert (family.names, family.tied, family.heads) == (ROBERTA.names, ROBERTA.tied, ROBERTA.heads)
 
 
+@pytest.mark.parametrize("task", ["SequenceClassification", "MaskedLM"])
+@pytest.mark.parametrize(
+    ("family", "prefix"), [(XLM_ROBERTA, "XLMRoberta"), (CAMEMBERT, "Camembert")], ids=["xlm-roberta", "camembert"]
+)
+def test_a_kins_folder_of_hfs_is_read_and_written_back(family, prefix, task, sentencepiece, tmp_path):
+    name, given = f"{prefix}For{task}", tmp_path / "given"
+    tokenizer = sentencepiece(family.config.model_type)
+    model_class = MODELS[name][1]
+    model = model_class(config_of(family, vocab_size=tokenizer.get_vocab_size(), type_vocab_size=1))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), param_shapes(model))
+    write(given, model, params)
+    theirs = getattr(transformers, f"{prefix}Config").from_pretrained(given)
+    (given / "config.json").write_text(json.dumps({**theirs.to_dict(), "architectures": [name]}))
+    (given / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    tokenizer.save(str(given / "tokenizer.json"))
+
+    loaded = folders.load(given)
+    assert type(loaded.model) is model_class
+    saved = folders.save(tmp_path / "saved", loaded.model, loaded.params, given)
+    said = json.loads((saved / "config.json").read_text())
+    assert (said["model_type"], said["architectures"]) == (family.config.model_type, [name])
+    assert transformers.AutoConfig.from_pretrained(saved).pad_token_id == 1
+    again = folders.load(saved)
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(flatten(again.params)[path], leaf)
+    assert again.tokenizer("un bon film <mask>")["input_ids"] == tokenizer.encode("un bon film <mask>").ids
+
+    changes = {"attention": "2quad_freediv", "id2label": ("a", "b", "c")}
+    student = folders.load_pretrained(given, **changes)  # a classifier of the same family
+    assert type(student.model) is family.models[0]
+    kept = folders.save(tmp_path / "kept", student.model, student.params, given)
+    assert json.loads((kept / "config.json").read_text())["model_type"] == f"flaxmpc-{family.config.model_type}"
+    assert type(folders.load(kept).model) is family.models[0]
+    with pytest.raises(ValueError, match=r"model_type|model type"):
+        transformers.AutoConfig.from_pretrained(kept)
+
+
 # -------------------------------------------------------------------------------------------------- the same function
 
 
