@@ -61,7 +61,7 @@ bench-layer: setup ## one BERT-Base layer, unmodified against folded
 	$(BIN)/python benchmarks/layer_cost.py
 
 # Script and expected minutes on 2 idle cores.
-BENCHES := layer_cost:2 families:3 parts:3 steps:1 attention:10 embedding:4 scaling:4 network:4 pareto:1 bert_base:32
+BENCHES := layer_cost:2 families:4 parts:3 steps:1 attention:10 embedding:4 scaling:4 network:4 pareto:1 bert_base:32
 bench: setup ## all benchmarks of costs, an hour on 2 cores; QUICK=1 for 5 minutes that save nothing
 	@for entry in $(BENCHES); do \
 		echo "$${entry%:*}.py$(if $(QUICK),, (about $${entry#*:} minutes))"; \

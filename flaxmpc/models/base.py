@@ -161,15 +161,40 @@ class Family:
     def prefix(self) -> str:
         return self.models[0].base_model_prefix
 
+    def kin(self, model_type: str, name: str, **defaults: Any) -> "Family":
+        """A family of the same encoder, heads and names of weights, which HF has under another name.
+
+        Args:
+            model_type: HF's.
+            name: what HF's classes are called, where this family's have its own name.
+            **defaults: of the config's fields, those that differ.
+        """
+        own = self.config.__name__.removesuffix("Config")
+
+        def derived(cls: type, **members: Any) -> Any:
+            members |= {"__doc__": cls.__doc__, "__module__": cls.__module__}
+            return type(cls)(cls.__name__.replace(own, name), (cls,), members)
+
+        types = {field: type(value) for field, value in defaults.items()}
+        config = derived(self.config, model_type=model_type, __annotations__=types, **defaults)
+        models = tuple(derived(model) for model in self.models)
+        return dataclasses.replace(self, config=dataclasses.dataclass(frozen=True)(config), models=models)
+
 
 _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> Family:
-    """Adds a family, so that its folders are read and written. ValueError: its name, prefix or models are taken."""
+    """Adds a family, so that its folders are read and written.
+
+    Raises:
+        ValueError: its name or its models are taken; or its prefix, by a family with other names of weights.
+    """
     for other in _FAMILIES.values():
         same_names = {model.__name__ for model in family.models} & {model.__name__ for model in other.models}
-        if other.config.model_type == family.config.model_type or other.prefix == family.prefix or same_names:
+        same_weights = (family.names, family.tied, family.heads) == (other.names, other.tied, other.heads)
+        prefix_taken = other.prefix == family.prefix and not same_weights
+        if other.config.model_type == family.config.model_type or prefix_taken or same_names:
             raise ValueError(f"a family like {family.config.model_type!r} is registered: {other.config.model_type!r}")
     _FAMILIES[family.config.model_type] = family
     return family
@@ -189,11 +214,15 @@ def family_of(model_type: Any) -> Family:
 
 
 def family_of_params(params: Mapping[str, Any]) -> Family:
-    """The family whose encoder is among parameters. ValueError: none."""
+    """A family whose encoder is among parameters: they may be its kin's, whose weights have the same names.
+
+    Raises:
+        ValueError: there is none.
+    """
     for family in families():
         if family.prefix in params:
             return family
-    known = ", ".join(family.prefix for family in families())
+    known = ", ".join(dict.fromkeys(family.prefix for family in families()))
     raise ValueError(f"parameters of {brief(sorted(params))} are none of a known encoder's: {known}")
 
 

@@ -30,13 +30,16 @@ OWN = "flaxmpc-"
 MOST_TOKENS, MOST_POSITIONS = 1_000_000, 65_536
 """Of a vocabulary, and of a text. The limits here are beyond any published BERT; they bound what a file may ask for."""
 
+MOST_WIDE = 16_384
+"""Numbers in a state, or in a row of a table of embeddings."""
+
 _MOST_PARAMETERS = 1_000_000_000  # of a model without its head
 _MOST_LABELS = 1_000_000
 
 # What the fields that are no part may be: whole numbers in a range, numbers from 0 to below one, true or false.
 _WHOLE = {
     "vocab_size": (1, MOST_TOKENS),
-    "hidden_size": (1, 16_384),
+    "hidden_size": (1, MOST_WIDE),
     "num_hidden_layers": (0, 128),
     "num_attention_heads": (1, 256),
     "intermediate_size": (1, 65_536),
@@ -86,14 +89,14 @@ def _layer_norms_spec(part: Any) -> Any:
     return [NORMALIZATIONS.spec(p) for p in part] if isinstance(part, tuple) else NORMALIZATIONS.spec(part)
 
 
-def _check(field: str, value: Any) -> None:
+def _check(field: str, value: Any, whole: Mapping[str, tuple[int, int]]) -> None:
     """ValueError with the field, its value and what it may be."""
     if value is None and field in _MAY_BE_NONE:
         return
     number: Any = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     right, allowed = True, ""
-    if field in _WHOLE:
-        low, high = _WHOLE[field]
+    if field in whole:
+        low, high = whole[field]
         right, allowed = isinstance(number, int) and low <= number <= high, f"a whole number in {low}..{high}"
     elif field in _BELOW:
         right, allowed = 0 <= number < _BELOW[field], f"a number from 0 to below {_BELOW[field]:g}"
@@ -165,6 +168,7 @@ class EncoderConfig:
     Attributes:
         model_type: HF's name of the family.
         hf_fields: for HF's names of fields that are others than these, the field.
+        whole_numbers: of the fields that the family has beside these, those that are, with the least and the most.
         has_token_types: whether the family tells the two texts of a pair apart; else type_vocab_size is 0.
         id2label: the names of the labels, in order of their ids.
         problem_type: what a classifier's logits mean: "regression", "single_label_classification",
@@ -184,6 +188,7 @@ class EncoderConfig:
 
     model_type: ClassVar[str]
     hf_fields: ClassVar[Mapping[str, str]] = {}
+    whole_numbers: ClassVar[Mapping[str, tuple[int, int]]] = {}
     has_token_types: ClassVar[bool] = True
 
     vocab_size: int = 30522
@@ -215,7 +220,7 @@ class EncoderConfig:
         for field, value in (dict(zip(known, values, strict=False)) | fields).items():
             if field not in known:
                 raise unknown(f"field of {cls.__name__}", field, known)
-            _check(field, value)
+            _check(field, value, {**_WHOLE, **cls.whole_numbers})
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -269,10 +274,10 @@ class EncoderConfig:
 
     @property
     def _num_parameters(self) -> int:
-        """Those of the matrices, without the head."""
-        tables = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
-        layer = 4 * self.hidden_size + 2 * self.intermediate_size
-        return self.hidden_size * (tables + self.num_hidden_layers * layer)
+        """Those of the tables, and of the matrices of all layers."""
+        tables = self.embedding_width * (self.vocab_size + self.max_position_embeddings + self.type_vocab_size)
+        layer = self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size)
+        return tables + self.num_hidden_layers * layer
 
     @property
     def num_labels(self) -> int:
@@ -282,6 +287,11 @@ class EncoderConfig:
     def longest(self) -> int:
         """Tokens of the longest text that the model answers: `model_max_length`, or all positions."""
         return self.model_max_length or self.num_positions
+
+    @property
+    def embedding_width(self) -> int:
+        """Numbers in a row of the tables of embeddings. Where it is not `hidden_size`, a matrix follows."""
+        return self.hidden_size
 
     @property
     def first_position(self) -> int:

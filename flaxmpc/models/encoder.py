@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.outputs import EncoderOutput
 from flaxmpc.nn.layers import Dense, Norm, PostNormBlock
-from flaxmpc.nn.lazy import Lazy, State
+from flaxmpc.nn.lazy import Lazy, State, force
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import EXACT
 
@@ -21,7 +21,11 @@ Hidden = Float[Array, "batch token hidden"]
 
 
 class TokenEmbeddings(nn.Module):
-    """Word + position (+ token type), LayerNorm, dropout. ValueError: more tokens than the model has positions."""
+    """Word + position (+ token type), LayerNorm, dropout; a dense layer where the tables are not as wide as the states.
+
+    Raises:
+        ValueError: more tokens than the model has positions.
+    """
 
     config: EncoderConfig
     dtype: Any = None
@@ -32,28 +36,33 @@ class TokenEmbeddings(nn.Module):
 
         def table(name: str, rows: int) -> Any:
             initial = nn.initializers.normal(config.initializer_range)
-            return self.param(name, initial, (rows, config.hidden_size), self.param_dtype)
+            return self.param(name, initial, (rows, config.embedding_width), self.param_dtype)
 
         self.word_embeddings = table("word_embeddings", config.vocab_size)
         self.position_embeddings = table("position_embeddings", config.max_position_embeddings)
         if config.type_vocab_size:
             self.token_type_embeddings = table("token_type_embeddings", config.type_vocab_size)
-        self.layer_norm = Norm(epsilon=config.layer_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.layer_norm = Norm(epsilon=config.layer_norm_eps, **types)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        if config.embedding_width != config.hidden_size:
+            initial = nn.initializers.normal(config.initializer_range)
+            self.projection = Dense(config.hidden_size, kernel_init=initial, **types)
 
     def __call__(self, tokens: Array, token_types: Array | None, *, deterministic: bool) -> Hidden:
         config, lookup = self.config, self.config.embedding.lookup
         length, first = tokens.shape[1], config.first_position
         if length > config.num_positions:
             raise ValueError(f"a text has {length} tokens, but the model has {config.num_positions} positions")
-        positions_PxH = self.position_embeddings
+        positions_PxE = self.position_embeddings
         if config.type_vocab_size and token_types is None:
             # All are 0. Added before the cut, so that the owner adds, whatever the length.
-            positions_PxH = positions_PxH + self.token_type_embeddings[0]
-        x_BxTxH = lookup(self.word_embeddings, tokens) + positions_PxH[first : first + length]
+            positions_PxE = positions_PxE + self.token_type_embeddings[0]
+        x_BxTxE = lookup(self.word_embeddings, tokens) + positions_PxE[first : first + length]
         if config.type_vocab_size and token_types is not None:
-            x_BxTxH = x_BxTxH + lookup(self.token_type_embeddings, token_types)
-        return self.dropout(self.layer_norm(x_BxTxH), deterministic=deterministic)
+            x_BxTxE = x_BxTxE + lookup(self.token_type_embeddings, token_types)
+        x_BxTxE = self.dropout(self.layer_norm(x_BxTxE), deterministic=deterministic)
+        return x_BxTxE if config.embedding_width == config.hidden_size else force(self.projection(x_BxTxE))
 
 
 class Encoder(nn.Module):

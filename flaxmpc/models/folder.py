@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from flaxmpc import files
 from flaxmpc.errors import brief, unknown
-from flaxmpc.models import bert, distilbert, mpnet, roberta  # noqa: F401  they register their families
+from flaxmpc.models import bert, distilbert, electra, mpnet, roberta  # noqa: F401  they register their families
 from flaxmpc.models.base import WithHead, architectures, family_of, init_params, param_shapes
 from flaxmpc.models.config import EncoderConfig, read_fields
 from flaxmpc.models.tokenizer import load_tokenizer, save_tokenizer

@@ -69,7 +69,7 @@ class MaskedLMHead(WithHead):
     """Logits (batch, token, vocabulary): dense, activation, LayerNorm, and the table of words as output matrix."""
 
     def setup_head(self) -> None:
-        self.transform = self._dense(self.config.hidden_size)
+        self.transform = self._dense(self.config.embedding_width)
         self.transform_layer_norm = self._norm()
         self.decoder_bias = self._decoder_bias()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -22,6 +23,9 @@ from flaxmpc.models.heads import (
     TokenHead,
 )
 
+# The distance from which on all are alike.
+_FARTHEST = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class MPNetConfig(EncoderConfig):
@@ -33,6 +37,8 @@ class MPNetConfig(EncoderConfig):
 
     model_type: ClassVar[str] = "mpnet"
     has_token_types: ClassVar[bool] = False
+    # From where a quarter of them is one, to where a quarter reaches all distances that are told apart.
+    whole_numbers: ClassVar[Mapping[str, tuple[int, int]]] = {"relative_attention_num_buckets": (4, 4 * _FARTHEST - 1)}
 
     vocab_size: int = 30527
     type_vocab_size: int = 0
@@ -42,10 +48,6 @@ class MPNetConfig(EncoderConfig):
     @property
     def first_position(self) -> int:
         return self.pad_token_id + 1
-
-
-# The distance from which on all are alike.
-_FARTHEST = 128
 
 
 def buckets(distances: Int[np.ndarray, " distance"], count: int) -> Int[np.ndarray, " distance"]:

@@ -1,4 +1,8 @@
-"""RoBERTa (Liu et al., arXiv 1907.11692): BERT's encoder, positions that start after padding's, another classifier."""
+"""RoBERTa (Liu et al., arXiv 1907.11692): BERT's encoder, positions that start after padding's, another classifier.
+
+Its kin are the same model of other words: XLM-RoBERTa (Conneau et al., arXiv 1911.02116), of a hundred languages, and
+CamemBERT (Martin et al., arXiv 1911.03894), of French.
+"""
 
 import dataclasses
 from typing import ClassVar
@@ -67,3 +71,7 @@ ROBERTA = register(
         heads=LM_HEADS,
     )
 )
+
+# The vocabularies are HF's defaults; the published models have others.
+XLM_ROBERTA = register(ROBERTA.kin("xlm-roberta", "XLMRoberta", vocab_size=30522))
+CAMEMBERT = register(ROBERTA.kin("camembert", "Camembert", vocab_size=30522))

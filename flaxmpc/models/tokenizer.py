@@ -24,13 +24,27 @@ _VOCABULARIES = (("vocab.txt",), ("vocab.json", "merges.txt"))
 
 _MOST_BYTES = 32 << 20  # of a vocabulary: a quarter of a million tokens, indented, are 17 MB
 
+# Those that add nothing to a tokenizer.json but the roles of its tokens. Of SentencePiece's, transformers 5 would make
+# another tokenizer of it: without its normalizer, and with a post-processor of the class.
+_PLAIN = ("AlbertTokenizer", "CamembertTokenizer", "PreTrainedTokenizer", "TokenizersBackend", "XLMRobertaTokenizer")
+
 # Those whose fields are known, see `_FIELDS`; each also with "Fast".
 _CLASSES = (
-    *("AlbertTokenizer", "BartTokenizer", "BertTokenizer", "CamembertTokenizer", "ConvBertTokenizer"),
-    *("DistilBertTokenizer", "ElectraTokenizer", "GPT2Tokenizer", "LayoutLMTokenizer", "MPNetTokenizer"),
-    *("MobileBertTokenizer", "PreTrainedTokenizer", "RobertaTokenizer", "SqueezeBertTokenizer", "TokenizersBackend"),
-    "XLMRobertaTokenizer",
+    *("BartTokenizer", "BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"),
+    *("GPT2Tokenizer", "LayoutLMTokenizer", "MPNetTokenizer", "MobileBertTokenizer", "RobertaTokenizer"),
+    *("SqueezeBertTokenizer", *_PLAIN),
 )
+
+# The tokens that have a role of their own in these families.
+_ROLES = {
+    "bos_token": ("<s>",),
+    "eos_token": ("</s>",),
+    "unk_token": ("[UNK]", "<unk>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "pad_token": ("[PAD]", "<pad>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "mask_token": ("[MASK]", "<mask>"),
+}
 
 # What BertTokenizerFast is told about its normalizer, by the names in tokenizer.json.
 _NORMALIZER = {
@@ -45,7 +59,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     A folder that names no class is one of BERT's vocab.txt, or of a tokenizer.json, which needs no class. What
     tokenizer_config.json does not say of BERT's normalizer is as tokenizer.json has it, where AutoTokenizer would take
-    its defaults and lower-case a cased one.
+    its defaults and lower-case a cased one. What no file says of the roles of tokens, their names tell.
 
     Raises:
         FileNotFoundError: no such folder, or no tokenizer in it.
@@ -63,9 +77,11 @@ def load_tokenizer(folder: str | Path) -> Any:
     added = _read(folder / "added_tokens.json", _checked_added)
     # One that names no class is BERT's, unless tokenizer.json says it all.
     named = said.get("tokenizer_class") or (_class_of_config(folder) or ("" if whole else "BertTokenizer"))
-    said["tokenizer_class"] = named or "PreTrainedTokenizerFast"
-    if named:
-        said = {**_normalizer(whole), **said}
+    if not named or (whole and named.removesuffix("Fast") in _PLAIN):
+        roles = {role: token for role, token in _roles(whole).items() if role not in special}
+        said = {**roles, **said, "tokenizer_class": "PreTrainedTokenizerFast"}
+    else:
+        said = {**_normalizer(whole), **said, "tokenizer_class": named}
     # Without torch, transformers says that it has only tokenizers; that is all it is here for.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
@@ -134,6 +150,13 @@ def _vocabularies(folder: Path) -> dict[str, bytes]:
 def _class_of_config(folder: Path) -> str | None:
     path = folder / "config.json"
     return _class(files.read_object(path).get("tokenizer_class")) if path.is_file() else None
+
+
+def _roles(whole: Mapping[str, Any]) -> dict[str, str]:
+    """The roles of those tokens that tokenizer.json calls special."""
+    special = {token["content"] for token in whole["added_tokens"] if token.get("special")}
+    found = {role: [name for name in names if name in special] for role, names in _ROLES.items()}
+    return {role: names[0] for role, names in found.items() if names}
 
 
 def _normalizer(whole: Mapping[str, Any]) -> dict[str, Any]:

