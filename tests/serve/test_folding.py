@@ -324,7 +324,7 @@ def test_a_folded_layer_sends_less_in_fewer_rounds(layer):
 def test_heads_are_one_convolution_and_the_activation_one_square(layer):
     def products(program, size):
         """The factors of every elementwise product on a tensor of so many features."""
-        lines = [line for line in program.splitlines() if "pphlo.multiply" in line and f"x{size}x!pphlo.secret" in line]
+        lines = [line for line in program.splitlines() if "pphlo.multiply" in line and f"{size}x!pphlo.secret" in line]
         return [line.split("pphlo.multiply ")[1].split(" :")[0].split(", ") for line in lines]
 
     written, folded = layer["as written"][1], layer["folded"][1]
