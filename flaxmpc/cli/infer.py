@@ -57,10 +57,15 @@ class Runtime(FixedPoint):
 
     protocol: Annotated[str | None, _or("ABY3", "ABY3|SEMI2K|CHEETAH|REF2K")] = None
 
-    def start(self) -> Any:
+    def start(self, folder: Path) -> Any:
+        """The parties for a model. Where it has a plan of bits, their fraction bits are by default those of plans."""
         from flaxmpc import secure
+        from flaxmpc.serve import plans
 
-        return secure.InProcess(**self.given())
+        given = self.given()
+        if plans.has(folder) and given.get("ring", "FM64") == "FM64" and given.get("protocol") != "CHEETAH":
+            given.setdefault("fraction_bits", secure.FRACTION_BITS)
+        return secure.InProcess(**given)
 
 
 def _name(folder: Path) -> str:
@@ -169,7 +174,7 @@ def _ask_here(name: str, runtime: Runtime, given: Sequence[Text]) -> results.Ask
     from flaxmpc.serve.private import SecureClassifier
 
     with console(stderr=True).status("starting the parties and sharing the weights"):
-        classifier = SecureClassifier.from_folder(folder, runtime.start())
+        classifier = SecureClassifier.from_folder(folder, runtime.start(folder))
     found = classifier.classify(given, _bar)
     cost = found.cost
     summary = (
@@ -201,7 +206,7 @@ def cost(
         from flaxmpc.serve.private import SecureClassifier
 
         with console(stderr=True).status("measuring"):
-            record = SecureClassifier.from_folder(folder, runtime.start()).estimate(tokens, sentences)
+            record = SecureClassifier.from_folder(folder, runtime.start(folder)).estimate(tokens, sentences)
     modelled = {f"{network.name.lower()}_seconds": network.seconds(record) for network in (secure.LAN, secure.WAN)}
     exact = secure.PROTOCOLS[record.protocol].rounds_exact
     if json_:
@@ -275,6 +280,57 @@ def check(
         )
     if risk is not None:
         raise risk
+
+
+def plan(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|FOLDER")],
+    /,
+    file: OptionalPath = None,
+    sentences: int = 100,
+    error: float = 0.02,
+    json_: Json = False,
+) -> None:
+    """Plans how many bits every number of a model has, so that few products are truncated: half the bytes.
+
+    The plan is made from texts in the clear, and kept in the model's folder as bits.json. `infer` and `cost` follow it.
+    It is for models without a division or an exponential on shares, such as 2quad_freediv with quad.
+
+    Args:
+        model: a name of the zoo or a model folder.
+        file: texts, as for `infer`; by default the validation sentences of the movie reviews.
+        sentences: how many of them.
+        error: the standard deviation of a logit that all roundings together may make.
+        json_: print one JSON object: the plan, or an error.
+    """
+    with _errors_as_json(json_):
+        if sentences < 1:
+            raise ValueError(f"--sentences must be at least 1, not {sentences}")
+        if not 0 < error < 1e6:
+            raise ValueError(f"--error must be a positive number, not {error:g}")
+        folder = zoo.with_weights(model)
+        from flaxmpc.models import folder as folders
+        from flaxmpc.serve import plans, private
+
+        given = texts.of_file(file) if file is not None else _movie_sentences()
+        some = given.texts[:sentences]
+        with console(stderr=True).status(f"looking at {len(some)} text(s) in the clear"), _says_where(given):
+            tried = private.plan_bits(folders.load(folder), some, error=error)
+    if json_:
+        print(json.dumps({"model": _name(folder), **tried._asdict(), "plan": tried.plan.as_dict()}, allow_nan=False))
+        return
+    table = Table("truncated", "numbers", "largest", "bits", "kept", "to spare")
+    for step in tried.plan.steps:
+        if step.kept is not None:
+            sizes = f"{step.magnitude:.3g}", str(step.bits), str(step.kept), f"{step.spare_bits:.1f}"
+            table.add_row(step.where, str(step.elements), *sizes)
+    out = console()
+    out.print(table)
+    out.print(f"{_name(folder)}: {tried.plan}")
+    out.print(
+        f"in the clear: logits within {tried.difference:.3f} of the model's, "
+        f"{tried.same_labels} of {tried.texts} labels the same"
+    )
+    out.print(f"written: {folder / plans.FILE}")
 
 
 def _movie_sentences() -> texts.Given:

@@ -113,6 +113,7 @@ _COMMANDS = {
     "infer": infer.infer,
     "cost": infer.cost,
     "check": infer.check,
+    "plan": infer.plan,
     "zoo": zoo_,
     "finetune": convert.finetune,
     "convert": convert.convert,

@@ -175,7 +175,7 @@ class SelfAttention(nn.Module):
         return self._merge(context), scores_of(query, key, bias)
 
     def _lazy(self, projected: list[Any], mask: Mask, scalars: Scalars, bias: Array | None, together: bool) -> Lazy:
-        """What can be of the scalars goes into the matrices. `together`: queries in one product with keys and values."""
+        """What can be of the scalars goes into the matrices. `together`: one product makes queries, keys and values."""
         query, key, value = projected
         unit, product, heads = query.unit, query.product, self.num_heads
         depth = query.shape[-1] // heads

@@ -17,6 +17,7 @@ from flaxmpc.nn.lazy import Lazy, square_mean_by_product
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import InverseRoot
 from flaxmpc.nn.product import Product, grouped_conv, matmul
+from flaxmpc.serve import plans
 from flaxmpc.serve.classify import Classifier, Client, TextRun, limit
 
 # Tokens of a run, padding included: memory grows with them.
@@ -166,8 +167,51 @@ def check_encoded(
     return secure.check(function, inputs, ring=ring, fraction_bits=fraction_bits)
 
 
+class Trial(NamedTuple):
+    """A plan, and what it does to logits on the texts that it was made from, in the clear.
+
+    Attributes:
+        plan: the plan.
+        difference: the largest, of a logit beside the model's own.
+        same_labels: how many of the texts have the same label.
+        texts: how many there are.
+    """
+
+    plan: secure.BitPlan
+    difference: float
+    same_labels: int
+    texts: int
+
+
+def plan_bits(loaded: folders.LoadedModel, texts: Sequence[Text], *, error: float = 0.02) -> Trial:
+    """Plans a classifier's bits from texts, keeps the plan in its folder, and tries it in the clear.
+
+    Raises:
+        ValueError: no text, or one that the model does not take; no plan has the error, see `secure.plan`.
+        SecureError: a part of the model has more than sums and products, such as a division; names it.
+    """
+    model, client_params, function, weights = private_classifier(loaded, secure.Config(), logits_and_size)
+    client = Client(model, loaded.tokenizer, client_params)
+    encoded = client.encode(texts)
+    runs = [client.run(encoded, [place], 1) for place in range(len(texts))]
+    shared = [client.share(run.ids, run.mask, run.types) for run in runs]
+    plan = secure.plan(function, ((weights, *each) for each in shared), error=error)
+    fixed, plain = secure.Fixed(function, plan), jax.jit(function)
+    logits = [(fixed.clear(weights, *each)[0], np.asarray(plain(weights, *each)[0])) for each in shared]
+    plans.write(loaded.folder, weights, plan)
+    return Trial(
+        plan,
+        max(float(np.abs(ours - theirs).max()) for ours, theirs in logits),
+        sum(bool((ours.argmax(-1) == theirs.argmax(-1)).all()) for ours, theirs in logits),
+        len(texts),
+    )
+
+
 class SecureClassifier(Classifier):
     """A sequence classifier that runs on secret shares; its weights stay resident between calls.
+
+    Where its folder has a plan of bits and the parties have `secure.FRACTION_BITS`, it runs as the plan says, one text
+    at a time.
 
     Attributes:
         model: as it was trained.
@@ -183,11 +227,18 @@ class SecureClassifier(Classifier):
             parties: who computes.
 
         Raises:
-            ValueError: the model is no sequence classifier, or its logits have no meaning.
+            ValueError: the model is no sequence classifier, or its logits have no meaning, or its plan is broken.
         """
-        self.model, client_params, self.function, weights = private_classifier(loaded, parties.config)
+        planned = parties.config.fraction_bits == secure.FRACTION_BITS and plans.has(loaded.folder)
+        method = logits_and_size if planned else "from_embeddings"
+        self.model, client_params, self.function, weights = private_classifier(loaded, parties.config, method)
         super().__init__(self.model, loaded.tokenizer, client_params)
         self._params = loaded.params
+        self._fixed: secure.Fixed | None = None
+        self._num_weights = len(weights)
+        if planned and (plan := plans.read(loaded.folder, weights)) is not None:
+            self.function = self._fixed = secure.Fixed(self.function, plan)
+            weights = self._fixed.encode_from(0, weights)
         self._secure = secure.jit(self.function, parties=parties)
         self.weights = parties.put(weights)
         self._apply = jax.jit(self.model.apply)
@@ -197,7 +248,9 @@ class SecureClassifier(Classifier):
         return cls(folders.load(folder), parties)
 
     def sizes(self, length: int) -> Sequence[int]:
-        """Any number, as far as memory goes."""
+        """Any number, as far as memory goes; one where the bits are planned, as a plan is for its products."""
+        if self._fixed is not None:
+            return (1,)
         return range(1, max(1, _RUN_TOKENS // length) + 1)
 
     def answer(self, run: TextRun) -> Logits:
@@ -205,7 +258,9 @@ class SecureClassifier(Classifier):
 
     def logits(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> Logits:
         """The logits of encoded texts or pairs, see `share`; those in the clear are of the model as trained."""
-        secret, cost = self._secure.run(self.weights, *self.share(ids, mask, types))
+        secret, cost = self._secure.run(self.weights, *self._encoded(self.share(ids, mask, types)))
+        if self._fixed is not None:
+            secret, _ = self._fixed.decode(secret)
         words, *kinds = self._tokens(ids, types)
         return Logits(secret, np.asarray(self._apply({"params": self._params}, words, mask, *kinds)), cost)
 
@@ -220,4 +275,8 @@ class SecureClassifier(Classifier):
         if batch_size < 1:
             raise ValueError(f"a run has at least one text, not {batch_size}")
         ids = np.zeros((batch_size, self.bucket(num_tokens)), np.int32)
-        return self._secure.estimate(self.weights, *self.share(ids, np.ones_like(ids)))
+        return self._secure.estimate(self.weights, *self._encoded(self.share(ids, np.ones_like(ids))))
+
+    def _encoded(self, shared: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a client shares, as the function takes it. ValueError: beyond what the plan of bits has room for."""
+        return shared if self._fixed is None else self._fixed.encode_from(self._num_weights, shared)

@@ -1,0 +1,48 @@
+"""The plan of a model's bits (`secure.plan`), as it is kept in its folder."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxmpc import files, secure
+
+FILE = "bits.json"
+_BYTES = 16 << 20
+
+
+def digest(weights: Mapping[str, Any]) -> str:
+    """Of folded weights: a plan is for these alone."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        array = np.ascontiguousarray(weights[name])
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def has(folder: Path) -> bool:
+    """Whether a model folder has a plan."""
+    return (folder / FILE).is_file()
+
+
+def read(folder: Path, weights: Mapping[str, Any]) -> secure.BitPlan | None:
+    """The plan in a model folder; None if there is none. ValueError: it is broken, or for other weights."""
+    if not has(folder):
+        return None
+    path, mend = folder / FILE, "make it again with `flaxmpc plan`, or delete it"
+    value = files.read_object(path, _BYTES, folder, mend=mend)
+    try:
+        found = secure.BitPlan.from_dict(value.get("plan"))
+    except secure.PlanError as error:
+        raise ValueError(f"{path}: {error}: {mend}") from error
+    if value.get("weights") != digest(weights):
+        raise ValueError(f"{path} was made for other weights than the folder's: {mend}")
+    return found
+
+
+def write(folder: Path, weights: Mapping[str, Any], plan: secure.BitPlan) -> None:
+    """Keeps the plan of a model's folded weights in its folder."""
+    files.write_json(folder / FILE, {"weights": digest(weights), "plan": plan.as_dict()})
