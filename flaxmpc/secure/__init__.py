@@ -7,6 +7,7 @@ import what takes a network: that loads with the first `Cluster`.
 from typing import TYPE_CHECKING, Any
 
 from flaxmpc.secure._spu import SecureError
+from flaxmpc.secure.bits import BitPlan, PlanError
 from flaxmpc.secure.cache import cache_dir
 from flaxmpc.secure.check import Margins, OverflowRisk, check
 from flaxmpc.secure.cost import Cost, OpCost
@@ -16,7 +17,7 @@ from flaxmpc.secure.jit import Program, Run, SecureFunction, jit
 from flaxmpc.secure.magnitudes import OpMargin
 from flaxmpc.secure.network import LAN, WAN, Network
 from flaxmpc.secure.party import InProcess, Parties, Party, Planned, Resident
-from flaxmpc.secure.plan import BitPlan, PlanError, plan
+from flaxmpc.secure.planning import plan
 from flaxmpc.secure.protocol import EXP_MODES, PROTOCOLS, Config, Protocol, get_protocol
 from flaxmpc.secure.ring import FRACTION_BITS
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+from flaxmpc.secure.bits import SPARE_BITS, BitPlan, PlanError, followed, known_bits
 from flaxmpc.secure.instructions import Function, Instruction
-from flaxmpc.secure.plan import SPARE_BITS, BitPlan, PlanError, followed, known_bits
 from flaxmpc.secure.ring import FRACTION_BITS, from_ring, to_ring, truncate
 
 
@@ -122,9 +122,10 @@ class Fixed:
 
 def _encoded(known: Any, bits: int) -> np.ndarray:
     """The integers of the ring that encode known numbers: modulo 2^64."""
-    whole = np.rint(np.asarray(known, np.float64) * 2.0**bits)
-    wrapped = whole - 2.0**64 * np.floor(whole * 2.0**-64)  # exact: all are powers of two
-    return wrapped.astype(np.uint64).view(np.int64)
+    whole = np.fmod(np.rint(np.asarray(known, np.float64) * 2.0**bits), 2.0**64)
+    return np.where(whole >= 2.0**63, whole - 2.0**64, np.where(whole < -(2.0**63), whole + 2.0**64, whole)).astype(
+        np.int64
+    )
 
 
 def _raised(x: Any, bits: int, to: int) -> Any:

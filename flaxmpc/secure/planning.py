@@ -1,9 +1,9 @@
-"""A plan of bits: how many fraction bits every number of a function has, and where products are truncated.
+"""`secure.plan`: a plan of bits made from data, so that few products are truncated and no rounding costs much.
 
 SPU gives all numbers the same fraction bits, and truncates after every product: more than half of the bytes and rounds
 of a Transformer's layer. With a plan every number has bits of its own. A product has those of both operands, and is
-truncated only where the plan says. It is made from data: from the largest magnitude of every number, so that none
-leaves the ring, and from how far the results move with each one, so that no rounding costs more than the others.
+truncated only where the plan says. It is made from the largest magnitude of every number, so that none leaves the ring,
+and from how far the results move with each one, so that no rounding costs more than the others. Then it is tried.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxmpc.secure.bits import RING, SPARE_BITS, TRUNCATED, BitPlan, PlanError, Step, followed, log2
+from flaxmpc.secure.fixed import Fixed
 from flaxmpc.secure.instructions import Function, Instruction, exact_bits, power_of_two
-from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED
+from flaxmpc.secure.ring import MOST_DROPPED
 
-SPARE_BITS = 2.0
-"""By how many bits every number may grow beyond what was seen, before it leaves the ring."""
-
-_RING = 62.0  # bits of a number that is truncated, opened or compared, the fraction bits included
-_TRUNCATED = _RING - FRACTION_BITS  # the same afterwards: SPU multiplies by 2^(FRACTION_BITS - dropped) before
 _IN_FLOAT32 = 23.0  # bits of an argument
-_SMALLEST = -20.0  # log2 of a magnitude; what is smaller counts as that
+# Numbers of one sign have so many bits at least. An iteration such as Newton's mends small errors of its start, so they
+# have no effect, but not large ones.
+_RELATIVE = 7.0
 _ROUNDED = 0.4  # standard deviation of a rounding, in units of the last bit: on shares 0.41, in the clear 0.29
 
 # What truncations are weighed by: a party's bytes and the rounds, on a line of 100 Mbit/s and 80 ms.
@@ -37,100 +36,16 @@ _SECONDS_PER_BYTE, _SECONDS_PER_ROUND = 8 / 100e6, 0.04
 _TRUNCATION_BYTES, _TRUNCATION_ROUNDS = 28 / 3, 5 / 3
 
 
-class PlanError(ValueError):
-    """There is no plan for a function: its numbers have no room in the ring; or a plan is another function's."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What a plan says of one sum, product or clip.
-
-    Attributes:
-        where: the modules that it is in, and its primitive.
-        elements: how many numbers it computes, for the arguments that truncations were chosen for.
-        magnitude: the largest that was seen.
-        bits: the fraction bits of the result before it is truncated.
-        kept: those after; None where it is not truncated.
-        known: of the numbers that it multiplies with, if these are known and not a few whole ones.
-    """
-
-    where: str
-    elements: int
-    magnitude: float
-    bits: int
-    kept: int | None
-    known: int | None
-
-    @property
-    def spare_bits(self) -> float:
-        """By how many bits the result may grow before it leaves the ring; inf where nothing depends on its size."""
-        room = math.inf if self.kept is None else min(_RING - self.bits, _TRUNCATED - self.kept)
-        return room - _log2(self.magnitude)
-
-
-@dataclasses.dataclass(frozen=True)
-class BitPlan:
-    """How many fraction bits every number of a function has.
-
-    Attributes:
-        fingerprint: of the function.
-        inputs: bits of the arguments' leaves.
-        magnitudes: the largest that was seen of each leaf.
-        steps: see `Step`.
-        outputs: bits of the results' leaves.
-        error: standard deviation of what all roundings together do to a result, as estimated.
-    """
-
-    fingerprint: str
-    inputs: tuple[int, ...]
-    magnitudes: tuple[float, ...]
-    steps: tuple[Step, ...]
-    outputs: tuple[int, ...]
-    error: float
-
-    @property
-    def truncations(self) -> int:
-        return sum(step.kept is not None for step in self.steps)
-
-    @property
-    def spare_bits(self) -> float:
-        """The fewest of any step."""
-        return min((step.spare_bits for step in self.steps), default=math.inf)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as a JSON value."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Any) -> BitPlan:
-        """From `as_dict`. PlanError: it is none, or one of its numbers has too few bits to spare."""
-        try:
-            steps = tuple(Step(**step) for step in value["steps"])
-            lists = {name: tuple(value[name]) for name in ("inputs", "magnitudes", "outputs")}
-            plan = cls(str(value["fingerprint"]), steps=steps, error=float(value["error"]), **lists)
-            whole = [*plan.inputs, *plan.outputs, *(step.bits for step in steps)]
-            assert all(isinstance(bits, int) for bits in whole), "bits are whole numbers"
-            spare = plan.spare_bits
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise PlanError(f"this is no plan of bits: {error!r}") from error
-        if spare < SPARE_BITS - 1e-6:
-            worst = min(steps, key=lambda step: step.spare_bits)
-            raise PlanError(f"{worst.where} has {spare:.1f} bits to spare in this plan; {SPARE_BITS:g} are needed")
-        return plan
-
-    def __str__(self) -> str:
-        return f"{self.truncations} truncations, {self.spare_bits:.1f} bits to spare, error {self.error:.2g}"
-
-
 def plan(fn: Callable[..., Any], batches: Iterable[tuple[Any, ...]], *, error: float = 0.02) -> BitPlan:
     """Plans the bits of a function from data.
 
-    As few products are truncated as the error allows; the dearest are left out first.
+    As few products are truncated as the error allows; the dearest are left out first. The plan is tried on some of the
+    batches, in the clear, and made again with a smaller error in mind until it keeps to the one that is asked for.
 
     Args:
         fn: any JAX function of pytrees of floats, made of sums, products, moves, clips and tanh.
         batches: tuples of its arguments. For those of the most numbers the truncations are chosen.
-        error: the standard deviation of a result that all roundings together may make.
+        error: the standard deviation of a result that all roundings together may make, over the batches tried.
 
     Raises:
         SecureError: an operation that is none of those, by its name.
@@ -138,7 +53,10 @@ def plan(fn: Callable[..., Any], batches: Iterable[tuple[Any, ...]], *, error: f
     """
     functions: dict[Any, tuple[Function, Callable[[list[Any]], _Seen]]] = {}
     seen: list[_Seen] = []
+    tried: list[tuple[Any, ...]] = []
     for batch in batches:
+        if len(tried) < _TRIED:
+            tried.append(tuple(batch))
         leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(batch)]
         key = tuple(leaf.shape for leaf in leaves)
         if key not in functions:
@@ -151,7 +69,28 @@ def plan(fn: Callable[..., Any], batches: Iterable[tuple[Any, ...]], *, error: f
     largest = max(every, key=lambda function: function.numbers)
     if any(function.fingerprint != largest.fingerprint for function in every):
         raise PlanError("for arguments of other shapes the function computes otherwise: it has no plan for all")
-    return _fewest(largest, _Seen.largest(seen), error)
+    together, aim = _Seen.largest(seen), error
+    for _ in range(_AGAIN):
+        made = _fewest(largest, together, aim)
+        found = _measured(fn, made, tried)
+        if found <= error:
+            return dataclasses.replace(made, error=found)
+        aim *= min(0.5, error / found)
+    raise PlanError(f"no plan of bits has an error of {error:g}: the last one's is {found:.2g}")
+
+
+_TRIED, _AGAIN = 8, 6
+
+
+def _measured(fn: Callable[..., Any], made: BitPlan, batches: Sequence[tuple[Any, ...]]) -> float:
+    """The standard deviation of what a plan does to a result, in the clear; inf where a result is not finite."""
+    fixed, plain = Fixed(fn, made), jax.jit(fn)
+    squares = []
+    for batch in batches:
+        pairs = zip(jax.tree.leaves(fixed.clear(*batch)), jax.tree.leaves(plain(*batch)), strict=True)
+        squares += [np.square(np.asarray(ours, np.float64) - theirs).ravel() for ours, theirs in pairs]
+    found = float(np.sqrt(np.concatenate(squares).mean()))
+    return found if math.isfinite(found) else math.inf
 
 
 # ------------------------------------------------------------------------------------------------ what data says
@@ -167,11 +106,13 @@ class _Seen(NamedTuple):
 
     Attributes:
         sizes: log2 of the largest magnitude at each site.
+        smallest: log2 of the smallest, where all numbers have one sign, or of a thousandth of the largest; else inf.
         outputs: the same of the results.
         effects: the mean square of what moves in a result, if every number at the site moves by one, at random.
     """
 
     sizes: dict[_Site, float]
+    smallest: dict[_Site, float]
     outputs: list[float]
     effects: dict[_Site, float]
 
@@ -180,13 +121,10 @@ class _Seen(NamedTuple):
         first = every[0]
         return cls(
             {site: max(each.sizes[site] for each in every) for site in first.sizes},
+            {site: min(each.smallest[site] for each in every) for site in first.smallest},
             [max(sizes) for sizes in zip(*(each.outputs for each in every), strict=True)],
             {site: max(each.effects[site] for each in every) for site in first.effects},
         )
-
-
-def _log2(size: float) -> float:
-    return max(math.log2(size), _SMALLEST) if size > 0 else _SMALLEST
 
 
 def _rounds_known(step: Instruction) -> bool:
@@ -222,6 +160,7 @@ def _looking(function: Function) -> Callable[[list[Any]], _Seen]:
     def look(inputs: list[Any], key: Any) -> Any:
         outputs, values = run(inputs, {})
         sizes = {site: jnp.abs(value).max(initial=0.0) for site, value in values.items()}
+        smallest = {site: _smallest(value) for site, value in values.items()}
         zeros = {site: jnp.zeros_like(value) for site, value in values.items() if site[0] != "clip"}
         _, back = jax.vjp(lambda moved: run(inputs, moved)[0], zeros)
 
@@ -235,7 +174,7 @@ def _looking(function: Function) -> Callable[[list[Any]], _Seen]:
         total, _ = jax.lax.scan(add, none, jax.random.split(key, _DIRECTIONS))
         count = _DIRECTIONS * sum(out.size for out in outputs)
         effects = {site: effect / count for site, effect in total.items()}
-        return sizes, [jnp.abs(out).max(initial=0.0) for out in outputs], effects
+        return sizes, smallest, [jnp.abs(out).max(initial=0.0) for out in outputs], effects
 
     structs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in function.inputs]
     key = jax.random.key(0)
@@ -243,13 +182,23 @@ def _looking(function: Function) -> Callable[[list[Any]], _Seen]:
     compiled = jax.jit(look).lower(structs, key).compile({"xla_backend_optimization_level": 0})
 
     def seen(inputs: list[Any]) -> _Seen:
-        sizes, outputs, effects = jax.device_get(compiled(inputs, key))
+        sizes, smallest, outputs, effects = jax.device_get(compiled(inputs, key))
         if not np.isfinite([*sizes.values(), *outputs, *effects.values()]).all():
             raise PlanError("a number of the function is not finite on a batch")
         floats = {site: float(effect) for site, effect in effects.items()}
-        return _Seen({site: _log2(size) for site, size in sizes.items()}, [_log2(size) for size in outputs], floats)
+        small = {site: math.inf if math.isinf(size) else log2(size) for site, size in smallest.items()}
+        large = {site: log2(size) for site, size in sizes.items()}
+        return _Seen(large, small, [log2(size) for size in outputs], floats)
 
     return seen
+
+
+def _smallest(value: Any) -> Any:
+    """See `_Seen`."""
+    low, high = value.min(initial=jnp.inf), value.max(initial=-jnp.inf)
+    size = jnp.abs(value)
+    one_sign = (low > 0) | (high < 0)
+    return jnp.where(one_sign, jnp.maximum(size.min(initial=jnp.inf), size.max(initial=0.0) / 1024), jnp.inf)
 
 
 # ------------------------------------------------------------------------------------------------------- the bits
@@ -289,8 +238,10 @@ class _Program:
             bits[each.out] = self._result(each, [bits[x] for x in each.ins if isinstance(x, int)])
         for place, size in zip(function.outputs, seen.outputs, strict=True):
             if isinstance(place, int):
-                self._at_most(bits[place], _RING - SPARE_BITS - size)
+                self._at_most(bits[place], RING - SPARE_BITS - size)
         for site, rounded in self.sites.items():
+            if seen.smallest[site] < math.inf:
+                self._at_most(_Bits({}, _RELATIVE - seen.smallest[site]).plus(rounded, -1.0), 0.0)
             if seen.effects[site] > 0:
                 log = 0.5 * math.log2(seen.effects[site])
                 self._at_most(_Bits({0: -1.0}, log).plus(rounded, -1.0), 0.0)
@@ -319,7 +270,7 @@ class _Program:
             for bits in own:
                 self._at_most(bits.plus(together, -1.0), 0.0)
         if each.kind == "clip":
-            self._at_most(together, _RING - SPARE_BITS - self._seen.sizes["clip", number])
+            self._at_most(together, RING - SPARE_BITS - self._seen.sizes["clip", number])
         if each.kind == "sum" and _rounds_known(each):
             self.sites["known", number] = together
         return together
@@ -333,8 +284,8 @@ class _Program:
         if number not in self._truncated:
             return raw
         room = SPARE_BITS + self._seen.sizes["step", number]
-        kept = self._new(("step", number), _TRUNCATED - room)
-        self._at_most(raw, _RING - room)
+        kept = self._new(("step", number), TRUNCATED - room)
+        self._at_most(raw, RING - room)
         self._at_most(raw.plus(kept, -1.0), MOST_DROPPED)
         self._at_most(kept.plus(raw, -1.0), 0.0)
         return kept
@@ -401,43 +352,3 @@ def _made(function: Function, seen: _Seen, bits: Mapping[_Site, int], error: flo
         outputs,
         error,
     )
-
-
-def followed(
-    function: Function, inputs: Sequence[int], kept: Sequence[int | None], known: Sequence[int | None]
-) -> tuple[dict[int, int], tuple[int, ...]]:
-    """The bits of every value before it is truncated, by its place, and those of the results.
-
-    Args:
-        inputs: bits of the arguments' leaves.
-        kept, known: of every step, see `Step`.
-    """
-    raw: dict[int, int] = dict(enumerate(inputs))
-    bits = dict(raw)
-    for each in function.instructions:
-        own = [bits[x] for x in each.ins if isinstance(x, int)]
-        found = max(own)
-        number = function.number.get(each.out, -1)
-        if each.kind == "shift":
-            power = power_of_two(each.known)
-            assert power is not None, "that is what a shift is"
-            found = own[0] - power
-        elif each.kind == "product":
-            found = sum(own) + (0 if each.known is None else known_bits(each, known[number]))
-        raw[each.out] = bits[each.out] = found
-        if each.kind == "product" and (most := kept[number]) is not None:
-            bits[each.out] = min(most, found)
-    return raw, tuple(bits[x] if isinstance(x, int) else _RESULT for x in function.outputs)
-
-
-_RESULT = 20  # bits of a result that is known
-
-
-def known_bits(each: Instruction, planned: int | None) -> int:
-    """The bits of the known numbers of a product."""
-    exact = exact_bits(each.known)
-    if exact is None:
-        if planned is None:
-            raise PlanError(f"the plan has no bits for the numbers of {each.where}")
-        return planned
-    return exact

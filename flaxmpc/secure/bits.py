@@ -1,0 +1,152 @@
+"""A plan of bits: how many fraction bits every number of a function has, and where products are truncated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from flaxmpc.secure.instructions import Function, Instruction, exact_bits, power_of_two
+from flaxmpc.secure.ring import FRACTION_BITS
+
+SPARE_BITS = 2.0
+"""By how many bits every number may grow beyond what was seen, before it leaves the ring."""
+
+RING = 62.0
+"""Bits of a number that is truncated, opened or compared, the fraction bits included."""
+
+TRUNCATED = RING - FRACTION_BITS
+"""The same after it is truncated: SPU multiplies by 2^(FRACTION_BITS - dropped) before."""
+
+_SMALLEST = -20.0  # log2 of a magnitude; what is smaller counts as that
+
+
+class PlanError(ValueError):
+    """There is no plan for a function: its numbers have no room in the ring; or a plan is another function's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a plan says of one sum, product or clip.
+
+    Attributes:
+        where: the modules that it is in, and its primitive.
+        elements: how many numbers it computes, for the arguments that truncations were chosen for.
+        magnitude: the largest that was seen.
+        bits: the fraction bits of the result before it is truncated.
+        kept: those after; None where it is not truncated.
+        known: of the numbers that it multiplies with, if these are known and not a few whole ones.
+    """
+
+    where: str
+    elements: int
+    magnitude: float
+    bits: int
+    kept: int | None
+    known: int | None
+
+    @property
+    def spare_bits(self) -> float:
+        """By how many bits the result may grow before it leaves the ring; inf where nothing depends on its size."""
+        room = math.inf if self.kept is None else min(RING - self.bits, TRUNCATED - self.kept)
+        return room - log2(self.magnitude)
+
+
+@dataclasses.dataclass(frozen=True)
+class BitPlan:
+    """How many fraction bits every number of a function has.
+
+    Attributes:
+        fingerprint: of the function.
+        inputs: bits of the arguments' leaves.
+        magnitudes: the largest that was seen of each leaf.
+        steps: see `Step`.
+        outputs: bits of the results' leaves.
+        error: standard deviation of what all roundings together do to a result.
+    """
+
+    fingerprint: str
+    inputs: tuple[int, ...]
+    magnitudes: tuple[float, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[int, ...]
+    error: float
+
+    @property
+    def truncations(self) -> int:
+        return sum(step.kept is not None for step in self.steps)
+
+    @property
+    def spare_bits(self) -> float:
+        """The fewest of any step."""
+        return min((step.spare_bits for step in self.steps), default=math.inf)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as a JSON value."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Any) -> BitPlan:
+        """From `as_dict`. PlanError: it is none, or one of its numbers has too few bits to spare."""
+        try:
+            steps = tuple(Step(**step) for step in value["steps"])
+            lists = {name: tuple(value[name]) for name in ("inputs", "magnitudes", "outputs")}
+            plan = cls(str(value["fingerprint"]), steps=steps, error=float(value["error"]), **lists)
+            whole = [*plan.inputs, *plan.outputs, *(step.bits for step in steps)]
+            assert all(isinstance(bits, int) for bits in whole), "bits are whole numbers"
+            spare = plan.spare_bits
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise PlanError(f"this is no plan of bits: {error!r}") from error
+        if spare < SPARE_BITS - 1e-6:
+            worst = min(steps, key=lambda step: step.spare_bits)
+            raise PlanError(f"{worst.where} has {spare:.1f} bits to spare in this plan; {SPARE_BITS:g} are needed")
+        return plan
+
+    def __str__(self) -> str:
+        return f"{self.truncations} truncations, {self.spare_bits:.1f} bits to spare, error {self.error:.2g}"
+
+
+def log2(size: float) -> float:
+    """log2 of a magnitude, of 0 too."""
+    return max(math.log2(size), _SMALLEST) if size > 0 else _SMALLEST
+
+
+def followed(
+    function: Function, inputs: Sequence[int], kept: Sequence[int | None], known: Sequence[int | None]
+) -> tuple[dict[int, int], tuple[int, ...]]:
+    """The bits of every value before it is truncated, by its place, and those of the results.
+
+    Args:
+        inputs: bits of the arguments' leaves.
+        kept, known: of every step, see `Step`.
+    """
+    raw: dict[int, int] = dict(enumerate(inputs))
+    bits = dict(raw)
+    for each in function.instructions:
+        own = [bits[x] for x in each.ins if isinstance(x, int)]
+        found = max(own)
+        number = function.number.get(each.out, -1)
+        if each.kind == "shift":
+            power = power_of_two(each.known)
+            assert power is not None, "that is what a shift is"
+            found = own[0] - power
+        elif each.kind == "product":
+            found = sum(own) + (0 if each.known is None else known_bits(each, known[number]))
+        raw[each.out] = bits[each.out] = found
+        if each.kind == "product" and (most := kept[number]) is not None:
+            bits[each.out] = min(most, found)
+    return raw, tuple(bits[x] if isinstance(x, int) else _RESULT for x in function.outputs)
+
+
+_RESULT = 20  # bits of a result that is known
+
+
+def known_bits(each: Instruction, planned: int | None) -> int:
+    """The bits of the known numbers of a product."""
+    exact = exact_bits(each.known)
+    if exact is None:
+        if planned is None:
+            raise PlanError(f"the plan has no bits for the numbers of {each.where}")
+        return planned
+    return exact
