@@ -236,9 +236,7 @@ class Gate(Tasks):
         try:
             yield
         finally:
-            self._open[caller.name] -= 1
-            if not self._open[caller.name]:
-                del self._open[caller.name]
+            self._open -= collections.Counter([caller.name])  # and forgets who has none
 
     async def _go_on(self, end: Secure, caller: Caller) -> None:
         way = self._ways.get(end.application or "")

@@ -20,12 +20,7 @@ _LINE = re.compile(r"([0-9a-f]{64})(\s|$)")
 
 
 def compile_program(
-    cluster: ClusterFile,
-    fn: Callable[..., Any],
-    weights: Planned,
-    *inputs: Any,
-    length: int,
-    shared_reciprocal: bool = False,
+    cluster: ClusterFile, fn: Callable[..., Any], weights: Planned, *inputs: Any, length: int
 ) -> m.ModelProgram:
     """Compiles a function for one request and for 2, 4, 8, ... that wait at the same time.
 
@@ -38,14 +33,12 @@ def compile_program(
         weights: shapes and dtypes of what the parties hold, or will hold.
         inputs: pytrees of arrays of a request's shapes and dtypes, secret; their values are not used.
         length: size of a row, for the parties' limits.
-        shared_reciprocal: an option of the compiler, as `secure.jit` has it.
 
     Raises:
         SecureError: SPU cannot compile the function.
     """
     config = cluster.config
     settings: dict[str, Any] = {name: getattr(config, name) for name in ("ring", "fraction_bits", "exp_mode")}
-    settings["shared_reciprocal"] = shared_reciprocal
     arrays = jax.tree.leaves(inputs)
     batch = arrays[0].shape[0]
     most = cluster.limits.max_batch_rows // batch

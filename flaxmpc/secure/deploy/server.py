@@ -98,7 +98,7 @@ class _Handlers:
         method = METHODS[name]
         with self._admitted(name, context) as call:
             received = self._watch.each(context, contents)
-            arguments: list[Any] = [rpc.decode(next(received, b""), method.message)]
+            arguments = self._first(name, received)
             if method.stream == "in":
                 arguments.append(rpc.decode(content, m.Piece) for content in received)
             if method.waits:
@@ -107,10 +107,15 @@ class _Handlers:
 
     def _stream(self, name: str, contents: Iterable[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         with self._admitted(name, context):
-            message = rpc.decode(next(self._watch.each(context, contents), b""), METHODS[name].message)
-            for piece in getattr(self._host, name)(message):
+            for piece in getattr(self._host, name)(*self._first(name, self._watch.each(context, contents))):
                 with self._watch.over(context):
                     yield m.encode(piece)
+
+    def _first(self, name: str, received: Iterator[bytes]) -> list[Any]:
+        """A method's first arguments: the session, if it is asked of one, and the message. Refused: no such session."""
+        message = rpc.decode(next(received, b""), METHODS[name].message)
+        session = [self._host.sessions.require(message.session)] if isinstance(message, m.InSession) else []
+        return [*session, message]
 
     @contextlib.contextmanager
     def _admitted(self, name: str, context: grpc.ServicerContext) -> Iterator[Call]:

@@ -161,11 +161,8 @@ class Sessions:
         worker = self._joining = WorkerProcess(self._cluster.parties_beside(self._rank))
         if session_id == self._given_up:
             worker.kill()
-        config, timeout = self._cluster.config, self._cluster.timeout_seconds
-        join = m.Join(
-            addresses, self._rank, session_id, config.protocol, config.ring, config.fraction_bits,
-            config.exp_mode, int(timeout * 1000), self._facts,
-        )  # fmt: skip
+        timeout = self._cluster.timeout_seconds
+        join = m.Join(addresses, self._rank, session_id, self._cluster.config, int(timeout * 1000), self._facts)
         try:
             error = worker.call(join, timeout + 10).error  # 10 s: loading SPU
         except WorkerLost as lost:

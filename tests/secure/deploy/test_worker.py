@@ -34,7 +34,7 @@ class Workers:
         config = Config()
         self.processes = [WorkerProcess(3) for _ in range(3)]
         session = secrets.token_hex(16)
-        joins = [m.Join(addresses, rank, session, "ABY3", "FM64", 18, "taylor", 60_000, FACTS) for rank in range(3)]
+        joins = [m.Join(addresses, rank, session, config, 60_000, FACTS) for rank in range(3)]
         assert [answer.error for answer in self.each(joins)] == [None] * 3
         self._spu = load_spu()
         self._io = self._spu.Io(3, config.runtime_config())
