@@ -11,13 +11,13 @@ import numpy as np
 from rich.progress import track
 
 from flaxmpc.convert.calibrate import Ranges, variances_in
-from flaxmpc.convert.finetune import Evaluate, epoch_batches, first_bad_layer, in_order
+from flaxmpc.convert.finetune import Evaluate, in_order, learn, outputs
 from flaxmpc.data.batches import Batch, Split
-from flaxmpc.models.base import WithHead, embeddings_path, init_params
+from flaxmpc.models.base import WithHead, init_params
 from flaxmpc.models.outputs import Intermediates
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.training import losses
-from flaxmpc.training.fit import Objective, Schedule, fit
+from flaxmpc.training.fit import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,7 @@ class Teacher:
 
         @jax.jit
         def apply(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-            inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-            output: Any = model.apply({"params": params}, *inputs, method="outputs")
+            output = outputs(model, params, batch)
             if not (with_states or with_scores):
                 return output.logits, None
             states = output.intermediates._replace(variances=())
@@ -159,14 +158,10 @@ def distill(
 
     Args:
         student, params: what is trained, all but what is frozen.
-        teacher: of the same training sentences.
-        train: the training split.
-        evaluate: figures of the validation split, see `fit`; the first chooses the epoch.
+        teacher: the outputs of the teacher for the same training sentences.
+        train, evaluate, folder, frozen, seed: see `learn`.
         stage: the schedule and the weights of the losses.
-        folder: of the stage's checkpoints and metrics.
-        ranges: of the LayerNorms' variances, for the range loss.
-        frozen: the start of the paths that are not trained; None: the embeddings'.
-        seed: of the order of the sentences.
+        ranges: the ranges of the LayerNorms' variances, for the range loss.
 
     Raises:
         ValueError: a stage without a loss.
@@ -176,9 +171,7 @@ def distill(
 
     def loss(params: Mapping[str, Any], targets: Targets, _: jax.Array):
         batch, theirs, their_states = targets
-        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        output: Any = student.apply({"params": params}, *inputs, method="outputs")
-        ours, states = output
+        ours, states = outputs(student, params, batch)
         rows: Any = batch.row_mask
         tokens: Any = batch.attention_mask * batch.row_mask[:, None]
         terms = {}
@@ -196,13 +189,4 @@ def distill(
         total = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
         return total, {name: value for name, (_, value) in terms.items()}
 
-    objective = Objective(
-        loss,
-        prepare=teacher,
-        frozen=embeddings_path(student) if frozen is None else frozen,
-        evaluate=evaluate,
-        choose_by=evaluate.chooses,
-        locate=first_bad_layer(student),
-    )
-    batches_of = epoch_batches(train, stage, seed, student.config.num_positions)
-    return fit(objective, params, batches_of, stage, folder, seed=seed)
+    return learn(student, params, train, evaluate, stage, folder, loss, prepare=teacher, frozen=frozen, seed=seed)

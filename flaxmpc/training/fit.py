@@ -112,16 +112,12 @@ class _Devices:
     """Puts arrays on all devices of all hosts: each batch is split over them, parameters are on every one."""
 
     def __init__(self, batch_size: int):
-        self.count = jax.device_count()
-        if batch_size % self.count:
-            raise ValueError(
-                f"batch_size {batch_size} is not a multiple of the {self.count} devices that share a batch"
-            )
+        count = jax.device_count()
+        if batch_size % count:
+            raise ValueError(f"batch_size {batch_size} is not a multiple of the {count} devices that share a batch")
         mesh = Mesh(np.array(jax.devices()), ("batch",))
-        self._split, self._everywhere = (
-            NamedSharding(mesh, PartitionSpec("batch")),
-            NamedSharding(mesh, PartitionSpec()),
-        )
+        self._split = NamedSharding(mesh, PartitionSpec("batch"))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
 
     def own_rows(self, batch: Batch) -> Batch:
         """The rows of a batch that this host's devices compute."""
