@@ -121,7 +121,7 @@ def with_newton(
         config: the student's.
         seen: the variances (token,) of each LayerNorm by its place, of the training sentences.
         held_out: those of the validation sentences.
-        part: whose `calibrated` gives each LayerNorm's.
+        part: the normalisation; its `calibrated` gives each LayerNorm its own.
     """
 
     def fitted(place: Place, own: Any) -> Any:

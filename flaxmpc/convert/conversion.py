@@ -32,7 +32,7 @@ def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str
 
 
 def _bits(hits: np.ndarray) -> str:
-    """For results.json: "1" for every row that is right, "0" for every other."""
+    """Writes for results.json which rows are right: "1" for each that is, "0" for every other."""
     return "".join("01"[int(hit)] for hit in hits)
 
 

@@ -81,7 +81,7 @@ class Teacher:
 
         Args:
             model, params: the fine-tuned exact model.
-            split: whose batches will be asked for.
+            split: the rows that batches will be made of.
             with_states, with_scores: whether any loss asks for hidden states or scores.
             memory: bytes that what is kept may take; if it takes more, each batch is computed when it is asked for.
         """
@@ -159,7 +159,7 @@ def distill(
     Args:
         student, params: what is trained, all but what is frozen.
         teacher: the outputs of the teacher for the same training sentences.
-        train, evaluate, folder, frozen, seed: see `learn`.
+        train, evaluate, folder, frozen, seed: the same as for `learn`.
         stage: the schedule and the weights of the losses.
         ranges: the ranges of the LayerNorms' variances, for the range loss.
 

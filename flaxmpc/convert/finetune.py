@@ -62,30 +62,28 @@ def predict(model: WithHead, params: Mapping[str, Any], split: Split, batch_size
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluate:
-    """The figures of a model on a split, by the names of their metrics.
+    """Computes the figures of a model on the validation split, by the names of their metrics after "validation_".
 
     Attributes:
-        model, split: whose.
+        model, split: the model, and the rows that it is measured on.
         metrics: names in `flaxmpc.training.metrics.METRICS`; the first chooses the best epoch.
-        prefix: of the figures' names.
     """
 
     model: WithHead
     split: Split
     metrics: tuple[str, ...]
-    prefix: str = "validation_"
 
     @property
     def chooses(self) -> str:
-        return self.prefix + self.metrics[0]
+        return f"validation_{self.metrics[0]}"
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
         figures = metrics.evaluate(self.metrics, predict(self.model, params, self.split), self.split.labels)
-        return {self.prefix + name: value for name, value in figures.items()}
+        return {f"validation_{name}": value for name, value in figures.items()}
 
 
 def first_bad_layer(model: WithHead) -> Callable[[Mapping[str, Any], Batch], str]:
-    """For `fit`: names the first place in the model where a number is not finite, or the layer of the largest."""
+    """Makes what says for `fit` where the first number is that is not finite, or else in which layer the largest."""
 
     def locate(params: Mapping[str, Any], batch: Batch) -> str:
         for path, leaf in flatten(params).items():
@@ -119,7 +117,7 @@ apply_with_states: Callable[[Any], Callable[..., Any]] = functools.lru_cache(max
 
 
 def classification_loss(model: WithHead) -> Loss:
-    """For `fit`: the loss against the true labels, with dropout, and the accuracy of a classifier."""
+    """Makes the loss for `fit` against the true labels, with dropout; it tells the accuracy of a classifier, too."""
 
     def loss(params: Mapping[str, Any], batch: Batch, key: jax.Array):
         logits = model.apply({"params": params}, *batch.inputs, deterministic=False, rngs={"dropout": key})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 import threading
@@ -111,12 +112,7 @@ class SecureFunction:
         """The parties that compute, started if need be; `parties.put(tree)` makes values resident there."""
         with self._lock:
             if self._parties is None:
-                self._parties = InProcess(
-                    self.config.protocol,
-                    ring=self.config.ring,
-                    fraction_bits=self.config.fraction_bits,
-                    exp_mode=self.config.exp_mode,
-                )
+                self._parties = InProcess(**dataclasses.asdict(self.config))
             return self._parties
 
     def __call__(self, *args: Any) -> Any:
@@ -213,8 +209,8 @@ class SecureFunction:
                 for _ in jax.tree.leaves(struct)
             ]
             fn = _opened_once(self.fn, once) if any(once) else self.fn
-            compiled = _compile(fn, structs, per_leaf, self.config, self._shared_reciprocal)
-            program = self._programs[key] = compiled
+            program = _compile(fn, structs, per_leaf, self.config, self._shared_reciprocal)
+            self._programs[key] = program
             return program, time.perf_counter() - start
 
 

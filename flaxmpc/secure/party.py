@@ -189,8 +189,8 @@ class Resident(Planned):
 
     Attributes:
         parties: who holds it.
-        names: of its values at the parties, in the order of its leaves.
-        struct, visibility: see Planned.
+        names: the names of its values at the parties, in the order of its leaves.
+        struct, visibility: the same as of Planned.
     """
 
     def __init__(self, parties: Parties, session: str, names: list[str], struct: Any, visibility: str):
@@ -225,11 +225,10 @@ class InProcess(Parties):
         *,
         ring: str = "FM64",
         fraction_bits: int = 18,
-        num_parties: int | None = None,
         exp_mode: str = "taylor",
     ):
         """Starts the parties. Arguments and errors: see Config."""
-        super().__init__(Config(protocol, ring, fraction_bits, num_parties, exp_mode))
+        super().__init__(Config(protocol, ring, fraction_bits, exp_mode))
         self._lock = threading.Lock()
         self._use(self._start)
 

@@ -293,7 +293,7 @@ class Cluster(Parties):
         seconds = max(answer.seconds for answer in answers)
         return Inferred(outputs, Cost.from_profile(self.config, _profile(answers), seconds, 0.0))
 
-    def _checked(self, inputs: Any, name: str, program: m.PublicProgram) -> list[np.ndarray]:
+    def _checked(self, inputs: Any, name: str, program: m.ModelProgram) -> list[np.ndarray]:
         """The leaves of `inputs`, if they are what a program takes; raises as `infer` does."""
         arrays = jax.tree.leaves(to_arrays(inputs, self.config, "inputs"))
         given = [(array.shape, array.dtype.name) for array in arrays]

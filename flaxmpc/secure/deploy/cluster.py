@@ -202,7 +202,7 @@ class ClusterFile(_Table, frozen=True):
     @property
     def config(self) -> Config:
         """The settings of the secure computation."""
-        return Config(self.protocol, self.ring, self.fraction_bits, len(self.party), self.exp_mode)
+        return Config(self.protocol, self.ring, self.fraction_bits, self.exp_mode)
 
     def file(self, name: str) -> Path:
         """The path of a file that cluster.toml names."""

@@ -83,7 +83,6 @@ class Host:
             session.turns.close(Refused(StatusCode.UNAVAILABLE, f"party {self.rank} is stopping"))
         if self.leader is not None:
             self.leader.stop()
-            self.leader.join()
         if session is not None:
             session.turns.wait_until_idle()
 

@@ -42,8 +42,9 @@ class Leader(threading.Thread):
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """Ends the thread after the running request; `join` waits for it."""
+        """Ends the thread after the running request, and waits for that."""
         self._stopping.set()
+        self.join()
 
     def announce(self, session: Session, request: Request) -> None:
         """Finds out whether the peers have a request too: only then does it get a turn, so that none is waited for."""

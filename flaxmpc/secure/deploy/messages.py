@@ -107,15 +107,6 @@ class ModelProgram(Message, frozen=True):
         return digest(encode(self))
 
 
-class PublicProgram(Message, frozen=True):
-    """A ModelProgram without its code."""
-
-    inputs: tuple[Array, ...]
-    outputs: tuple[Array, ...]
-    batch: int
-    length: int
-
-
 class PublicModel(Message, frozen=True):
     """A party's word on a model that it holds shares of.
 
@@ -124,13 +115,13 @@ class PublicModel(Message, frozen=True):
             knows. Two puts of the same model differ in it.
         bundle: hash of what clients need in the clear.
         bundle_bytes: size of the bundle.
-        programs: those that can be asked for, by name.
+        programs: those that can be asked for, by name; their code stays at the parties.
     """
 
     hash: str
     bundle: Digest
     bundle_bytes: int
-    programs: dict[str, PublicProgram]
+    programs: dict[str, ModelProgram]
 
 
 class Empty(Message, frozen=True):

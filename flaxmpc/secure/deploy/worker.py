@@ -100,16 +100,15 @@ class Worker:
         given = list(zip(command.inputs[len(command.inputs) - len(command.given) :], command.given, strict=True))
         temporary = [*(name for name, _ in given), *(command.outputs if command.answer else ())]
         try:
-            if command.facts is None:
-                agree(self._link, "was not sent this request")
-            else:
+            facts: m.Facts | str = "was not sent this request"
+            if command.facts is not None:
                 try:
                     facts = command.facts | {"inputs": self._take(command, given)}
                 except ValueError as error:
                     facts = f"can't run this: {error}"
                 except Exception as error:
                     facts = str(SecureError.wrap("can't run this: storing the inputs", error))
-                agree(self._link, facts)
+            agree(self._link, facts)
             executable = load_spu().Executable(
                 name="run", input_names=list(command.inputs), output_names=list(command.outputs), code=command.code
             )
