@@ -156,6 +156,12 @@ def write(path: Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_new(path: Path, content: bytes, mode: int) -> None:
+    """Writes a file that was not there, nor a link of that name; FileExistsError if it was."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+
+
 def sync(path: Path) -> None:
     """Returns when the file, or the names in the folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

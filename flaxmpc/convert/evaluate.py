@@ -85,12 +85,10 @@ def evaluate(
             split = task.test[rows]
             classifier = SecureClassifier(loaded, secure.InProcess(protocol))
             secret, plain, cost = secure_logits(classifier, split, batch_size, protocol)
-            key = protocol.lower()
-            results[f"{key}_sentences"] = len(rows)
-            figures = metrics.evaluate(task.metrics, secret, split.labels)
-            results |= {f"{key}_{name}": value for name, value in figures.items()}
-            results[f"{key}_agreement"] = metrics.agreement(secret, plain)
-            results[f"{key}_max_logit_difference"] = _largest_difference(secret, plain)
+            figures = {"sentences": len(rows), **metrics.evaluate(task.metrics, secret, split.labels)}
+            figures["agreement"] = metrics.agreement(secret, plain)
+            figures["max_logit_difference"] = _largest_difference(secret, plain)
+            results |= {f"{protocol.lower()}_{name}": value for name, value in figures.items()}
             results |= {"versions": cost.versions, "machine": cost.machine, "date": cost.date}
             if protocol == "REF2K":
                 for record in results["lengths"]:

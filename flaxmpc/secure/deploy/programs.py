@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flaxmpc import files
 from flaxmpc.secure.deploy import disk
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile
@@ -116,7 +117,7 @@ class Approved(NamedTuple):
             OSError: the file can't be written to.
         """
         if not self.path.exists():
-            disk.write_new(self.path, b"", 0o644)
+            files.write_new(self.path, b"", 0o644)
         known = self.digests()
         remark = " ".join(model.split())  # a line break in it would begin a digest
         lines = [f"{program.digest}  {remark} {name}\n" for name, program in programs.items()]

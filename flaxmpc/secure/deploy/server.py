@@ -106,7 +106,8 @@ class _Handlers:
                 arguments.append(rpc.decode(content, m.Piece) for content in received)
             if method.waits:
                 arguments.append(call)
-            return m.encode(getattr(self.host, name)(*arguments))
+            answer = getattr(self.host, name)(*arguments)
+            return m.encode(m.Empty() if answer is None else answer)
 
     def _stream(self, name: str, contents: Iterable[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         with self._admitted(name, context):
