@@ -11,7 +11,7 @@ import numpy as np
 from flaxmpc import files
 from flaxmpc.convert import calibrate, contents
 from flaxmpc.convert.configs import Conversion, FineTuning
-from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
+from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_student
 from flaxmpc.convert.finetune import Evaluate, classification_loss, in_order, learn, lengths, looking_up, predict
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
 from flaxmpc.data import tasks
@@ -19,7 +19,7 @@ from flaxmpc.data.batches import SPLITS, Batch, Split, batches
 from flaxmpc.data.matching import matched, named, refuse_other_order
 from flaxmpc.data.pieces import pieces
 from flaxmpc.models import folder as folders
-from flaxmpc.models.base import WithHead, embeddings_path
+from flaxmpc.models.base import WithHead
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
 from flaxmpc.training import hosts
@@ -67,7 +67,7 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         config.schedule,
         run / "fine-tuning",
         classification_loss(base.model),
-        frozen="" if config.train_embeddings else embeddings_path(base.model),
+        train_embeddings=config.train_embeddings,
         seed=config.seed,
     )
     kept = dataclasses.replace(base.model.config, embedding=_embedding(config.train_embeddings, encoder))
@@ -262,16 +262,16 @@ def _stages(
     def distilled(name: str, student: WithHead, params: Any, train: Split) -> tuple[dict[str, Any], dict[str, float]]:
         stage: Stage = getattr(config, name)
         trained = student.clone(config=calibrate.for_training(student.config))
-        params = distill(
+        params = learn(
             trained,
             params,
-            answers,
             task.train if stage.label_weight else train,
             Evaluate(trained, task.validation, task.metrics),
             stage,
             run / name,
-            ranges=ranges,
-            frozen="" if config.train_embeddings else embeddings_path(trained),
+            distillation_loss(trained, stage, ranges, name=name),
+            prepare=answers,
+            train_embeddings=config.train_embeddings,
             seed=config.seed,
         )
         return params, _figures(task, predict(trained, params, task.test), f"{name}_")

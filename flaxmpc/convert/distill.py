@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +10,13 @@ import numpy as np
 from rich.progress import track
 
 from flaxmpc.convert.calibrate import Ranges, variances_in
-from flaxmpc.convert.finetune import Evaluate, in_order, learn, outputs
+from flaxmpc.convert.finetune import in_order, outputs
 from flaxmpc.data.batches import Batch, Split
 from flaxmpc.models.base import WithHead, init_params
 from flaxmpc.models.outputs import Intermediates
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.training import losses
-from flaxmpc.training.fit import Schedule
+from flaxmpc.training.fit import Loss, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,33 +140,20 @@ def _padded(leaves: tuple[np.ndarray, ...], row_mask: np.ndarray, tokens: int) -
     return out
 
 
-def distill(
-    student: WithHead,
-    params: Mapping[str, Any],
-    teacher: Teacher,
-    train: Split,
-    evaluate: Evaluate,
-    stage: Stage,
-    folder: Path,
-    *,
-    ranges: Ranges | None = None,
-    frozen: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """One stage; resumable, see `fit`. The student has no dropout. Returns the parameters of its best epoch.
+def distillation_loss(student: WithHead, stage: Stage, ranges: Ranges | None = None, *, name: str) -> Loss:
+    """Makes the loss of a stage for `learn`, whose batches a `Teacher` prepares. The student has no dropout.
 
     Args:
-        student, params: what is trained, all but what is frozen.
-        teacher: the outputs of the teacher for the same training sentences.
-        train, evaluate, folder, frozen, seed: the same as for `learn`.
-        stage: the schedule and the weights of the losses.
+        student: the model that is trained.
+        stage: the weights of the losses.
         ranges: the ranges of the LayerNorms' variances, for the range loss.
+        name: the stage's, for the message.
 
     Raises:
         ValueError: a stage without a loss.
     """
     if stage.epochs and not any((stage.hidden_weight, stage.score_weight, stage.logit_weight, stage.label_weight)):
-        raise ValueError(f"{folder.name} has no loss: all of its weights are 0")
+        raise ValueError(f"{name} has no loss: all of its weights are 0")
 
     def loss(params: Mapping[str, Any], targets: Targets, _: jax.Array):
         batch, theirs, their_states = targets
@@ -189,4 +175,4 @@ def distill(
         total = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
         return total, {name: value for name, (_, value) in terms.items()}
 
-    return learn(student, params, train, evaluate, stage, folder, loss, prepare=teacher, frozen=frozen, seed=seed)
+    return loss

@@ -140,23 +140,23 @@ def learn(
     loss: Loss,
     *,
     prepare: Callable[[Batch], Any] = lambda batch: batch,
-    frozen: str | None = None,
+    train_embeddings: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Trains a model on the rows of a split; resumable, see `fit`. Returns the parameters of the best epoch.
 
     Args:
-        model, params: what is trained, all but what is frozen.
+        model, params: what is trained.
         split: the rows to learn from.
         evaluate: the figures of the validation split; the first chooses the epoch.
         schedule: how long and how fast.
         folder: the folder of checkpoints and metrics.
         loss: the loss, such as `classification_loss`.
         prepare: makes of a batch what the loss gets, see `Objective`.
-        frozen: the start of the paths that are not trained; None: the embeddings'.
+        train_embeddings: whether the embeddings are trained, too; else they stay as they are.
         seed: the seed of the order of the rows, and of dropout.
     """
-    frozen = embeddings_path(model) if frozen is None else frozen
+    frozen = "" if train_embeddings else embeddings_path(model)
     objective = Objective(loss, prepare, frozen, evaluate, evaluate.chooses, first_bad_layer(model))
     batches_of = epoch_batches(split, schedule, seed, model.config.num_positions)
     return fit(objective, params, batches_of, schedule, folder, seed=seed)

@@ -84,6 +84,7 @@ def jit(
     return SecureFunction(fn, config, visibility, parties, shared_reciprocal)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class SecureFunction:
     """A JAX function that runs on secret shares; made by `jit`.
 
@@ -91,19 +92,13 @@ class SecureFunction:
     are kept on disk too, in $FLAXMPC_CACHE, $XDG_CACHE_HOME/flaxmpc/programs or ~/.cache/flaxmpc/programs.
     """
 
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        config: Config,
-        visibility: str | tuple[str, ...],
-        parties: Parties | None,
-        shared_reciprocal: bool = False,
-    ):
-        self.fn = fn
-        self.config = config
-        self._visibility = visibility
-        self._parties = parties
-        self._shared_reciprocal = shared_reciprocal
+    fn: Callable[..., Any]
+    config: Config
+    _visibility: str | tuple[str, ...]
+    _parties: Parties | None
+    _shared_reciprocal: bool
+
+    def __post_init__(self):
         self._programs: dict[Any, Program] = {}
         self._lock = threading.Lock()
 
