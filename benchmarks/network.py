@@ -77,10 +77,6 @@ class HostParties(secure.Parties):
             pipe.send(command)
         return [pipe.recv() for pipe in self._pipes]
 
-    @property
-    def session(self) -> str:
-        return self._session
-
     def store(self, name: str, shares: Sequence[Any]) -> None:
         self._all([("store", name, Share.pack(share)) for share in shares])
 

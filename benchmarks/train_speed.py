@@ -53,7 +53,7 @@ class Ours:
 
     def step(self, batch: Batch) -> float:
         self.key, key = jax.random.split(self.key)
-        self.state, metrics = self.run(self.state, self.frozen, batch, key)
+        self.state, metrics = self.run(self.state["params"], self.state["optimizer"], self.frozen, batch, key)
         return float(metrics["loss"])
 
 

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 JSON_BYTES = 4 << 20
 """The most that a file of settings has; a tokenizer's, or a table, may have more."""
@@ -83,16 +83,13 @@ def read_json(path: Path, most: int = JSON_BYTES, root: Path | None = None) -> A
         raise ValueError(f"{path} has {parts} lists and objects; at most {_MOST_PARTS} are read")
     try:
         value = json.loads(content.decode("utf-8"))
+        if _levels(value) <= _MOST_DEEP:
+            return value
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     except RecursionError:
-        value = None
-        levels = _MOST_DEEP + 1
-    else:
-        levels = _levels(value)
-    if levels > _MOST_DEEP:
-        raise ValueError(f"{path} is nested more than {_MOST_DEEP} deep")
-    return value
+        pass
+    raise ValueError(f"{path} is nested more than {_MOST_DEEP} deep")
 
 
 def read_object(path: Path, most: int = JSON_BYTES, root: Path | None = None, *, mend: str = "") -> dict[str, Any]:
@@ -121,24 +118,48 @@ def _levels(value: Any) -> int:
     return count
 
 
-def write(path: Path, content: bytes | str) -> None:
-    """Writes a file, in place of one that is there, which stays until the new one is whole on the disk.
+@contextlib.contextmanager
+def replacing(path: Path, flags: int = os.O_TRUNC, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Gives a file to write, in place of one that is there, which stays until the new one is whole on the disk.
 
-    One writer at a time.
+    One writer at a time. Where the block raises, nothing is written.
+
+    Args:
+        path: the file. Until it is whole it has the name PATH.new.
+        flags: `os.O_EXCL` refuses to begin where PATH.new is there; by default what a killed writer left is in nobody's
+            way.
+        mode: the file's mode, but for what the umask takes.
 
     Raises:
         OSError: it cannot be written.
     """
     new = path.with_name(f"{path.name}.new")
+    file = os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | flags, mode), "wb")
     try:
-        with new.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Writes a file as `replacing` does.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_new(path: Path, content: bytes, mode: int) -> None:
+    """Writes a file that was not there, nor a link of that name; FileExistsError if it was."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flaxmpc.data.batches import Text
+from flaxmpc.data.rows import decode
 from flaxmpc.errors import unknown
 
 TEXT = "text"
@@ -82,14 +83,8 @@ def _read(file: Path, name: str) -> bytes:
 
 
 def _lines(file: Path, name: str) -> Given:
-    content = _read(file, name)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{name}, line {line}: not UTF-8 (byte {content[error.start]:#04x})") from error
     given = Given([], [])
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(decode(_read(file, name), name).split("\n"), 1):
         line = line.removesuffix("\r")
         for mark, what in (("\r", "a carriage return without a line feed"), ("\0", "a NUL byte")):
             if mark in line:

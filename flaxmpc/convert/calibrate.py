@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.convert.finetune import apply_with_states
+from flaxmpc.convert.finetune import apply_with_states, outputs
 from flaxmpc.data.batches import Batch
 from flaxmpc.models.base import WithHead
 from flaxmpc.models.config import EncoderConfig
@@ -76,8 +76,7 @@ def variances(model: WithHead, params: Mapping[str, Any], batches: Iterable[Batc
 
     @jax.jit
     def collect(params: Any, batch: Batch) -> dict[Place, jax.Array]:
-        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        return variances_in(model.apply({"params": params}, *inputs, method="outputs").intermediates)  # pyright: ignore[reportAttributeAccessIssue]
+        return variances_in(outputs(model, params, batch).intermediates)
 
     found: dict[Place, list[np.ndarray]] = {}
     for batch in batches:
@@ -122,39 +121,33 @@ def with_newton(
         config: the student's.
         seen: the variances (token,) of each LayerNorm by its place, of the training sentences.
         held_out: those of the validation sentences.
-        part: whose `calibrated` gives each LayerNorm's.
+        part: the normalisation; its `calibrated` gives each LayerNorm its own.
     """
 
-    def fitted(own: Any, seen: np.ndarray, held_out: np.ndarray) -> Any:
-        if own != EXACT and not (isinstance(own, Ranged) and not (_holds(own, seen) and _holds(own, held_out))):
+    def fitted(place: Place, own: Any) -> Any:
+        def holds(norm: Ranged, *variances: np.ndarray) -> bool:
+            return all(norm.low <= each.min() and each.max() <= norm.high for each in variances)
+
+        if own != EXACT and not (isinstance(own, Ranged) and not holds(own, seen[place], held_out[place])):
             return own
         try:
-            found = part.calibrated(seen, margin=1.25, tolerance=1e-2)
+            found = part.calibrated(seen[place], margin=1.25, tolerance=1e-2)
         except ValueError:
             return EXACT
-        return found if _holds(found, held_out) else EXACT
+        return found if holds(found, held_out[place]) else EXACT
 
-    def change(layer: int, place: int, own: Any) -> Any:
-        return fitted(own, seen[layer, place], held_out[layer, place])
-
-    return _with_layer_norms(config, change)
-
-
-def _holds(part: Ranged, variances: np.ndarray) -> bool:
-    return bool(part.low <= variances.min() and variances.max() <= part.high)
+    return _with_layer_norms(config, fitted)
 
 
 def for_training(config: EncoderConfig) -> EncoderConfig:
     """The same with LayerNorms that do not diverge while training moves the variances: see `Clipped`."""
-    return _with_layer_norms(config, lambda layer, place, own: Clipped(own) if isinstance(own, Ranged) else own)
+    return _with_layer_norms(config, lambda _, own: Clipped(own) if isinstance(own, Ranged) else own)
 
 
-def _with_layer_norms(config: EncoderConfig, change: Callable[[int, int, Any], Any]) -> EncoderConfig:
-    """`change` gets the layer, 0 for after attention and 1 for after the feed-forward, and the LayerNorm's part."""
-    parts = (config.layer_norms_of(layer) for layer in range(config.num_hidden_layers))
-    return dataclasses.replace(
-        config,
-        layer_norm=tuple(
-            tuple(change(layer, place, own) for place, own in enumerate(pair)) for layer, pair in enumerate(parts)
-        ),
+def _with_layer_norms(config: EncoderConfig, change: Callable[[Place, Any], Any]) -> EncoderConfig:
+    """The config with other LayerNorms: `change` gets each one's place and part, and gives a part."""
+    layer_norm = tuple(
+        tuple(change((layer, place), own) for place, own in enumerate(config.layer_norms_of(layer)))
+        for layer in range(config.num_hidden_layers)
     )
+    return dataclasses.replace(config, layer_norm=layer_norm)

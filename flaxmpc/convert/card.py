@@ -36,9 +36,7 @@ def text(folder: Path) -> str:
         "## Accuracy",
         f"On the {results['test_sentences']:,} test rows; the epoch was chosen on the validation rows.",
         _table(("", *_names(results)), _measured(results)),
-        *_interval(results),
-        *_pieces(results),
-        *_margin(results),
+        *_compared(results),
         *_lengths(results, config),
         "## Data",
         _DATA.get(recipe["data"], f"`{recipe['data']}`."),
@@ -108,7 +106,8 @@ def _measured(results: Mapping[str, Any]) -> Iterable[list[str]]:
         yield [label.format(rows), *(f"{100 * results[prefix + name]:.1f} %" for name in names)]
 
 
-def _interval(results: Mapping[str, Any]) -> Iterable[str]:
+def _compared(results: Mapping[str, Any]) -> Iterable[str]:
+    """How near the student is to its teacher, and how far from overflow: a paragraph for each figure that there is."""
     if "ci_low" in results:
         points = {name: 100 * results[name] for name in ("difference", "ci_low", "ci_high")}
         yield (
@@ -121,17 +120,11 @@ def _interval(results: Mapping[str, Any]) -> Iterable[str]:
                 f"{name}: {100 * results[f'{key}_agreement']:.1f} % of {results[f'{key}_sentences']:,} labels as in "
                 f"the clear, largest logit difference {results[f'{key}_max_logit_difference']:.4f}."
             )
-
-
-def _pieces(results: Mapping[str, Any]) -> Iterable[str]:
     if "pieces" in results:
         yield (
             f"Pieces of 1 to 6 tokens, of the test rows: {100 * results['pieces_agreement']:.1f} % of "
             f"{results['pieces']:,} labels are the teacher's."
         )
-
-
-def _margin(results: Mapping[str, Any]) -> Iterable[str]:
     if "margin_bits" in results:
         yield (
             f"Fixed point: {results['margin_bits']:.1f} bits between the largest numbers of "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,21 +11,19 @@ import numpy as np
 from flaxmpc import files
 from flaxmpc.convert import calibrate, contents
 from flaxmpc.convert.configs import Conversion, FineTuning
-from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
-from flaxmpc.convert.finetune import Evaluate, finetune, in_order, lengths, looking_up, predict
+from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_student
+from flaxmpc.convert.finetune import Evaluate, classification_loss, in_order, learn, lengths, looking_up, predict
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import SPLITS, Batch, Split, batches
 from flaxmpc.data.matching import matched, named, refuse_other_order
 from flaxmpc.data.pieces import pieces
 from flaxmpc.models import folder as folders
-from flaxmpc.models.base import WithHead, embeddings_path
+from flaxmpc.models.base import WithHead
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
 from flaxmpc.training import hosts
 from flaxmpc.training.metrics import agreement, correct, evaluate, paired_difference
-
-# The parameters that stay as they are, so that the client may know the table: see `flaxmpc.nn.embedding`.
 
 
 def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str, float]:
@@ -33,7 +32,7 @@ def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str
 
 
 def _bits(hits: np.ndarray) -> str:
-    """For results.json: "1" for every row that is right, "0" for every other."""
+    """Writes for results.json which rows are right: "1" for each that is, "0" for every other."""
     return "".join("01"[int(hit)] for hit in hits)
 
 
@@ -60,14 +59,15 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
     )
     inputs = {"data": contents.of_task(task), "encoder": contents.of_encoder(base, encoder)}
     run = run_folder(config, hosts.agreed(inputs))
-    params = finetune(
+    params = learn(
         base.model,
         base.params,
         task.train,
         Evaluate(base.model, task.validation, task.metrics),
         config.schedule,
         run / "fine-tuning",
-        frozen="" if config.train_embeddings else embeddings_path(base.model),
+        classification_loss(base.model),
+        train_embeddings=config.train_embeddings,
         seed=config.seed,
     )
     kept = dataclasses.replace(base.model.config, embedding=_embedding(config.train_embeddings, encoder))
@@ -230,61 +230,53 @@ def _start(
     return calibrate.calibrate_attention(student, folders.load(run / "start").params, batch)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Distillation:
-    """The stages of a conversion, one after the other.
+_Stages = Callable[[str, WithHead, Any, Split], tuple[dict[str, Any], dict[str, float]]]
 
-    Attributes:
+
+def _stages(
+    config: Conversion, teacher: folders.LoadedModel, material: _Material, ranges: calibrate.Ranges | None, run: Path
+) -> _Stages:
+    """Makes what distils: (the stage's name, student, its parameters, rows) -> parameters, and figures on the test set.
+
+    The name is "stage1" or "stage2". A stage that looks at labels is trained on the task's rows alone: pieces and
+    unlabelled texts have no labels.
+
+    Args:
         config: says how long each stage is, and what its losses weigh.
+        teacher: the model whose outputs are matched.
         material: what is learned from.
-        outputs: what the teacher gives for each batch.
         ranges: the ranges that the LayerNorms' variances are to stay in; None: any.
         run: the folder of the checkpoints, of each stage in a folder of its own.
     """
-
-    config: Conversion
-    material: _Material
-    outputs: Teacher
-    ranges: calibrate.Ranges | None
-    run: Path
-
-    def stage(self, name: str, student: WithHead, params: Any, train: Split) -> tuple[dict[str, Any], dict[str, float]]:
-        """The student's parameters after "stage1" or "stage2", and its figures on the test set.
-
-        A stage that looks at labels is trained on the task's rows alone: pieces and unlabelled texts have no labels.
-        """
-        stage: Stage = getattr(self.config, name)
-        task = self.material.task
-        trained = student.clone(config=calibrate.for_training(student.config))
-        params = distill(
-            trained,
-            params,
-            self.outputs,
-            task.train if stage.label_weight else train,
-            Evaluate(trained, task.validation, task.metrics),
-            stage,
-            self.run / name,
-            ranges=self.ranges,
-            frozen="" if self.config.train_embeddings else embeddings_path(trained),
-            seed=self.config.seed,
-        )
-        return params, _figures(task, predict(trained, params, task.test), f"{name}_")
-
-
-def _distillation(
-    config: Conversion, teacher: folders.LoadedModel, material: _Material, ranges: calibrate.Ranges | None, run: Path
-) -> _Distillation:
-    """The stages of a conversion, with the teacher's outputs that they ask for."""
-    stages = [stage for stage in (config.stage1, config.stage2) if stage.epochs]
-    outputs = Teacher(
+    wanted = [stage for stage in (config.stage1, config.stage2) if stage.epochs]
+    answers = Teacher(
         teacher.model,
         teacher.params,
         material.everything,
-        with_states=any(stage.hidden_weight for stage in stages),
-        with_scores=any(stage.score_weight for stage in stages),
+        with_states=any(stage.hidden_weight for stage in wanted),
+        with_scores=any(stage.score_weight for stage in wanted),
         memory=config.teacher_memory * 1e9,
     )
-    return _Distillation(config, material, outputs, ranges, run)
+    task = material.task
+
+    def distilled(name: str, student: WithHead, params: Any, train: Split) -> tuple[dict[str, Any], dict[str, float]]:
+        stage: Stage = getattr(config, name)
+        trained = student.clone(config=calibrate.for_training(student.config))
+        params = learn(
+            trained,
+            params,
+            task.train if stage.label_weight else train,
+            Evaluate(trained, task.validation, task.metrics),
+            stage,
+            run / name,
+            distillation_loss(trained, stage, ranges, name=name),
+            prepare=answers,
+            train_embeddings=config.train_embeddings,
+            seed=config.seed,
+        )
+        return params, _figures(task, predict(trained, params, task.test), f"{name}_")
+
+    return distilled
 
 
 @alone
@@ -323,12 +315,12 @@ def convert(config: Conversion) -> dict[str, Any]:
 
     ranged = norm if isinstance(norm, Ranged) else None
     ranges = calibrate.ranges(calibrate.variances(teacher.model, teacher.params, some)) if ranged else None
-    distillation = _distillation(config, teacher, material, ranges, run)
-    params, figures = distillation.stage("stage1", student, params, material.everything)
+    distilled = _stages(config, teacher, material, ranges, run)
+    params, figures = distilled("stage1", student, params, material.everything)
     results |= figures
     if ranged:  # the last stage trains the very function that will run
         student = _calibrated(student, params, material, ranged)
-    params, figures = distillation.stage("stage2", student, params, material.train)
+    params, figures = distilled("stage2", student, params, material.train)
     results |= figures
     if ranged:  # it may have moved some variances out of their ranges
         student = _calibrated(student, params, material, ranged)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +10,13 @@ import numpy as np
 from rich.progress import track
 
 from flaxmpc.convert.calibrate import Ranges, variances_in
-from flaxmpc.convert.finetune import Evaluate, epoch_batches, first_bad_layer, in_order
+from flaxmpc.convert.finetune import in_order, outputs
 from flaxmpc.data.batches import Batch, Split
-from flaxmpc.models.base import WithHead, embeddings_path, init_params
+from flaxmpc.models.base import WithHead, init_params
 from flaxmpc.models.outputs import Intermediates
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.training import losses
-from flaxmpc.training.fit import Objective, Schedule, fit
+from flaxmpc.training.fit import Loss, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Teacher:
 
         Args:
             model, params: the fine-tuned exact model.
-            split: whose batches will be asked for.
+            split: the rows that batches will be made of.
             with_states, with_scores: whether any loss asks for hidden states or scores.
             memory: bytes that what is kept may take; if it takes more, each batch is computed when it is asked for.
         """
@@ -90,8 +89,7 @@ class Teacher:
 
         @jax.jit
         def apply(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-            inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-            output: Any = model.apply({"params": params}, *inputs, method="outputs")
+            output = outputs(model, params, batch)
             if not (with_states or with_scores):
                 return output.logits, None
             states = output.intermediates._replace(variances=())
@@ -142,43 +140,24 @@ def _padded(leaves: tuple[np.ndarray, ...], row_mask: np.ndarray, tokens: int) -
     return out
 
 
-def distill(
-    student: WithHead,
-    params: Mapping[str, Any],
-    teacher: Teacher,
-    train: Split,
-    evaluate: Evaluate,
-    stage: Stage,
-    folder: Path,
-    *,
-    ranges: Ranges | None = None,
-    frozen: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """One stage; resumable, see `fit`. The student has no dropout. Returns the parameters of its best epoch.
+def distillation_loss(student: WithHead, stage: Stage, ranges: Ranges | None = None, *, name: str) -> Loss:
+    """Makes the loss of a stage for `learn`, whose batches a `Teacher` prepares. The student has no dropout.
 
     Args:
-        student, params: what is trained, all but what is frozen.
-        teacher: of the same training sentences.
-        train: the training split.
-        evaluate: figures of the validation split, see `fit`; the first chooses the epoch.
-        stage: the schedule and the weights of the losses.
-        folder: of the stage's checkpoints and metrics.
-        ranges: of the LayerNorms' variances, for the range loss.
-        frozen: the start of the paths that are not trained; None: the embeddings'.
-        seed: of the order of the sentences.
+        student: the model that is trained.
+        stage: the weights of the losses.
+        ranges: the ranges of the LayerNorms' variances, for the range loss.
+        name: the stage's, for the message.
 
     Raises:
         ValueError: a stage without a loss.
     """
     if stage.epochs and not any((stage.hidden_weight, stage.score_weight, stage.logit_weight, stage.label_weight)):
-        raise ValueError(f"{folder.name} has no loss: all of its weights are 0")
+        raise ValueError(f"{name} has no loss: all of its weights are 0")
 
     def loss(params: Mapping[str, Any], targets: Targets, _: jax.Array):
         batch, theirs, their_states = targets
-        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        output: Any = student.apply({"params": params}, *inputs, method="outputs")
-        ours, states = output
+        ours, states = outputs(student, params, batch)
         rows: Any = batch.row_mask
         tokens: Any = batch.attention_mask * batch.row_mask[:, None]
         terms = {}
@@ -196,13 +175,4 @@ def distill(
         total = sum((weight * value for weight, value in terms.values()), jnp.zeros(()))
         return total, {name: value for name, (_, value) in terms.items()}
 
-    objective = Objective(
-        loss,
-        prepare=teacher,
-        frozen=embeddings_path(student) if frozen is None else frozen,
-        evaluate=evaluate,
-        choose_by=evaluate.chooses,
-        locate=first_bad_layer(student),
-    )
-    batches_of = epoch_batches(train, stage, seed, student.config.num_positions)
-    return fit(objective, params, batches_of, stage, folder, seed=seed)
+    return loss

@@ -1,6 +1,7 @@
 """Measures a trained model on a whole test set: at every length in the clear, and under MPC."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from flaxmpc import files, secure
 from flaxmpc.convert import card
 from flaxmpc.convert.finetune import predict
 from flaxmpc.data import tasks
-from flaxmpc.data.batches import Split, collate, plan
+from flaxmpc.data.batches import Split
 from flaxmpc.data.lengths import bucketed, repeated
 from flaxmpc.data.matching import matched
 from flaxmpc.errors import brief
@@ -20,7 +21,7 @@ from flaxmpc.files import claimed
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.config import MOST_POSITIONS
-from flaxmpc.serve.classify import buckets
+from flaxmpc.serve.classify import Client, buckets
 from flaxmpc.serve.private import SecureClassifier, check_encoded
 from flaxmpc.training import metrics
 
@@ -31,12 +32,10 @@ def secure_logits(
     """Computes the logits (row, label) of a split on shares and in the clear; returns both, and the last run's cost."""
     shape = (len(split), classifier.config.num_labels)
     secret, plain, cost = np.zeros(shape, np.float32), np.zeros(shape, np.float32), None
-    for members in track(plan(split, batch_size=batch_size, lengths=classifier.lengths), description):
-        batch = collate(split, members, batch_size=batch_size, pad_token_id=classifier.config.pad_token_id)
-        types = None if split.token_type_ids is None else batch.token_type_ids
-        found = classifier.logits(batch.input_ids, batch.attention_mask, types)
-        rows, cost = members.rows, found.cost
-        secret[rows], plain[rows] = found.secret[: len(rows)], found.plain[: len(rows)]
+    runs = list(classifier.runs(split, range(len(split)), lambda _: [batch_size]))
+    for run in track(runs, description):
+        found, rows = classifier.answer(run), list(run.places)
+        secret[rows], plain[rows], cost = found.secret[: len(rows)], found.plain[: len(rows)], found.cost
     assert cost is not None, "a split is never empty"
     return secret, plain, cost
 
@@ -86,11 +85,10 @@ def evaluate(
             split = task.test[rows]
             classifier = SecureClassifier(loaded, secure.InProcess(protocol))
             secret, plain, cost = secure_logits(classifier, split, batch_size, protocol)
-            key = protocol.lower()
-            results[f"{key}_sentences"] = len(rows)
-            results |= {f"{key}_{name}": value for name, value in _figures(task.metrics, secret, split).items()}
-            results[f"{key}_agreement"] = metrics.agreement(secret, plain)
-            results[f"{key}_max_logit_difference"] = _largest_difference(secret, plain)
+            figures = {"sentences": len(rows), **metrics.evaluate(task.metrics, secret, split.labels)}
+            figures["agreement"] = metrics.agreement(secret, plain)
+            figures["max_logit_difference"] = _largest_difference(secret, plain)
+            results |= {f"{protocol.lower()}_{name}": value for name, value in figures.items()}
             results |= {"versions": cost.versions, "machine": cost.machine, "date": cost.date}
             if protocol == "REF2K":
                 for record in results["lengths"]:
@@ -156,18 +154,14 @@ def _finite(logits: np.ndarray) -> int:
 
 def _longest(folder: Path, records: Sequence[dict[str, Any]]) -> int:
     """The longest bucket up to which every row is finite. FloatingPointError: not even the first is."""
-    longest = 0
-    for record in records:
-        if record["finite"] < record["rows"]:
-            break
-        longest = record["length"]
-    if not longest:
+    finite = list(itertools.takewhile(lambda record: record["finite"] == record["rows"], records))
+    if not finite:
         first = records[0]
         raise FloatingPointError(
             f"{folder} has logits that are not finite for {first['rows'] - first['finite']} of {first['rows']} texts "
             f"of up to {first['length']} tokens: with --layer-norm layer_norm, or more epochs, it may do"
         )
-    return longest
+    return finite[-1]["length"]
 
 
 def _answering(loaded: folders.LoadedModel, longest: int) -> folders.LoadedModel:
@@ -191,12 +185,9 @@ _CHECKED, _MARGIN = 200, 2.0
 
 
 def _margin(loaded: folders.LoadedModel, split: Split) -> dict[str, Any]:
-    # How many sentences are searched for large numbers before a model runs in fixed point; the bits that must be left.
     rows = split[spread(len(split), _CHECKED)]
-    lengths = buckets(loaded.model.config.longest)
-    found = (collate(rows, members, batch_size=1) for members in plan(rows, batch_size=1, lengths=lengths))
-    types = (lambda batch: None) if split.token_type_ids is None else (lambda batch: batch.token_type_ids)
-    margins = check_encoded(loaded, ((batch.input_ids, batch.attention_mask, types(batch)) for batch in found))
+    runs = Client(loaded.model, loaded.tokenizer, {}).runs(rows, range(len(rows)), lambda _: [1])
+    margins = check_encoded(loaded, ((run.ids, run.mask, run.types) for run in runs))
     margins.require(_MARGIN)
     return {"margin_bits": margins.margin_bits, "margin_sentences": len(rows), "margin_worst": str(margins.worst)}
 
@@ -206,7 +197,3 @@ def spread(total: int, count: int | None) -> np.ndarray:
     if count is None or count >= total:
         return np.arange(total)
     return np.linspace(0, total - 1, count).astype(int)
-
-
-def _figures(names: Sequence[str], logits: np.ndarray, split: Split) -> dict[str, float]:
-    return metrics.evaluate(names, logits, split.labels)

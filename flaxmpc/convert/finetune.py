@@ -1,4 +1,4 @@
-"""Fine-tuning a classifier: the teacher of a conversion."""
+"""Trains a classifier: the teacher of a conversion on labels, a student on any loss; and computes what it gives."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def predict(model: WithHead, params: Mapping[str, Any], split: Split, batch_size
     model = looking_up(model)
     logits = np.zeros((len(split), model.config.num_labels), np.float32)
     for batch in in_order(split, batch_size, model.config.num_positions):
-        output = _apply(model)({"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        output = _apply(model)({"params": params}, *batch.inputs)
         rows = batch.row_mask > 0
         logits[batch.place[rows]] = np.asarray(output)[rows]
     return logits
@@ -62,30 +62,28 @@ def predict(model: WithHead, params: Mapping[str, Any], split: Split, batch_size
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluate:
-    """The figures of a model on a split, by the names of their metrics.
+    """Computes the figures of a model on the validation split, by the names of their metrics after "validation_".
 
     Attributes:
-        model, split: whose.
+        model, split: the model, and the rows that it is measured on.
         metrics: names in `flaxmpc.training.metrics.METRICS`; the first chooses the best epoch.
-        prefix: of the figures' names.
     """
 
     model: WithHead
     split: Split
     metrics: tuple[str, ...]
-    prefix: str = "validation_"
 
     @property
     def chooses(self) -> str:
-        return self.prefix + self.metrics[0]
+        return f"validation_{self.metrics[0]}"
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
         figures = metrics.evaluate(self.metrics, predict(self.model, params, self.split), self.split.labels)
-        return {self.prefix + name: value for name, value in figures.items()}
+        return {f"validation_{name}": value for name, value in figures.items()}
 
 
 def first_bad_layer(model: WithHead) -> Callable[[Mapping[str, Any], Batch], str]:
-    """For `fit`: names the first place in the model where a number is not finite, or the layer of the largest."""
+    """Makes what says for `fit` where the first number is that is not finite, or else in which layer the largest."""
 
     def locate(params: Mapping[str, Any], batch: Batch) -> str:
         for path, leaf in flatten(params).items():
@@ -107,32 +105,22 @@ def first_bad_layer(model: WithHead) -> Callable[[Mapping[str, Any], Batch], str
     return locate
 
 
-@functools.lru_cache(maxsize=8)
-def _with_states(model: Any) -> Callable[..., Any]:
-    def apply(params: Any, batch: Batch) -> Any:
-        inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        return model.apply({"params": params}, *inputs, method="outputs")
-
-    return jax.jit(apply)
+def outputs(model: WithHead, params: Any, batch: Batch) -> Any:
+    """Computes a model's logits and `Intermediates` for a batch, without dropout."""
+    return model.apply({"params": params}, *batch.inputs, method="outputs")
 
 
-def apply_with_states(model: Any) -> Callable[..., Any]:
-    """(params, batch) -> (logits, `Intermediates`), compiled once for a model."""
-    return _with_states(model)
+apply_with_states: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=8)(
+    lambda model: jax.jit(functools.partial(outputs, model))
+)
+"""(model) -> (params, batch) -> `outputs`, compiled once for a model."""
 
 
 def classification_loss(model: WithHead) -> Loss:
-    """For `fit`: the loss against the true labels, with dropout, and the accuracy of a classifier."""
+    """Makes the loss for `fit` against the true labels, with dropout; it tells the accuracy of a classifier, too."""
 
     def loss(params: Mapping[str, Any], batch: Batch, key: jax.Array):
-        logits = model.apply(
-            {"params": params},
-            batch.input_ids,
-            batch.attention_mask,
-            batch.token_type_ids,
-            deterministic=False,
-            rngs={"dropout": key},
-        )
+        logits = model.apply({"params": params}, *batch.inputs, deterministic=False, rngs={"dropout": key})
         value = losses.label_loss(logits, batch.label, batch.row_mask)  # pyright: ignore[reportArgumentType]
         if model.config.num_labels == 1:
             return value, {}
@@ -142,25 +130,33 @@ def classification_loss(model: WithHead) -> Loss:
     return loss
 
 
-def finetune(
+def learn(
     model: WithHead,
     params: Mapping[str, Any],
-    train: Split,
+    split: Split,
     evaluate: Evaluate,
     schedule: Schedule,
     folder: Path,
+    loss: Loss,
     *,
-    frozen: str | None = None,
+    prepare: Callable[[Batch], Any] = lambda batch: batch,
+    train_embeddings: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Trains on labelled sentences; resumable, see `fit`. Returns the parameters of the best epoch."""
+    """Trains a model on the rows of a split; resumable, see `fit`. Returns the parameters of the best epoch.
 
-    objective = Objective(
-        classification_loss(model),
-        frozen=embeddings_path(model) if frozen is None else frozen,
-        evaluate=evaluate,
-        choose_by=evaluate.chooses,
-        locate=first_bad_layer(model),
-    )
-    batches_of = epoch_batches(train, schedule, seed, model.config.num_positions)
+    Args:
+        model, params: what is trained.
+        split: the rows to learn from.
+        evaluate: the figures of the validation split; the first chooses the epoch.
+        schedule: how long and how fast.
+        folder: the folder of checkpoints and metrics.
+        loss: the loss, such as `classification_loss`.
+        prepare: makes of a batch what the loss gets, see `Objective`.
+        train_embeddings: whether the embeddings are trained, too; else they stay as they are.
+        seed: the seed of the order of the rows, and of dropout.
+    """
+    frozen = "" if train_embeddings else embeddings_path(model)
+    objective = Objective(loss, prepare, frozen, evaluate, evaluate.chooses, first_bad_layer(model))
+    batches_of = epoch_batches(split, schedule, seed, model.config.num_positions)
     return fit(objective, params, batches_of, schedule, folder, seed=seed)

@@ -47,14 +47,12 @@ def movie_sentences() -> Any:
         label=datasets.ClassLabel(names=["negative", "positive"]),
         rating=datasets.Value("float32"),
     )
-    table: dict[str, dict[str, list]] = {split: {"sentence": [], "label": [], "rating": []} for split in SPLITS}
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for rating, sentence in rows:
-        columns = table[split_of(sentence)]
-        columns["sentence"].append(sentence)
-        columns["label"].append(int(float(rating) > 0))
-        columns["rating"].append(float(rating))
+        row = {"sentence": sentence, "label": int(float(rating) > 0), "rating": float(rating)}
+        splits[split_of(sentence)].append(row)
     return datasets.DatasetDict(
-        {split: datasets.Dataset.from_dict(columns, features=features) for split, columns in table.items()}
+        {split: datasets.Dataset.from_list(found, features=features) for split, found in splits.items()}
     )
 
 
@@ -158,6 +156,12 @@ def encode(tokenizer: Any, texts: Sequence[Text], max_length: int) -> Encoded:
     return encoded
 
 
+def without_labels(tokenizer: Any, texts: Sequence[Text], max_length: int, like: Split) -> Split:
+    """Encodes texts that have no labels: all are 0, of the type of those of another split."""
+    ids, types, _ = encode(tokenizer, texts, max_length)
+    return Split(ids, np.zeros(len(texts), like.labels.dtype), types)
+
+
 class Batch(NamedTuple):
     """Rows of a split, padded to one length, that are computed together; the last ones may only fill the batch up.
 
@@ -174,6 +178,11 @@ class Batch(NamedTuple):
     label: np.ndarray
     row_mask: np.ndarray
     place: np.ndarray
+
+    @property
+    def inputs(self) -> tuple[Any, Any, Any]:
+        """What a model is applied to: token ids, mask and types."""
+        return self.input_ids, self.attention_mask, self.token_type_ids
 
 
 class Members(NamedTuple):
@@ -217,29 +226,35 @@ def plan(
 
 def collate(split: Split, members: Members, *, batch_size: int, pad_token_id: int = 0) -> Batch:
     """Puts rows of a split in one batch, in their order, then rows that only fill it up."""
-    shape = (batch_size, members.length)
-    label_type = np.float32 if split.labels.dtype.kind == "f" else np.int32
+    rows, count = members.rows, len(members.rows)
+    inputs = padded(split, rows.tolist(), (batch_size, members.length), pad_token_id)
     batch = Batch(
-        np.full(shape, pad_token_id, np.int32),
-        np.zeros(shape, np.int32),
-        np.zeros(shape, np.int32),
-        np.zeros(batch_size, label_type),
+        *inputs,
+        np.zeros(batch_size, np.float32 if split.labels.dtype.kind == "f" else np.int32),
         np.zeros(batch_size, np.float32),
         np.zeros(batch_size, np.int32),
     )
-    # Rows that only fill up are the first once more: what is out of the ordinary, such as an empty sentence, may leave
-    # the range that a LayerNorm is calibrated for, and 0 x inf is no 0.
-    filling = [members.rows[0]] * (batch_size - len(members.rows))
-    for i, row in enumerate([*members.rows, *filling]):
-        tokens = split.input_ids[row]
-        batch.input_ids[i, : len(tokens)] = tokens
-        batch.attention_mask[i, : len(tokens)] = 1
-        if split.token_type_ids is not None:
-            batch.token_type_ids[i, : len(tokens)] = split.token_type_ids[row]
-    batch.label[: len(members.rows)] = split.labels[members.rows]
-    batch.row_mask[: len(members.rows)] = 1.0
-    batch.place[: len(members.rows)] = members.rows
+    batch.label[:count], batch.row_mask[:count], batch.place[:count] = split.labels[rows], 1.0, rows
     return batch
+
+
+def padded(
+    encoded: Encoded | Split, rows: Sequence[int], shape: tuple[int, int], pad_token_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Puts rows of token ids in arrays of one shape: ids, mask and types, (batch, token) int32.
+
+    Rows that only fill up are the first once more: what is out of the ordinary, such as an empty sentence, may leave
+    the range that a LayerNorm is calibrated for, and 0 x inf is no 0.
+    """
+    ids = np.full(shape, pad_token_id, np.int32)
+    mask, types = np.zeros_like(ids), np.zeros_like(ids)
+    for i, row in enumerate([*rows, *[rows[0]] * (shape[0] - len(rows))]):
+        tokens = encoded.input_ids[row]
+        ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = 1
+        if encoded.token_type_ids is not None:
+            types[i, : len(tokens)] = encoded.token_type_ids[row]
+    return ids, mask, types
 
 
 def batches(

@@ -66,27 +66,17 @@ def _shown(schema: pa.Schema) -> str:
 
 def _parquet(file: str) -> pa.Table:
     parquet = pq.ParquetFile(file)  # read_table makes a column a of a folder named a=b
-    _check(parquet.schema_arrow, parquet.metadata.num_rows)
-    wanted = [field.name for field in parquet.schema_arrow if _is_plain(field.type)]
-    table = parquet.read(columns=wanted, use_threads=False)
-    rows = parquet.metadata.num_rows
-    columns = {name: table.column(name) for name in wanted}
-    whole = [columns.get(field.name, pa.nulls(rows, pa.null())) for field in parquet.schema_arrow]
-    unread = [field if field.name in columns else _unread(field) for field in parquet.schema_arrow]
-    return pa.table(whole, schema=pa.schema(unread, metadata=parquet.schema_arrow.metadata))
+    schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+    _check(schema, rows)
+    wanted = [field.name for field in schema if _is_plain(field.type)]
+    return _whole(parquet.read(columns=wanted, use_threads=False), schema, rows)
 
 
 def _arrow(file: str) -> pa.Table:
     with pa.memory_map(file) as source:
         table = pa.ipc.open_stream(source).read_all()
     _check(table.schema, table.num_rows)
-    plain = [_is_plain(field.type) for field in table.schema]
-    columns = [
-        column if right else pa.nulls(table.num_rows, pa.null())
-        for column, right in zip(table.columns, plain, strict=True)
-    ]
-    fields = [field if right else _unread(field) for field, right in zip(table.schema, plain, strict=True)]
-    return pa.table(columns, schema=pa.schema(fields, metadata=table.schema.metadata))
+    return _whole(table, table.schema, table.num_rows)
 
 
 _FORMS = {"parquet": _parquet, "arrow": _arrow}
@@ -108,8 +98,15 @@ def _is_plain(type_: pa.DataType) -> bool:
     return any(kind(value) for kind in of)
 
 
-def _unread(field: pa.Field) -> pa.Field:
-    return pa.field(field.name, pa.null(), metadata={UNREAD: str(field.type)[:100]})
+def _whole(table: pa.Table, schema: pa.Schema, rows: int) -> pa.Table:
+    """The columns of a schema: those that are read from the table, the others null."""
+    fields, columns = [], []
+    for field in schema:
+        plain = _is_plain(field.type)
+        unread = pa.field(field.name, pa.null(), metadata={UNREAD: str(field.type)[:100]})
+        fields.append(field if plain else unread)
+        columns.append(table.column(field.name) if plain else pa.nulls(rows, pa.null()))
+    return pa.table(columns, schema=pa.schema(fields, metadata=schema.metadata))
 
 
 def _plain(table: pa.Table) -> pa.Table:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxmpc.data.batches import Split, Text, encode
+from flaxmpc.data.batches import Split, Text, without_labels
 
 # The rows that a bucket is filled up to by joining texts; and the number of texts that repeat one word.
 JOINED, REPEATED = 64, 32
@@ -30,7 +30,7 @@ def bucketed(split: Split, tokenizer: Any, lengths: Sequence[int]) -> dict[int, 
     for high in lengths:
         rows = split[np.flatnonzero((sizes > low) & (sizes <= high))]
         texts = [_joined(split, sizes - special, low - special, rng) for _ in range(JOINED - len(rows))] if low else []
-        found[high] = rows + _encoded(texts, tokenizer, high, split) if texts else rows, len(texts)
+        found[high] = rows + without_labels(tokenizer, texts, high, split) if texts else rows, len(texts)
         low = high
     return found
 
@@ -42,7 +42,7 @@ def repeated(split: Split, tokenizer: Any, length: int) -> Split:
     chosen = np.random.default_rng(0).choice(words, min(REPEATED, len(words)), replace=False)
     texts = [" ".join([str(word)] * length) for word in chosen]
     pairs = split.token_type_ids is not None
-    return _encoded([(text, text) for text in texts] if pairs else texts, tokenizer, length, split)
+    return without_labels(tokenizer, [(text, text) for text in texts] if pairs else texts, length, split)
 
 
 def _joined(split: Split, sizes: np.ndarray, least: int, rng: np.random.Generator) -> Text:
@@ -59,9 +59,3 @@ def _joined(split: Split, sizes: np.ndarray, least: int, rng: np.random.Generato
         first, second = zip(*pairs, strict=True)
         return " ".join(first), " ".join(second)
     return " ".join(text for text in chosen if isinstance(text, str))
-
-
-def _encoded(texts: Sequence[Text], tokenizer: Any, most: int, like: Split) -> Split:
-    """The texts as a split of rows of at most `most` tokens. They have no labels of their own: all are 0."""
-    ids, types, _ = encode(tokenizer, texts, most)
-    return Split(ids, np.zeros(len(texts), like.labels.dtype), types)

@@ -36,17 +36,26 @@ def read_text(file: Path) -> str:
     for mark, encoding in _ENCODINGS.items():
         if data.startswith(mark):
             raise ValueError(f"{file} is {encoding}: save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 (byte {data[error.start]:#04x})") from error
+    text = decode(data, str(file))
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(f"{file}, line {line}: a NUL byte, which UTF-16 has and text in UTF-8 has not")
     if not text.strip():
         raise ValueError(f"{file} is empty")
     return text
+
+
+def decode(data: bytes, name: str) -> str:
+    """Decodes UTF-8, without the mark that some programs put before it.
+
+    Raises:
+        ValueError: it is none; the message has `name` and the line.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name}, line {line}: not UTF-8 (byte {data[error.start]:#04x})") from error
 
 
 def twice(names: Sequence[str]) -> str | None:

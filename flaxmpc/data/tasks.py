@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxmpc.data import columns, tables
-from flaxmpc.data.batches import SPLITS, Split, Text, encode, movie_sentences, split_of
+from flaxmpc.data.batches import SPLITS, Split, Text, encode, movie_sentences, split_of, without_labels
 from flaxmpc.data.glue import GLUE, Glue, from_hub
 from flaxmpc.data.labels import read_labels
 from flaxmpc.data.tables import ALL, Table
@@ -140,8 +140,7 @@ def unlabelled(path: Path, task: Task, tokenizer: Any, max_length: int) -> Split
     texts = [text for table in found for text in columns.texts(table, task.text_columns) if text not in held_out]
     if not texts:
         raise ValueError(f"{path} has no texts but those of {task.name}'s validation and test rows")
-    ids, types, _ = encode(tokenizer, texts, max_length)
-    return Split(ids, np.zeros(len(texts), task.train.labels.dtype), types)
+    return without_labels(tokenizer, texts, max_length, task.train)
 
 
 class Rows(NamedTuple):

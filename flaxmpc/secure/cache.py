@@ -9,6 +9,8 @@ import secrets
 import stat
 from pathlib import Path
 
+from flaxmpc import files
+
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -73,25 +75,17 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, code: bytes) -> None:
-    """Keeps code on disk, after its sha256; a cache that can't be written to is no reason to fail."""
+    """Keeps code on disk, after its sha256; a cache that can't be written to is no reason to fail.
+
+    Whatever the umask, others may not write to the folder or the file.
+    """
     with contextlib.suppress(OSError):
-        make_folder(path.parent)
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o755, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")  # not by tempfile: others may read a cache
         try:
-            write_new(temporary, hashlib.sha256(code).digest() + code)
+            files.write_new(temporary, hashlib.sha256(code).digest() + code, 0o644)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder of the cache; whatever the umask, others may not write there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o755, exist_ok=True)
-
-
-def write_new(path: Path, content: bytes) -> None:
-    """Writes a new file of the cache; whatever the umask, others may not write to it."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
-        file.write(content)

@@ -8,6 +8,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import re
@@ -34,12 +35,7 @@ class OpCost:
     rounds: float
 
     def __add__(self, other: OpCost) -> OpCost:
-        return OpCost(
-            self.count + other.count,
-            self.seconds + other.seconds,
-            self.bytes_sent + other.bytes_sent,
-            self.rounds + other.rounds,
-        )
+        return OpCost(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Cost:
         rounds: send actions per party, averaged over the parties: the number of one-way latencies that a run waits
             for (see Protocol.rounds_exact).
         per_op: OpCost by operation, as SPU's compiled program names it ("pphlo.dot"), the most bytes first.
-        versions: of flaxmpc, spu, jax, numpy and python.
+        versions: the versions of flaxmpc, spu, jax, numpy and python.
         machine: {"platform", "processor", "cpus"}.
         date: end of the run, UTC, ISO 8601.
     """
@@ -87,9 +83,7 @@ class Cost:
         n = config.world_size
         per_op = {
             name: OpCost(round(count / n), time / n, sent, actions / n)
-            for name, (count, time, sent, actions) in sorted(
-                profile.ops.items(), key=lambda item: (-item[1][2], -item[1][1])
-            )
+            for name, (count, time, sent, actions) in profile.ops.items()
         }
         sent = tuple(sorted((sent for sent, _ in profile.totals), reverse=True))
         return cls(
@@ -103,7 +97,7 @@ class Cost:
             bytes_sent=sum(sent),
             bytes_sent_per_party=sent,
             rounds=sum(actions for _, actions in profile.totals) / n,
-            per_op=per_op,
+            per_op=_most_bytes_first(per_op),
             **provenance(),
         )
 
@@ -121,7 +115,7 @@ class Cost:
                 a + b for a, b in zip(self.bytes_sent_per_party, other.bytes_sent_per_party, strict=True)
             ),
             rounds=self.rounds + other.rounds,
-            per_op=dict(sorted(per_op.items(), key=lambda item: (-item[1].bytes_sent, -item[1].seconds))),
+            per_op=_most_bytes_first(per_op),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,6 +125,10 @@ class Cost:
     def to_json(self) -> str:
         """`as_dict` as one line of JSON."""
         return json.dumps(self.as_dict())
+
+
+def _most_bytes_first(per_op: dict[str, OpCost]) -> dict[str, OpCost]:
+    return dict(sorted(per_op.items(), key=lambda item: (-item[1].bytes_sent, -item[1].seconds)))
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 import threading
@@ -83,6 +84,7 @@ def jit(
     return SecureFunction(fn, config, visibility, parties, shared_reciprocal)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class SecureFunction:
     """A JAX function that runs on secret shares; made by `jit`.
 
@@ -90,19 +92,13 @@ class SecureFunction:
     are kept on disk too, in $FLAXMPC_CACHE, $XDG_CACHE_HOME/flaxmpc/programs or ~/.cache/flaxmpc/programs.
     """
 
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        config: Config,
-        visibility: str | tuple[str, ...],
-        parties: Parties | None,
-        shared_reciprocal: bool = False,
-    ):
-        self.fn = fn
-        self.config = config
-        self._visibility = visibility
-        self._parties = parties
-        self._shared_reciprocal = shared_reciprocal
+    fn: Callable[..., Any]
+    config: Config
+    _visibility: str | tuple[str, ...]
+    _parties: Parties | None
+    _shared_reciprocal: bool
+
+    def __post_init__(self):
         self._programs: dict[Any, Program] = {}
         self._lock = threading.Lock()
 
@@ -111,12 +107,7 @@ class SecureFunction:
         """The parties that compute, started if need be; `parties.put(tree)` makes values resident there."""
         with self._lock:
             if self._parties is None:
-                self._parties = InProcess(
-                    self.config.protocol,
-                    ring=self.config.ring,
-                    fraction_bits=self.config.fraction_bits,
-                    exp_mode=self.config.exp_mode,
-                )
+                self._parties = InProcess(**dataclasses.asdict(self.config))
             return self._parties
 
     def __call__(self, *args: Any) -> Any:
@@ -213,8 +204,8 @@ class SecureFunction:
                 for _ in jax.tree.leaves(struct)
             ]
             fn = _opened_once(self.fn, once) if any(once) else self.fn
-            compiled = _compile(fn, structs, per_leaf, self.config, self._shared_reciprocal)
-            program = self._programs[key] = compiled
+            program = _compile(fn, structs, per_leaf, self.config, self._shared_reciprocal)
+            self._programs[key] = program
             return program, time.perf_counter() - start
 
 

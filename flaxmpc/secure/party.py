@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import collections
 import concurrent.futures
+import dataclasses
 import secrets
 import threading
 import time
@@ -91,12 +92,14 @@ class Parties(abc.ABC):
 
     def __init__(self, config: Config):
         self.config = config
+        self._session = ""
+        self._deleted: collections.deque[str] = collections.deque()
         self._io = load_spu().Io(config.world_size, config.runtime_config())
 
     @property
-    @abc.abstractmethod
     def session(self) -> str:
         """Changes when the parties start anew, without the values they held."""
+        return self._session
 
     @abc.abstractmethod
     def store(self, name: str, shares: Sequence[Any]) -> None:
@@ -106,12 +109,16 @@ class Parties(abc.ABC):
     def fetch(self, name: str) -> list[Any]:
         """Every party's share of the value `name`."""
 
-    @abc.abstractmethod
     def delete(self, names: Sequence[str]) -> None:
         """Notes values that all parties are to free, before the next use of the group at the latest.
 
         It takes no lock and starts no thread: it may run in a garbage collection, in the middle of anything.
         """
+        self._deleted.extend(names)
+
+    def _take_deleted(self) -> list[str]:
+        """The names of the values that were deleted since it was last called."""
+        return [self._deleted.popleft() for _ in range(len(self._deleted))]
 
     def sweep(self) -> None:  # noqa: B027 - groups that leave it to their next use have nothing to do
         """Frees at once what was deleted, where the group can without waiting."""
@@ -161,6 +168,7 @@ class Parties(abc.ABC):
             raise SecureError.wrap("opening a result", error) from error
 
 
+@dataclasses.dataclass(eq=False)
 class Planned:
     """A pytree of values that parties will hold shares of: programs can be compiled for it.
 
@@ -169,9 +177,8 @@ class Planned:
         visibility: "secret" or "public".
     """
 
-    def __init__(self, struct: Any, visibility: str = "secret"):
-        self.struct = struct
-        self.visibility = visibility
+    struct: Any
+    visibility: str = "secret"
 
 
 class Resident(Planned):
@@ -182,8 +189,8 @@ class Resident(Planned):
 
     Attributes:
         parties: who holds it.
-        names: of its values at the parties, in the order of its leaves.
-        struct, visibility: see Planned.
+        names: the names of its values at the parties, in the order of its leaves.
+        struct, visibility: the same as of Planned.
     """
 
     def __init__(self, parties: Parties, session: str, names: list[str], struct: Any, visibility: str):
@@ -218,13 +225,11 @@ class InProcess(Parties):
         *,
         ring: str = "FM64",
         fraction_bits: int = 18,
-        num_parties: int | None = None,
         exp_mode: str = "taylor",
     ):
         """Starts the parties. Arguments and errors: see Config."""
-        super().__init__(Config(protocol, ring, fraction_bits, num_parties, exp_mode))
+        super().__init__(Config(protocol, ring, fraction_bits, exp_mode))
         self._lock = threading.Lock()
-        self._doomed: collections.deque[str] = collections.deque()
         self._use(self._start)
 
     def _start(self) -> None:
@@ -263,37 +268,24 @@ class InProcess(Parties):
 
     def _sweep(self, *, wait: bool = True) -> None:
         # Freeing may write to SPU's log, which may be that of another group's run, or of this thread's.
-        if not self._doomed or not log_lock.acquire(blocking=wait):
+        if not self._deleted or not log_lock.acquire(blocking=wait):
             return
         try:
-            names = set()
-            while self._doomed:
-                names.add(self._doomed.popleft())
+            names = self._take_deleted()
             for done in self._on_each(lambda party: party.delete(names), self.members):
                 done.result()
         finally:
             log_lock.release()
-
-    @property
-    def session(self) -> str:
-        return self._session
 
     def put(self, tree: Any, visibility: str = "secret") -> Resident:
         check_no_interrupted()  # before shares are made, which takes long
         return super().put(tree, visibility)
 
     def store(self, name: str, shares: Sequence[Any]) -> None:
-        def give() -> None:
-            for party, share in zip(self.members, shares, strict=True):
-                party.store(name, share)
-
-        self._use(give)
+        self._use(lambda: [party.store(name, share) for party, share in zip(self.members, shares, strict=True)])
 
     def fetch(self, name: str) -> list[Any]:
         return self._use(lambda: [party.fetch(name) for party in self.members])
-
-    def delete(self, names: Sequence[str]) -> None:
-        self._doomed.extend(names)
 
     def sweep(self) -> None:
         def sweep_if_free() -> None:

@@ -96,24 +96,22 @@ class Config:
         protocol: a name in PROTOCOLS.
         ring: "FM32", "FM64" or "FM128": secrets are integers modulo 2^32, 2^64 or 2^128.
         fraction_bits: bits after the binary point of the fixed-point encoding.
-        num_parties: by default what the protocol takes; another number is an error.
         exp_mode: how exponentials are computed. "taylor": (1 + x/256)^256, off by x^2/512 of the value, and by anything
             below -512. "pade": by the bits of x log2 e, off by 1e-4 of the value and right for any negative x, at four
             times the bytes and three times the rounds (ABY3).
 
     Raises:
-        ValueError: an unknown protocol, ring or exp_mode, a number of parties that the protocol cannot have, or
-            fraction bits that leave a product of two small numbers no room in the ring.
+        ValueError: an unknown protocol, ring or exp_mode, or fraction bits that leave a product of two small numbers
+            no room in the ring.
     """
 
     protocol: str = "ABY3"
     ring: str = "FM64"
     fraction_bits: int = 18
-    num_parties: int | None = None
     exp_mode: str = "taylor"
 
     def __post_init__(self):
-        needed = get_protocol(self.protocol).num_parties
+        get_protocol(self.protocol)
         if self.ring not in RING_BITS:
             raise unknown("ring", self.ring, RING_BITS)
         if self.exp_mode not in EXP_MODES:
@@ -122,10 +120,6 @@ class Config:
         most = RING_BITS[self.ring] // 2 - 2
         if not 1 <= self.fraction_bits <= most:
             raise ValueError(f"fraction_bits must be in 1..{most} with ring {self.ring}, not {self.fraction_bits}")
-        if self.num_parties is None:
-            object.__setattr__(self, "num_parties", needed)
-        if self.num_parties != needed:
-            raise ValueError(f"protocol {self.protocol} takes {needed} parties, not {self.num_parties}")
 
     @property
     def world_size(self) -> int:

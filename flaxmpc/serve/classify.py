@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxmpc import secure
-from flaxmpc.data.batches import Encoded, Text, encode
+from flaxmpc.data.batches import Encoded, Split, Text, encode, padded
 from flaxmpc.models.base import WithHead
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.mask import Mask
@@ -137,7 +137,9 @@ class Client:
         )
         return f"is {one}, but {why}"
 
-    def runs(self, encoded: Encoded, places: Iterable[int], sizes: Callable[[int], Sequence[int]]) -> Iterator[TextRun]:
+    def runs(
+        self, encoded: Encoded | Split, places: Iterable[int], sizes: Callable[[int], Sequence[int]]
+    ) -> Iterator[TextRun]:
         """Puts texts together in runs that answer them, the shortest texts first.
 
         Args:
@@ -154,18 +156,10 @@ class Client:
                 yield self.run(encoded, left[:size], size)
                 left = left[size:]
 
-    def run(self, encoded: Encoded, places: Sequence[int], size: int) -> TextRun:
+    def run(self, encoded: Encoded | Split, places: Sequence[int], size: int) -> TextRun:
         """Makes a run of `size` rows: texts of one length, then copies of the first of them."""
         length = max(self.bucket(len(encoded.input_ids[place])) for place in places)
-        ids = np.full((size, length), self.config.pad_token_id, np.int32)
-        mask, types = np.zeros_like(ids), np.zeros_like(ids)
-        # An empty row would leave the range that a LayerNorm is calibrated for, and 0 x inf is no 0.
-        for row, place in enumerate([*places, *[places[0]] * (size - len(places))]):
-            tokens = encoded.input_ids[place]
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-            if encoded.token_type_ids is not None:
-                types[row, : len(tokens)] = encoded.token_type_ids[place]
+        ids, mask, types = padded(encoded, places, (size, length), self.config.pad_token_id)
         return TextRun(places, ids, mask, None if encoded.token_type_ids is None else types)
 
     def share(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> tuple[Any, Mask]:

@@ -288,7 +288,7 @@ class RemoteClassifier(Classifier):
         return np.where(diverged[:, None], np.nan, logits), None, cost
 
 
-def _check_size(name: str, program: m.PublicProgram, limits: Limits) -> None:
+def _check_size(name: str, program: m.ModelProgram, limits: Limits) -> None:
     """Refuses (ValueError) a program that this client's cluster.toml does not allow."""
     fits = 1 <= program.batch <= limits.max_batch and 1 <= program.length <= limits.max_length
     if not fits or name != f"{program.batch}x{program.length}":
@@ -298,7 +298,7 @@ def _check_size(name: str, program: m.PublicProgram, limits: Limits) -> None:
         )
 
 
-def _check_shares(programs: Mapping[str, m.PublicProgram], config: EncoderConfig, limits: Limits) -> None:
+def _check_shares(programs: Mapping[str, m.ModelProgram], config: EncoderConfig, limits: Limits) -> None:
     """Refuses (ValueError) runs with larger shares than this client's cluster.toml allows: they are made at once."""
     of_token = config.hidden_size if config.embedding.client_embeds else config.vocab_size + config.type_vocab_size
     for name, program in programs.items():

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +107,10 @@ class Checkpoints:
         for step in whole:
             (self._folder / str(step) / _NOTE).unlink(missing_ok=True)
 
-    def latest_step(self) -> int:
-        """The last step that is kept; -1: none."""
-        return self._from_first(lambda manager: manager.latest_step())
-
-    def best_step(self) -> int:
-        """The step of the best figure; -1: none."""
-        return self._from_first(lambda manager: manager.best_step())
-
-    def _from_first(self, step: Callable[[Any], int | None]) -> int:
-        found = None if self._manager is None else step(self._manager)
+    def step(self) -> int:
+        """The step that stands for the run: that of the best figure, or the last that is kept; -1: none."""
+        manager = self._manager
+        found = None if manager is None else manager.latest_step() if self._best is None else manager.best_step()
         return int(hosts.from_first(np.int32(-1 if found is None else found)))
 
     def save(self, step: int, tree: Any, figures: dict[str, float] | None = None, *, wait: bool = False) -> None:

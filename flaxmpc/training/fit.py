@@ -83,15 +83,15 @@ def merge(trainable: Params, frozen: Params) -> dict[str, Any]:
 
 
 def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """Makes one compiled step: (state, frozen, batch, key) -> (state, metrics).
+    """Makes one compiled step: (params, moments, frozen, batch, key) -> (state, metrics).
 
-    The state is {"params": what is trained, "optimizer": its moments}, `frozen` the other part of `partition`. The
-    memory of the given moments goes to the new ones: faster than asking for more. The given parameters stay, to see
-    where a loss that is not finite comes from.
+    `params` is what is trained, `moments` the optimizer's and `frozen` the other part of `partition`; the state that
+    comes of them is {"params", "optimizer"}. The memory of the given moments goes to the new ones: faster than asking
+    for more. The given parameters stay, to see where a loss that is not finite comes from.
     """
 
     @functools.partial(jax.jit, donate_argnames="moments")
-    def update(
+    def step(
         params: Params, moments: Any, frozen: Params, batch: Any, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         (value, metrics), grads = jax.value_and_grad(
@@ -100,42 +100,7 @@ def train_step(loss: Loss, optimizer: optax.GradientTransformation) -> Callable[
         updates, moments = optimizer.update(grads, moments, params)
         return {"params": optax.apply_updates(params, updates), "optimizer": moments}, {"loss": value, **metrics}
 
-    def step(
-        state: Mapping[str, Any], frozen: Params, batch: Any, key: jax.Array
-    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        return update(state["params"], state["optimizer"], frozen, batch, key)
-
     return step
-
-
-class _Devices:
-    """Puts arrays on all devices of all hosts: each batch is split over them, parameters are on every one."""
-
-    def __init__(self, batch_size: int):
-        self.count = jax.device_count()
-        if batch_size % self.count:
-            raise ValueError(
-                f"batch_size {batch_size} is not a multiple of the {self.count} devices that share a batch"
-            )
-        mesh = Mesh(np.array(jax.devices()), ("batch",))
-        self._split, self._everywhere = (
-            NamedSharding(mesh, PartitionSpec("batch")),
-            NamedSharding(mesh, PartitionSpec()),
-        )
-
-    def own_rows(self, batch: Batch) -> Batch:
-        """The rows of a batch that this host's devices compute."""
-        rows = len(batch.row_mask) // jax.process_count()
-        start = jax.process_index() * rows
-        return Batch(*(array[start : start + rows] for array in batch))
-
-    def split(self, rows: Any) -> Any:
-        """Every host's rows as one global array."""
-        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self._split, np.asarray(leaf)), rows)
-
-    def everywhere(self, tree: Any) -> Any:
-        """A tree of arrays that every device has whole."""
-        return jax.device_put(tree, self._everywhere)
 
 
 # A run whose loss has grown this much over its own lowest, both as running means, does not come back.
@@ -183,7 +148,9 @@ class Objective:
 
 
 class _Trainer:
-    """The state of a run on all devices, and one step after the other.
+    """The state of a run on all devices of all hosts, and one step after the other.
+
+    Each batch is split over the devices, parameters are on every one.
 
     Attributes:
         state: {"params": what is trained, "optimizer": its moments}, see `train_step`.
@@ -192,24 +159,38 @@ class _Trainer:
     def __init__(
         self, objective: Objective, params: Params, schedule: Schedule, folder: Path, *, num_steps: int, seed: int
     ):
-        """See `fit`. `num_steps` is the number of steps of the whole run."""
+        """Puts the parameters on the devices, see `fit`. `num_steps` is the number of steps of the whole run."""
         self._objective, self._schedule, self._folder = objective, schedule, folder
-        self._devices = _Devices(schedule.batch_size)
+        count = jax.device_count()
+        if schedule.batch_size % count:
+            raise ValueError(
+                f"batch_size {schedule.batch_size} is not a multiple of the {count} devices that share a batch"
+            )
+        mesh = Mesh(np.array(jax.devices()), ("batch",))
+        self._split = NamedSharding(mesh, PartitionSpec("batch"))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
         optimizer = schedule.optimizer(num_steps)
         trainable, fixed = partition(jax.tree.map(jnp.asarray, dict(params)), objective.frozen)
-        self.state = self._devices.everywhere({"params": trainable, "optimizer": optimizer.init(trainable)})
-        self._fixed = self._devices.everywhere(fixed)
-        self._update = train_step(objective.loss, optimizer)
+        self.state = jax.device_put({"params": trainable, "optimizer": optimizer.init(trainable)}, self._everywhere)
+        self._fixed = jax.device_put(fixed, self._everywhere)
+        self._step = train_step(objective.loss, optimizer)
         self._key = jax.random.key(seed)
         self._divergence = _Divergence()
 
     def restore(self, state: Any) -> None:
         """Goes on from a state that was kept."""
-        self.state = self._devices.everywhere(state)
+        self.state = jax.device_put(state, self._everywhere)
 
     def whole(self, trained: Params) -> dict[str, Any]:
         """What is trained and what is frozen, as one tree in the memory of this host."""
         return jax.device_get(merge(trained, self._fixed))
+
+    def _rows(self, batch: Batch) -> Any:
+        """Every host's rows of a batch, prepared, as one global array."""
+        count = len(batch.row_mask) // jax.process_count()
+        start = jax.process_index() * count
+        own = self._objective.prepare(Batch(*(array[start : start + count] for array in batch)))
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self._split, np.asarray(leaf)), own)
 
     def step(self, number: int, batch: Batch) -> dict[str, float]:
         """Step `number`, from 0, over all epochs. Returns its loss and metrics.
@@ -218,9 +199,9 @@ class _Trainer:
             FloatingPointError: the loss is not finite or has diverged; says at which step and in which layer.
         """
         before = self.state["params"]
-        rows = self._devices.split(self._objective.prepare(self._devices.own_rows(batch)))
+        rows = self._rows(batch)
         key = jax.random.fold_in(self._key, number)
-        self.state, metrics = self._update(self.state, self._fixed, rows, key)
+        self.state, metrics = self._step(before, self.state["optimizer"], self._fixed, rows, key)
         values = {metric: float(value) for metric, value in metrics.items()}
         if (what := self._divergence.bad(values["loss"])) is not None:
             locate = self._objective.locate
@@ -273,10 +254,10 @@ def fit(
         best = None
         if objective.choose_by is not None:
             best = stack.enter_context(Checkpoints(folder / "best", best=objective.choose_by))
-        done = max(0, latest.latest_step())
+        done = max(0, latest.step())
         if done:
             trainer.restore(latest.restore(done, trainer.state))
-        if best is not None and done >= steps_per_epoch and best.best_step() < 0:
+        if best is not None and done >= steps_per_epoch and best.step() < 0:
             raise ValueError(
                 f"{folder / 'best'} lacks the parameters of the best epoch, which was trained: remove {folder}, and it "
                 "is trained anew"
@@ -303,4 +284,4 @@ def fit(
             # Not before: what goes on from the end of an epoch goes on with the next.
             latest.save((epoch + 1) * steps_per_epoch, trainer.state)
         trained = trainer.state["params"]
-        return trainer.whole(trained if best is None else best.restore(best.best_step(), trained))
+        return trainer.whole(trained if best is None else best.restore(best.step(), trained))

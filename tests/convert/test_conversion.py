@@ -162,7 +162,7 @@ def test_what_is_done_is_not_done_again(teacher, student, data, monkeypatch):
     def never(*_, **__):
         raise AssertionError("it is done already")
 
-    monkeypatch.setattr(conversion_module, "distill", never)
+    monkeypatch.setattr(conversion_module, "learn", never)
     assert convert(conversion(teacher, data, student)) == json.loads((student / "results.json").read_text())
     older = json.loads((student / "recipe.json").read_text())
     recipe = json.dumps({name: value for name, value in older.items() if name != "inputs"})

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from flaxmpc.convert.distill import Stage, Teacher, distill, start_student
-from flaxmpc.convert.finetune import Evaluate, epoch_batches
+from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_student
+from flaxmpc.convert.finetune import Evaluate, epoch_batches, learn
 from flaxmpc.models.bert import BertForSequenceClassification
 
 
@@ -44,7 +44,8 @@ def stage_of(student, start, model, teacher, split, folder, **changes):
     stage = dataclasses.replace(SHORT, **changes)
     outputs = Teacher(model, teacher, split, with_states=True, with_scores=True, memory=1e9)
     evaluate = Evaluate(student, split, ("accuracy",))
-    params = distill(student, start, outputs, split, evaluate, stage, folder, ranges=RANGES)
+    loss = distillation_loss(student, stage, RANGES, name=folder.name)
+    params = learn(student, start, split, evaluate, stage, folder, loss, prepare=outputs)
     return params, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.convert.finetune import Evaluate, finetune, predict
+from flaxmpc.convert.finetune import Evaluate, classification_loss, learn, predict
 from flaxmpc.training.fit import Schedule
 from flaxmpc.training.metrics import accuracy
 
@@ -32,7 +32,7 @@ def test_a_classifier_learns_and_keeps_its_embeddings(tiny, tiny_params, toy_spl
     schedule = Schedule(epochs=4, learning_rate=0.02, batch_size=8)
     before = accuracy(predict(tiny, tiny_params, toy_split), toy_split.labels)
     evaluate = Evaluate(tiny, toy_split, ("accuracy",))
-    params = finetune(tiny, tiny_params, toy_split, evaluate, schedule, tmp_path, seed=1)
+    params = learn(tiny, tiny_params, toy_split, evaluate, schedule, tmp_path, classification_loss(tiny), seed=1)
     after = accuracy(predict(tiny, params, toy_split), toy_split.labels)
     assert before < 0.8
     assert after > 0.9
@@ -46,7 +46,9 @@ def test_dropout_acts_while_fine_tuning_and_is_the_seeds(tiny, tiny_params, toy_
 
     def trained(model, name, seed=0):
         evaluate = Evaluate(model, toy_split, ("accuracy",))
-        params = finetune(model, tiny_params, toy_split, evaluate, schedule, tmp_path / name, seed=seed)
+        params = learn(
+            model, tiny_params, toy_split, evaluate, schedule, tmp_path / name, classification_loss(model), seed=seed
+        )
         return params["classifier"]["kernel"]
 
     first = trained(wet, "first")

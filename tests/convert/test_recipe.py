@@ -71,7 +71,7 @@ def test_glue_goes_from_an_encoder_to_a_measured_student(sst2, tmp_path, write_c
     def never(*_, **__):
         raise AssertionError("it is done already")
 
-    monkeypatch.setattr(conversion, "distill", never)
+    monkeypatch.setattr(conversion, "learn", never)
     teacher, config = glue.configs("sst2", encoder, sst2, tmp_path)
     assert teacher.out == config.teacher
     recipe.make(recipe.with_epochs(config, 1))

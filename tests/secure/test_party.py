@@ -21,7 +21,7 @@ def held(parties: secure.InProcess) -> list[int]:
 def test_parties_is_an_interface():
     with pytest.raises(TypeError, match="abstract"):
         secure.Parties(secure.Config())  # pyright: ignore[reportAbstractUsage]
-    assert secure.Parties.__abstractmethods__ == {"session", "store", "fetch", "delete", "run"}
+    assert secure.Parties.__abstractmethods__ == {"store", "fetch", "run"}
 
 
 def test_put_open_delete():

@@ -10,7 +10,7 @@ def test_every_protocol_states_its_parties_and_its_threat_model(name, parties):
     protocol = secure.get_protocol(name)
     assert (protocol.name, protocol.num_parties) == (name, parties)
     assert protocol.threat_model.endswith(".")
-    assert secure.Config(name).num_parties == parties
+    assert secure.Config(name).world_size == parties
 
 
 def test_semi2k_says_that_the_first_party_sees_all():
@@ -22,13 +22,6 @@ def test_unknown_protocol_names_the_closest():
         secure.get_protocol("aby-3")
     with pytest.raises(ValueError, match=r"unknown protocol 'x'\. Known: ABY3,"):
         secure.get_protocol("x")
-
-
-def test_wrong_number_of_parties_names_both_numbers():
-    with pytest.raises(ValueError, match="protocol ABY3 takes 3 parties, not 2"):
-        secure.Config("ABY3", num_parties=2)
-    with pytest.raises(ValueError, match="protocol CHEETAH takes 2 parties, not 3"):
-        secure.InProcess("CHEETAH", num_parties=3)
 
 
 def test_unknown_ring_and_useless_fraction_bits():

@@ -355,7 +355,7 @@ def _of(model, **changes):
 def test_shares_that_are_too_large_are_not_made():
     """The client sends a row as long as the vocabulary for each token."""
     config = BertConfig(embedding="secret", vocab_size=10**6, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
-    program = m.PublicProgram((), (), 32, 512)
+    program = m.ModelProgram(b"", (), (), 32, 512)
     with pytest.raises(
         ValueError, match="program 32x512 takes 131072262144 bytes of shares; max_request_bytes in cluster"
     ):

@@ -19,7 +19,7 @@ def saved(tmp_path_factory):
     """A folder with steps 2 and 3, after 1."""
     folder = tmp_path_factory.mktemp("saved") / "stage" / "checkpoints"
     with Checkpoints(folder) as kept:
-        assert kept.latest_step() == -1
+        assert kept.step() == -1
         for step in (1, 2, 3):
             kept.save(step, tree(step))
     return folder
@@ -42,7 +42,7 @@ def copied(folder, to):
 def read(folder, **options):
     """The step that a run goes on from, and what it restores."""
     with Checkpoints(folder, **options) as kept:
-        step = kept.best_step() if options else kept.latest_step()
+        step = kept.step()
         found = kept.restore(step, tree(0))
     np.testing.assert_array_equal(found["params"]["w"], tree(step)["params"]["w"])
     assert found["optimizer"] == [step]
@@ -64,10 +64,10 @@ def test_a_step_that_is_there_is_left(tmp_path):
 @pytest.mark.parametrize(("figures", "best"), [([0.2, 0.9, 0.5], 1), ([0.5, 0.9, 0.9], 2)])
 def test_the_best_is_that_of_the_largest_figure_and_the_last_of_equals(figures, best, tmp_path):
     with Checkpoints(tmp_path, best="figure") as kept:
-        assert kept.best_step() == -1
+        assert kept.step() == -1
         for step, figure in enumerate(figures):
             kept.save(step, tree(step), {"figure": figure}, wait=True)
-        assert kept.best_step() == best
+        assert kept.step() == best
         assert kept.restore(best, tree(0))["optimizer"] == [best]
 
 
@@ -184,7 +184,7 @@ def test_what_a_killed_save_left_is_removed(saved, tmp_path):
     for leftover in leftovers:
         shutil.copytree(folder / "3", leftover)
     with Checkpoints(folder) as kept:
-        assert kept.latest_step() == 3
+        assert kept.step() == 3
         assert not any(leftover.exists() for leftover in leftovers)
         kept.save(4, tree(4), wait=True)
     assert read(folder) == 4

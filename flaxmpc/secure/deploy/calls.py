@@ -14,6 +14,8 @@ from flaxmpc.secure.deploy.gate import Caller
 
 T = TypeVar("T")
 
+_CLIENTS = "all clients"  # is counted as a caller is, whose name it can't be
+
 
 class Call(NamedTuple):
     """A call, as a host's method sees it: who calls, and when it is over."""
@@ -36,32 +38,27 @@ class Calls:
         self._clients = clients
         self._lock = threading.Lock()
         self._open: collections.Counter[str] = collections.Counter()
-        self._open_of_clients = 0
 
     @contextlib.contextmanager
     def one(self, caller: Caller, method: str, most: int | None) -> Iterator[None]:
         """A call while it lasts. Refused: there are too many of its caller, of its method (`most`), or in all."""
-        counted = [(caller.name, self._each, "calls")]
+        counted = [(caller.name, self._each, f"{caller.name!r} has {self._each} calls under way")]
         if most is not None:
-            counted.append((f"{caller.name} {method}", most, f"calls of {method!r}"))
-        client = caller.role not in ("owner", "leader", "party")
+            said = f"{caller.name!r} has {most} calls of {method!r} under way"
+            counted.append((f"{caller.name} {method}", most, said))
+        if caller.role not in ("owner", "leader", "party"):
+            counted.append((_CLIENTS, self._clients, f"{self._clients} calls of clients are under way"))
         with self._lock:
-            for key, limit, what in counted:
+            for key, limit, said in counted:
                 if self._open[key] >= limit:
-                    reason = f"{caller.name!r} has {limit} {what} under way, which is the limit: try again later"
+                    reason = f"{said}, which is the limit: try again later"
                     raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-            if client and self._open_of_clients >= self._clients:
-                reason = f"{self._clients} calls of clients are under way, which is the limit: try again later"
-                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-            self._open.update(key for key, _, _ in counted)
-            self._open_of_clients += client
+            self._open.update(key for key, *_ in counted)
         try:
             yield
         finally:
             with self._lock:
-                self._open.subtract(key for key, _, _ in counted)
-                self._open += collections.Counter()  # forgets those with none
-                self._open_of_clients -= client
+                self._open -= collections.Counter(key for key, *_ in counted)  # and forgets those with none
 
 
 class Cancelled(Protocol):

@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from flaxmpc import files
 from flaxmpc.secure.deploy import disk
-from flaxmpc.secure.deploy.cluster import CLIENT, ClusterFile, Identity, PartyEntry
+from flaxmpc.secure.deploy.cluster import CLIENT, ClusterFile, Identity
 
 _BACKDATED = datetime.timedelta(hours=1)  # hosts' clocks differ
 _USES = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "server": ExtendedKeyUsageOID.SERVER_AUTH}
@@ -63,8 +64,8 @@ class Authority:
 
     def write(self, directory: Path) -> None:
         """ca.pem, and ca.key readable by its owner only. FileExistsError rather than another authority's loss."""
-        disk.write_new(directory / "ca.key", _pem(self._key), 0o600)
-        disk.write_new(directory / "ca.pem", self.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        files.write_new(directory / "ca.key", _pem(self._key), 0o600)
+        files.write_new(directory / "ca.pem", self.certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
     def issue(
         self, directory: Path, name: str, *, server: bool, valid: datetime.timedelta = datetime.timedelta(days=365)
@@ -96,8 +97,8 @@ class Authority:
             )
             .sign(self._key, hashes.SHA256())
         )
-        disk.write_new(directory / f"{name}.key", _pem(key), 0o600)
-        disk.write_new(directory / f"{name}.pem", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        files.write_new(directory / f"{name}.key", _pem(key), 0o600)
+        files.write_new(directory / f"{name}.pem", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
 def _builder(
@@ -182,7 +183,7 @@ def _issued(cluster: ClusterFile, ca: x509.Certificate, name: str, uses: Collect
     return certificate
 
 
-def _check_own(cluster: ClusterFile, own: PartyEntry | Identity, certificate: x509.Certificate) -> None:
+def _check_own(cluster: ClusterFile, own: Identity, certificate: x509.Certificate) -> None:
     path = cluster.file(own.certificate)
     _check_time(certificate, path)
     _parse_key(cluster.read_file(own.key, secret=True), cluster.file(own.key), certificate, path)

@@ -50,13 +50,16 @@ class WorkerProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def call(self, command: m.Command, timeout: float | None = None) -> m.Answer:
-        """Its answer. WorkerLost: it ended meanwhile, or took longer than `timeout` seconds and was ended."""
+    def call(self, command: m.Command, timeout: float) -> m.Answer:
+        """Gives the worker a command, and returns its answer.
+
+        Raises:
+            WorkerLost: it ended meanwhile, or took longer than `timeout` seconds and was ended.
+        """
         with self._lock:
             # A frozen process takes no bytes either, so the bound is not on the answer alone.
-            bound = threading.Timer(timeout, self.kill) if timeout is not None else None
-            if bound is not None:
-                bound.start()
+            bound = threading.Timer(timeout, self.kill)
+            bound.start()
             try:
                 self._pipe.send_bytes(m.encode(command))
                 return msgspec.msgpack.decode(self._pipe.recv_bytes(), type=m.Answer)
@@ -64,8 +67,7 @@ class WorkerProcess:
                 self.kill()
                 raise WorkerLost(f"the worker's process ended (exit code {self._process.returncode})") from error
             finally:
-                if bound is not None:
-                    bound.cancel()
+                bound.cancel()
 
     def kill(self) -> None:
         self._process.kill()

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import grpc
 import jax
-import msgspec
 import numpy as np
 
 from flaxmpc.secure._spu import SecureError, load_spu
@@ -61,9 +60,7 @@ class Cluster(Parties):
         certificates.check_identity(self.cluster, role)
         super().__init__(self.cluster.config)
         self._peers = rpc.Peers(self.cluster, identity)
-        self._doomed: collections.deque[str] = collections.deque()
         self._digests: weakref.WeakKeyDictionary[Resident, str] = weakref.WeakKeyDictionary()
-        self._session = ""
         self._lease = secrets.token_hex(16)  # under which the parties hold what is stored
         self._owns = role == "owner"
         self._closed = threading.Event()
@@ -89,10 +86,6 @@ class Cluster(Parties):
                 self._peers.ask("lease", m.KeepLease(self._session, self._lease, ends=True), m.Empty)
         self._closed.set()
         self._peers.close()
-
-    @property
-    def session(self) -> str:
-        return self._session
 
     @property
     def bytes_sent(self) -> int:
@@ -126,10 +119,7 @@ class Cluster(Parties):
 
     def _sweep(self) -> None:
         """Frees what was deleted since."""
-        names = []
-        while self._doomed:
-            names.append(self._doomed.popleft())
-        if names:
+        if names := self._take_deleted():
             self._peers.ask("delete", m.Names(self._session, names), m.Empty)
 
     def put(self, tree: Any, visibility: str = "secret") -> Resident:
@@ -162,9 +152,6 @@ class Cluster(Parties):
             results.append([share.unpack() for share in sent])
         return results
 
-    def delete(self, names: Sequence[str]) -> None:
-        self._doomed.extend(names)
-
     def run(self, executable: Any) -> tuple[float, Profile]:
         self._sweep()
         code = executable.code if isinstance(executable.code, bytes) else executable.code.encode()
@@ -180,11 +167,9 @@ class Cluster(Parties):
             self._refresh()
             raise
 
-    def program(
-        self, fn: Callable[..., Any], weights: Resident, *inputs: Any, length: int, shared_reciprocal: bool = False
-    ) -> m.ModelProgram:
+    def program(self, fn: Callable[..., Any], weights: Resident, *inputs: Any, length: int) -> m.ModelProgram:
         """Compiles a function for `publish`; see `flaxmpc.secure.deploy.programs.compile_program`."""
-        return compile_program(self.cluster, fn, weights, *inputs, length=length, shared_reciprocal=shared_reciprocal)
+        return compile_program(self.cluster, fn, weights, *inputs, length=length)
 
     def publish(self, name: str, weights: Resident, programs: Mapping[str, m.ModelProgram], bundle: bytes) -> str:
         """Makes stored weights a model that clients may ask.
@@ -308,7 +293,7 @@ class Cluster(Parties):
         seconds = max(answer.seconds for answer in answers)
         return Inferred(outputs, Cost.from_profile(self.config, _profile(answers), seconds, 0.0))
 
-    def _checked(self, inputs: Any, name: str, program: m.PublicProgram) -> list[np.ndarray]:
+    def _checked(self, inputs: Any, name: str, program: m.ModelProgram) -> list[np.ndarray]:
         """The leaves of `inputs`, if they are what a program takes; raises as `infer` does."""
         arrays = jax.tree.leaves(to_arrays(inputs, self.config, "inputs"))
         given = [(array.shape, array.dtype.name) for array in arrays]
@@ -356,5 +341,5 @@ def _profile(answers: Sequence[m.Answer]) -> Profile:
     ops: dict[str, Any] = collections.defaultdict(lambda: (0, 0.0, 0, 0))
     for answer in answers:
         for name, op in answer.ops.items():
-            ops[name] = tuple(map(operator.add, ops[name], msgspec.structs.astuple(op)))
+            ops[name] = tuple(map(operator.add, ops[name], op))
     return Profile(tuple((answer.bytes_sent, answer.rounds) for answer in answers), dict(ops))

@@ -36,7 +36,14 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     pass
 
 
-class PartyEntry(_Table, frozen=True):
+class Identity(_Table, frozen=True):
+    """Certificate and private key file of the owner, a client or a party."""
+
+    certificate: FileName
+    key: FileName
+
+
+class PartyEntry(Identity, frozen=True):
     """A computing host, as cluster.toml describes it.
 
     Attributes:
@@ -54,8 +61,6 @@ class PartyEntry(_Table, frozen=True):
     rank: Annotated[int, Meta(ge=0)]
     control: Address
     link: Address
-    certificate: FileName
-    key: FileName
     metrics: Address | None = None
     listen: Annotated[str, Meta(pattern=r"^[^\s/\[\]]+\Z")] | None = None
     keep_shares: FileName | None = None
@@ -70,13 +75,6 @@ class PartyEntry(_Table, frozen=True):
     def machine(self) -> str:
         """Parties for which this is the same run on one machine, as far as their addresses say."""
         return "this" if is_loopback(self.control) else split(self.control)[0]
-
-
-class Identity(_Table, frozen=True):
-    """Certificate and private key file of the owner or a client, where they are at hand."""
-
-    certificate: FileName
-    key: FileName
 
 
 class Limits(_Table, frozen=True):
@@ -202,7 +200,7 @@ class ClusterFile(_Table, frozen=True):
     @property
     def config(self) -> Config:
         """The settings of the secure computation."""
-        return Config(self.protocol, self.ring, self.fraction_bits, len(self.party), self.exp_mode)
+        return Config(self.protocol, self.ring, self.fraction_bits, self.exp_mode)
 
     def file(self, name: str) -> Path:
         """The path of a file that cluster.toml names."""

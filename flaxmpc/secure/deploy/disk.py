@@ -1,4 +1,4 @@
-"""The small files of a cluster, such as certificates and keys: read if they are what they should be, never replaced."""
+"""The small files of a cluster, such as certificates and keys: read if they are what they should be."""
 
 import os
 import stat
@@ -30,9 +30,3 @@ def read(path: Path, *, secret: bool = False) -> bytes:
         if found.st_mode & stat.S_IWOTH:
             raise ValueError(f"anybody may change {path} {mode}: chmod o-w {path}")
         return file.read(_LARGEST)
-
-
-def write_new(path: Path, content: bytes, mode: int) -> None:
-    """Writes a file that was not there, nor a link of that name; FileExistsError if it was."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)

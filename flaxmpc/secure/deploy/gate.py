@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import resource
 import socket
 import ssl
@@ -134,39 +135,31 @@ class Inner:
 Way = Callable[[Caller], AbstractAsyncContextManager[Plain]]
 
 
+@dataclasses.dataclass(eq=False)
 class Gate(Tasks):
-    """A public port, and the connections there. Behind it are ways to what is spoken over them."""
+    """A public port, and the connections there. Behind it are ways to what is spoken over them.
 
-    def __init__(
-        self,
-        port: str,
-        context: ssl.SSLContext,
-        role: Callable[[bytes, list[str]], str | None],
-        ways: Mapping[str, Way],
-        log: Callable[..., None],
-        *,
-        connections: int,
-        silent_seconds: float,
-    ):
-        """Listens once it is started.
+    Attributes:
+        port: the port's name, for the log.
+        context: TLS as `tls` makes it.
+        role: gives a certificate in DER and its common names a role of Caller's; None turns it away.
+        ways: where a connection goes on, by what is spoken over it.
+        log: is told of what is refused; limited in rate.
+        connections: the most of all callers but the owner, who has room of its own.
+        silent_seconds: a peer that takes nothing for so long is given up.
+    """
 
-        Args:
-            port: the port's name, for the log.
-            context: TLS as `tls` makes it.
-            role: gives a certificate in DER and its common names a role of Caller's; None turns it away.
-            ways: where a connection goes on, by what is spoken over it.
-            log: is told of what is refused; limited in rate.
-            connections: the most of all callers but the owner, who has room of its own.
-            silent_seconds: a peer that takes nothing for so long is given up.
-        """
+    port: str
+    context: ssl.SSLContext
+    role: Callable[[bytes, list[str]], str | None]
+    ways: Mapping[str, Way]
+    log: Callable[..., None]
+    _: dataclasses.KW_ONLY
+    connections: int
+    silent_seconds: float
+
+    def __post_init__(self):
         super().__init__()
-        self._port = port
-        self._context = context
-        self._role = role
-        self._ways = ways
-        self._log = log
-        self._connections = connections
-        self._silent_seconds = silent_seconds
         self._open: collections.Counter[str] = collections.Counter()
         self._shaking: dict[asyncio.Task[None], None] = {}
 
@@ -179,12 +172,12 @@ class Gate(Tasks):
         with listener:
             async for connection in accept(listener, self._full):
                 if len(self._shaking) >= _HANDSHAKES:
-                    self._log("connection_refused", port=self._port, reason=f"{_HANDSHAKES} newer handshakes began")
+                    self.log("connection_refused", port=self.port, reason=f"{_HANDSHAKES} newer handshakes began")
                     self._give_up_oldest()
                 self._shaking[self.spawn(self._come_in(connection))] = None
 
     def _full(self, error: OSError) -> bool:
-        self._log("accept_failed", port=self._port, reason=error.strerror)
+        self.log("accept_failed", port=self.port, reason=error.strerror)
         return self._give_up_oldest()
 
     def _give_up_oldest(self) -> bool:
@@ -198,14 +191,14 @@ class Gate(Tasks):
     async def _come_in(self, connection: socket.socket) -> None:
         with connection:
             try:
-                end = Secure(connection, self._context, server=True, silent_seconds=self._silent_seconds)
+                end = Secure(connection, self.context, server=True, silent_seconds=self.silent_seconds)
                 with contextlib.closing(end):
                     await self._shake(end)
                     caller = self._caller(end)
                     with self._counted(caller):
                         await self._go_on(end, caller)
             except (OSError, _TurnedAway) as error:
-                self._log("connection_refused", port=self._port, reason=str(error))
+                self.log("connection_refused", port=self.port, reason=str(error))
 
     async def _shake(self, end: Secure) -> None:
         task = asyncio.current_task()
@@ -220,7 +213,7 @@ class Gate(Tasks):
     def _caller(self, end: Secure) -> Caller:
         facts = end.facts
         names = [value for part in facts.get("subject", ()) for key, value in part if key == "commonName"]
-        role = self._role(end.certificate, names)
+        role = self.role(end.certificate, names)
         if role is None:
             raise _TurnedAway(f"the certificate of {names} is no other party's")
         return Caller(" ".join(names), role, ssl.cert_time_to_seconds(facts["notAfter"]))
@@ -230,18 +223,16 @@ class Gate(Tasks):
         others = sum(self._open.values()) - self._open[_OWNER]
         if self._open[caller.name] >= EACH:
             raise _TurnedAway(f"{caller.name!r} has {EACH} connections")
-        if caller.name != _OWNER and others >= self._connections:
+        if caller.name != _OWNER and others >= self.connections:
             raise _TurnedAway(f"there are {others} connections")
         self._open[caller.name] += 1
         try:
             yield
         finally:
-            self._open[caller.name] -= 1
-            if not self._open[caller.name]:
-                del self._open[caller.name]
+            self._open -= collections.Counter([caller.name])  # and forgets who has none
 
     async def _go_on(self, end: Secure, caller: Caller) -> None:
-        way = self._ways.get(end.application or "")
+        way = self.ways.get(end.application or "")
         if way is None:
             raise _TurnedAway(f"{end.application!r} is not spoken here")
         async with way(caller) as behind:

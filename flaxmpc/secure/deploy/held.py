@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from grpc import StatusCode
+from msgspec.structs import replace
 
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.errors import Refused
@@ -32,10 +33,7 @@ class HeldModel:
 
     @classmethod
     def of(cls, header: m.Publish, bundle: bytes) -> HeldModel:
-        programs = {
-            name: m.PublicProgram(program.inputs, program.outputs, program.batch, program.length)
-            for name, program in header.programs.items()
-        }
+        programs = {name: replace(program, code=b"", joint={}) for name, program in header.programs.items()}
         public = m.PublicModel(header.hash, m.digest(bundle), len(bundle), programs)
         return cls(header.name, public, bundle, [f"o.{name}" for name in header.weights], dict(header.programs))
 
@@ -53,37 +51,36 @@ class Lease:
     staged: dict[str, HeldModel] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(eq=False)
 class Held:
     """What one session holds. A put is staged for its owner's lease, promised to party 0, served, and gone.
 
     Attributes:
+        rank: the number of this party.
+        call: gives the worker a command.
+        turns: the requests.
+        kept: this party's disk; None: it keeps nothing.
+        lease_seconds: how long a lease lasts after its owner's last call.
         models: those that are served, by name.
         wake: set when a sweep has something to do.
         closed: whether the session is lost.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        call: Callable[[m.Command], m.Answer],
-        turns: Turns,
-        kept: KeptShares | None,
-        lease_seconds: float,
-    ):
-        """`call` gives the worker a command, `turns` has the requests, `kept` is this party's disk."""
+    rank: int
+    call: Callable[[m.Command], m.Answer]
+    turns: Turns
+    kept: KeptShares | None
+    lease_seconds: float
+
+    def __post_init__(self):
         self.models: dict[str, HeldModel] = {}
         self.wake = threading.Event()
-        self._rank = rank
-        self._call = call
-        self._turns = turns
-        self._kept = kept
-        self._lease_seconds = lease_seconds
+        self.closed = False
         self._lock = threading.Lock()
         self._stored: set[str] = set()
         self._doomed: set[str] = set()  # the worker has them until it was told to delete them
         self._leases: dict[str, Lease] = {}
         self._promised: HeldModel | None = None
-        self.closed = False
 
     def __len__(self) -> int:
         """The number of values at the worker."""
@@ -108,7 +105,7 @@ class Held:
         finally:
             with self._lock:
                 lease.calls -= 1
-                lease.ends = time.monotonic() + self._lease_seconds
+                lease.ends = time.monotonic() + self.lease_seconds
 
     def end(self, lease: str) -> None:
         """Ends a lease that its owner gives back."""
@@ -119,7 +116,7 @@ class Held:
     def store(self, lease: str, name: str, share: m.Share) -> None:
         """Gives the worker this party's share of a value. Refused: there is one of that name."""
         self.expect(lease, [name])
-        self._call(m.Put(name, share))
+        self.call(m.Put(name, share))
         self.add([name])
 
     def expect(self, lease: str, names: Iterable[str]) -> None:
@@ -157,7 +154,7 @@ class Held:
             self._mark()
             doomed = sorted(self._doomed)
         if doomed:
-            self._call(m.Delete(doomed))
+            self.call(m.Delete(doomed))
             with self._lock:
                 self._doomed.difference_update(doomed)
 
@@ -177,9 +174,9 @@ class Held:
             if any(header.hash == other.public.hash for other in held):
                 raise self._refused(StatusCode.ALREADY_EXISTS, f"has put {header.hash[:16]!r} already")
         try:
-            if self._kept is not None:
-                shares = (m.Put(name, self._call(m.Fetch(f"o.{name}")).shares[0]) for name in header.weights)
-                self._kept.stage(header, bundle, shares)
+            if self.kept is not None:
+                shares = (m.Put(name, self.call(m.Fetch(f"o.{name}")).shares[0]) for name in header.weights)
+                self.kept.stage(header, bundle, shares)
             with self._lock:
                 self._check_open()
                 self._require(model.weights)  # the lease may have ended meanwhile
@@ -218,8 +215,8 @@ class Held:
             model = self._promised
             if model is None or model.public.hash != hash_:
                 raise self._refused(StatusCode.FAILED_PRECONDITION, "did not promise this put")
-            if self._kept is not None:
-                self._kept.commit(model.name, model.public.hash)
+            if self.kept is not None:
+                self.kept.commit(model.name, model.public.hash)
             self.models[model.name] = model
             self._promised = None
             self._release()
@@ -231,16 +228,16 @@ class Held:
         Raises:
             OSError, ValueError, Refused: it is not there, not whole, or `check` or the worker refuses it.
         """
-        assert self._kept is not None
-        if self._kept.models.get(name) != hash_:
-            self._kept.commit(name, hash_)
-        header, bundle, weights = self._kept.read(name)
+        assert self.kept is not None
+        if self.kept.models.get(name) != hash_:
+            self.kept.commit(name, hash_)
+        header, bundle, weights = self.kept.read(name)
         if header.hash != hash_:
             raise ValueError(f"holds put {header.hash[:16]}")
         check(header)
         model = HeldModel.of(header, bundle)
         for weight in weights:
-            self._call(m.Put(f"o.{weight.name}", weight.share))
+            self.call(m.Put(f"o.{weight.name}", weight.share))
             self.add([f"o.{weight.name}"])
         self.require(model.weights)
         self.models[name] = model
@@ -254,7 +251,7 @@ class Held:
 
     def _renewed(self, id_: str) -> Lease:
         lease = self._leases.setdefault(id_, Lease())
-        lease.ends = time.monotonic() + self._lease_seconds
+        lease.ends = time.monotonic() + self.lease_seconds
         return lease
 
     def _end(self, id_: str) -> None:
@@ -274,19 +271,19 @@ class Held:
 
     def _mark(self) -> None:
         """Moves values that nothing needs to those that are swept: they can't be used from now on."""
-        needed = self._turns.inputs()
+        needed = self.turns.inputs()
         needed.update(*(lease.values for lease in self._leases.values()))
         needed.update(*(model.weights for model in (*self.models.values(), *self._staged())))
         self._doomed |= self._stored - needed
         self._stored &= needed
 
     def _discard(self, model: HeldModel) -> None:
-        if self._kept is not None:
-            self._kept.discard(model.name, model.public.hash)
+        if self.kept is not None:
+            self.kept.discard(model.name, model.public.hash)
 
     def _check_open(self) -> None:
         if self.closed:
             raise self._refused(StatusCode.ABORTED, "started anew meanwhile")
 
     def _refused(self, code: StatusCode, reason: str) -> Refused:
-        return Refused(code, f"party {self._rank} {reason}")
+        return Refused(code, f"party {self.rank} {reason}")

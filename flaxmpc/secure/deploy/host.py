@@ -1,6 +1,7 @@
 """A computing host: the methods that owner, clients and the other parties call.
 
-Who may call which is in `flaxmpc.secure.deploy.server`. Its worker, a child process, holds SPU.
+Who may call which stands in `flaxmpc.secure.deploy.server`; what is asked of a session gets that from there. A
+method that returns nothing answers `Empty`. The host's worker, a child process, holds SPU.
 """
 
 import functools
@@ -28,7 +29,7 @@ from flaxmpc.secure.protocol import get_protocol
 
 def versions() -> m.Facts:
     """The versions that must be the same at all parties: programs are locked to SPU's, settings are flaxmpc's."""
-    return {package: cost.versions()[package] for package in ("flaxmpc", "spu")} | {"schema": "3"}
+    return {package: cost.versions()[package] for package in ("flaxmpc", "spu")} | {"schema": "4"}
 
 
 class Host:
@@ -82,7 +83,6 @@ class Host:
             session.turns.close(Refused(StatusCode.UNAVAILABLE, f"party {self.rank} is stopping"))
         if self.leader is not None:
             self.leader.stop()
-            self.leader.join()
         if session is not None:
             session.turns.wait_until_idle()
 
@@ -96,61 +96,49 @@ class Host:
 
     # The owner's.
 
-    def store(self, header: m.Stored, pieces: Iterator[m.Piece]) -> m.Empty:
+    def store(self, session: Session, header: m.Stored, pieces: Iterator[m.Piece]) -> None:
         """Holds this party's shares of values for an owner's lease."""
-        session = self.sessions.require(header.session)
         for value in streams.shares(pieces, lambda _: self.cluster.limits.max_request_bytes):
             session.held.store(header.lease, f"o.{value.name}", value.share)
-        return m.Empty()
 
-    def fetch(self, message: m.Names) -> m.Answer:
+    def fetch(self, session: Session, message: m.Names) -> m.Answer:
         """This party's shares of an owner's values."""
-        session = self.sessions.require(message.session)
         names = [f"o.{name}" for name in message.names]
         session.held.require(names)
         return m.Answer(shares=tuple(self.sessions.call(session, m.Fetch(name)).shares[0] for name in names))
 
-    def delete(self, message: m.Names) -> m.Empty:
+    def delete(self, session: Session, message: m.Names) -> None:
         """Forgets values by their names, and puts that were not committed by their hashes."""
-        session = self.sessions.require(message.session)
         session.held.forget([*message.names, *(f"o.{name}" for name in message.names)])
-        return m.Empty()
 
-    def lease(self, message: m.KeepLease, context: Call) -> m.Empty:
+    def lease(self, session: Session, message: m.KeepLease, context: Call) -> None:
         """Waits with an owner, and holds its values meanwhile: its connection lasts, however busy its process is."""
-        held = self.sessions.require(message.session).held
         if message.ends:
-            held.end(message.lease)
-            return m.Empty()
+            session.held.end(message.lease)
+            return
         gone = threading.Event()
         context.when_over(gone.set)
-        with held.attached(message.lease):
-            while not gone.wait(1.0) and not held.closed:
+        with session.held.attached(message.lease):
+            while not gone.wait(1.0) and not session.held.closed:
                 pass
-        return m.Empty()
 
-    def publish(self, header: m.Publish, pieces: Iterator[m.Piece]) -> m.Empty:
+    def publish(self, session: Session, header: m.Publish, pieces: Iterator[m.Piece]) -> None:
         """Makes values that are held a put of a model, which is served once it is committed."""
-        session = self.sessions.require(header.session)
         self._admission.check_name_and_sizes(header)
         header, bundle = streams.model(header, pieces, self.cluster.limits.max_request_bytes)
         self._admission.check_programs(header)
         what = f"party {self.rank} could not keep its shares"
         with refused_where(OSError, StatusCode.RESOURCE_EXHAUSTED, what):
             session.held.stage(header, bundle)
-        return m.Empty()
 
-    def commit(self, message: m.Switch) -> m.Empty:
+    def commit(self, session: Session, message: m.Switch) -> None:
         """Serves a put that all parties hold, at all of them, in place of the one before."""
-        session = self.sessions.require(message.session)
         if self.leader is None or message.hash is None:
             raise Refused(StatusCode.FAILED_PRECONDITION, f"party {self.rank} commits no put: party 0 does")
         self.leader.commit(session, message.hash)
-        return m.Empty()
 
-    def run(self, message: m.RunProgram, pieces: Iterator[m.Piece], context: Call) -> m.Answer:
+    def run(self, session: Session, message: m.RunProgram, pieces: Iterator[m.Piece], context: Call) -> m.Answer:
         """Runs an owner's program on its values; the outputs stay here."""
-        session = self.sessions.require(message.session)
         (code,) = streams.contents(pieces, 1, self.cluster.limits.max_request_bytes, "the program")
         inputs, outputs = ([f"o.{name}" for name in names] for names in (message.inputs, message.outputs))
         key = m.Key(context.caller.name, message.id)
@@ -160,15 +148,13 @@ class Host:
 
     # A client's.
 
-    def bundle(self, message: m.Names) -> Iterator[m.Piece]:
+    def bundle(self, session: Session, message: m.Names) -> Iterator[m.Piece]:
         """What clients need of models in the clear."""
-        session = self.sessions.require(message.session)
         for name in dict.fromkeys(message.names):  # each once
             yield from streams.pieces(name, self._model(session, name).bundle)
 
-    def infer(self, message: m.Infer, pieces: Iterator[m.Piece], context: Call) -> m.Answer:
+    def infer(self, session: Session, message: m.Infer, pieces: Iterator[m.Piece], context: Call) -> m.Answer:
         """Runs a model's program on a client's inputs; the answer has this party's shares of the outputs."""
-        session = self.sessions.require(message.session)
         model = self._model(session, message.model)
         if message.hash != model.public.hash:
             raise Refused(
@@ -234,31 +220,26 @@ class Host:
 
     # Party 0's.
 
-    def form(self, message: m.Form) -> m.Empty:
+    def form(self, message: m.Form) -> None:
         """Joins a session that party 0 starts: this party's worker, and its shares, begin anew."""
         if difference := m.difference(message.facts, self._facts):
             raise Refused(StatusCode.FAILED_PRECONDITION, f"party {self.rank} differs from party 0: {difference}")
         if self._stopping:
             raise Refused(StatusCode.UNAVAILABLE, f"party {self.rank} is stopping")
         self.sessions.start(message.session, message.models)
-        return m.Empty()
 
-    def promise(self, message: m.Switch) -> m.Empty:
+    def promise(self, session: Session, message: m.Switch) -> None:
         """Keeps a put that party 0 is about to switch to, until party 0 says more."""
-        self.sessions.require(message.session).held.promise(message.hash)
-        return m.Empty()
+        session.held.promise(message.hash)
 
-    def switch(self, message: m.Switch) -> m.Empty:
+    def switch(self, session: Session, message: m.Switch) -> None:
         """Serves a put that party 0 has switched to."""
-        session = self.sessions.require(message.session)
         with refused_where(OSError, StatusCode.INTERNAL, f"party {self.rank} could not switch to a put on its disk"):
             model = session.held.switch(message.hash)
         self.log("model", name=model.name, hash=model.public.hash[:16], programs=sorted(model.programs))
-        return m.Empty()
 
-    def has(self, message: m.Turn, context: Call) -> m.Empty:
+    def has(self, session: Session, message: m.Turn, context: Call) -> None:
         """Waits for requests that came to party 0: a caller sends to all parties at the same time."""
-        session = self.sessions.require(message.session)
         gone = threading.Event()
 
         def stop() -> None:
@@ -270,11 +251,9 @@ class Host:
         for key in message.requests:
             if not session.turns.has(key, max(0.0, end - time.monotonic()), gone):
                 raise Refused(StatusCode.NOT_FOUND, f"party {self.rank} was not sent this request")
-        return m.Empty()
 
-    def step(self, message: m.Turn) -> m.Answer:
+    def step(self, session: Session, message: m.Turn) -> m.Answer:
         """Runs the requests whose turn it is, as party 0 says."""
-        session = self.sessions.require(message.session)
         requests = session.turns.named(message.requests, message.waiting)
         answer = self.sessions.run(session, requests)
         if answer.error is not None and len(requests) > 1:

@@ -14,6 +14,7 @@ import msgspec
 from nacl import bindings as sodium
 from nacl.exceptions import CryptoError
 
+from flaxmpc import files
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile, PartyEntry
 
@@ -104,29 +105,19 @@ class KeptShares:
 
         `weights` are those that the header names.
         """
-        path = self._path(header.name, header.hash)
-        new = path.with_name(f"{path.name}.new")
-        file = os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-        try:
-            with file:
-                stream = sodium.crypto_secretstream_xchacha20poly1305_state()
-                file.write(_MAGIC + sodium.crypto_secretstream_xchacha20poly1305_init_push(stream, self._key))
-                contents = itertools.chain((m.encode(header), bundle), (m.encode(weight) for weight in weights))
-                for piece, mark in _pieces(contents, 2 + len(header.weights)):
-                    encrypted = sodium.crypto_secretstream_xchacha20poly1305_push(stream, piece, tag=mark)
-                    file.write(len(encrypted).to_bytes(_LENGTH_BYTES, "big") + encrypted)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-            self._sync()
-        finally:
-            new.unlink(missing_ok=True)
+        with files.replacing(self._path(header.name, header.hash), os.O_EXCL, 0o600) as file:
+            stream = sodium.crypto_secretstream_xchacha20poly1305_state()
+            file.write(_MAGIC + sodium.crypto_secretstream_xchacha20poly1305_init_push(stream, self._key))
+            contents = itertools.chain((m.encode(header), bundle), (m.encode(weight) for weight in weights))
+            for piece, mark in _pieces(contents, 2 + len(header.weights)):
+                encrypted = sodium.crypto_secretstream_xchacha20poly1305_push(stream, piece, tag=mark)
+                file.write(len(encrypted).to_bytes(_LENGTH_BYTES, "big") + encrypted)
 
     def commit(self, name: str, hash_: str) -> None:
         """Puts a staged put in the place of the one that is served. OSError: it is not there, or the disk can't."""
         os.replace(self._path(name, hash_), self._path(name))
         self.models[name] = hash_
-        self._sync()
+        files.sync(self._folder)
 
     def discard(self, name: str, hash_: str) -> None:
         """Removes a staged put, which may be gone already."""
@@ -179,14 +170,6 @@ class KeptShares:
 
     def _staged(self) -> list[Path]:
         return list(self._folder.glob("*.staged"))
-
-    def _sync(self) -> None:
-        """Waits until new names of files are on disk, too."""
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _decrypted(file: BinaryIO, key: bytes) -> Iterator[bytes]:

@@ -23,11 +23,12 @@ _POLL = 1.0  # seconds between looks at the peers while nothing is asked
 _MOST_MISSED = 3  # looks in a row that a peer may miss
 
 
-class Leader:
+class Leader(threading.Thread):
     """A thread at party 0 that forms the group, and then runs requests, one thing at a time."""
 
     def __init__(self, cluster: ClusterFile, facts: m.Facts, sessions: Sessions, log: Callable[..., None]):
         """ValueError: a certificate or key is not there."""
+        super().__init__(name="leader", daemon=True)
         self._cluster = cluster
         self._facts = facts
         self._sessions = sessions
@@ -39,17 +40,11 @@ class Leader:
         self._missed: collections.Counter[int] = collections.Counter()
         self._committing = threading.Lock()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="leader", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the running request; `join` waits for it."""
+        """Ends the thread after the running request, and waits for that."""
         self._stopping.set()
-
-    def join(self) -> None:
-        self._thread.join()
+        self.join()
 
     def announce(self, session: Session, request: Request) -> None:
         """Finds out whether the peers have a request too: only then does it get a turn, so that none is waited for."""
@@ -104,7 +99,7 @@ class Leader:
         for rank, error in errors.items():  # once all have ended
             raise Refused(error.code(), self._describe(rank, error))
 
-    def _run(self) -> None:
+    def run(self) -> None:
         while not self._stopping.is_set():
             try:
                 self._once()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from flaxmpc.secure.deploy import disk
+from flaxmpc import files
 from flaxmpc.secure.deploy.certificates import Authority
 from flaxmpc.secure.deploy.cluster import CLIENT, FILE_NAME, ClusterFile, Limits, Seconds
 from flaxmpc.secure.protocol import PROTOCOLS, Config
@@ -52,7 +52,7 @@ def write_local(
     for name in names:
         authority.issue(directory, name, server=name.startswith("party"))
     content = _content(protocol, num_parties, timeout_seconds, allow_insecure_dealer)
-    disk.write_new(path, content.encode(), 0o644)
+    files.write_new(path, content.encode(), 0o644)
     return ClusterFile.read(path)
 
 

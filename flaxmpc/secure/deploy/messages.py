@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from flaxmpc.errors import brief
+from flaxmpc.secure.protocol import Config
 
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.\-]+\Z")]
@@ -106,15 +107,6 @@ class ModelProgram(Message, frozen=True):
         return digest(encode(self))
 
 
-class PublicProgram(Message, frozen=True):
-    """A ModelProgram without its code."""
-
-    inputs: tuple[Array, ...]
-    outputs: tuple[Array, ...]
-    batch: int
-    length: int
-
-
 class PublicModel(Message, frozen=True):
     """A party's word on a model that it holds shares of.
 
@@ -123,13 +115,13 @@ class PublicModel(Message, frozen=True):
             knows. Two puts of the same model differ in it.
         bundle: hash of what clients need in the clear.
         bundle_bytes: size of the bundle.
-        programs: those that can be asked for, by name.
+        programs: those that can be asked for, by name; their code stays at the parties.
     """
 
     hash: str
     bundle: Digest
     bundle_bytes: int
-    programs: dict[str, PublicProgram]
+    programs: dict[str, ModelProgram]
 
 
 class Empty(Message, frozen=True):
@@ -157,76 +149,67 @@ class Piece(Message, frozen=True):
     meta: bytes | None = None
 
 
-class Names(Message, frozen=True):
-    """Values, puts or models that something is asked of, by their names."""
+class InSession(Message, frozen=True):
+    """Something that is asked of a session, by its id; a party refuses what is asked of one that it is not in."""
 
     session: str
+
+
+class OfLease(InSession, frozen=True):
+    """Something that an owner asks, whose lease holds the values."""
+
+    lease: Name
+
+
+class Names(InSession, frozen=True):
+    """Values, puts or models that something is asked of, by their names."""
+
     names: list[Name]
 
 
-class Stored(Message, frozen=True):
+class Stored(OfLease, frozen=True):
     """The header of a stream of values, which are held for an owner's lease."""
 
-    session: str
-    lease: Name
 
-
-class KeepLease(Message, frozen=True):
+class KeepLease(OfLease, frozen=True):
     """The owner needs what its lease holds as long as it waits for the answer; or no more, where the lease `ends`."""
 
-    session: str
-    lease: Name
     ends: bool = False
 
 
-class Publish(Message, frozen=True):
+class Publish(OfLease, frozen=True):
     """Makes stored values a put of a model, which is served after `Switch`.
 
     It goes without the programs' code; that follows, and then the bundle, in a stream.
     """
 
-    session: str
-    lease: Name
     name: Name
     hash: Name
     weights: list[Name]
     programs: dict[Name, ModelProgram]
 
 
-class Switch(Message, frozen=True):
+class Switch(InSession, frozen=True):
     """A put takes the place of the one before. The owner asks party 0, and that the others; None: not after all."""
 
-    session: str
     hash: Name | None
 
 
-class RunProgram(Message, frozen=True):
+class RunProgram(OfLease, frozen=True):
     """The owner runs a program on what it stored, and keeps the outputs there for its lease."""
 
-    session: str
-    lease: Name
     id: Name
     inputs: list[Name]
     outputs: list[Name]
 
 
-class Infer(Message, frozen=True):
+class Infer(InSession, frozen=True):
     """A client asks a model; one party's shares of the inputs follow in a stream, named "0", "1", ... in order."""
 
-    session: str
     id: Name
     model: Name
     hash: str
     program: Name
-
-
-class OpProfile(Message, frozen=True):
-    """The cost of one operation in a run, at one party."""
-
-    count: int
-    seconds: float
-    bytes_sent: int
-    rounds: int
 
 
 class Answer(Message, frozen=True):
@@ -236,7 +219,8 @@ class Answer(Message, frozen=True):
         error: what went wrong, in one line; None if it went well.
         in_step: whether the party still agrees with the others on where they are.
         shares: those of the outputs, for the client that asked.
-        seconds, bytes_sent, rounds, ops: the cost at this party.
+        seconds, bytes_sent, rounds: the cost at this party.
+        ops: the same by operation, as `Profile.ops` has it.
     """
 
     error: str | None = None
@@ -245,7 +229,7 @@ class Answer(Message, frozen=True):
     seconds: float = 0.0
     bytes_sent: int = 0
     rounds: int = 0
-    ops: dict[str, OpProfile] = {}
+    ops: dict[str, tuple[int, float, int, int]] = {}
 
 
 class Form(Message, frozen=True):
@@ -268,10 +252,9 @@ class Key(Message, frozen=True):
     id: Name
 
 
-class Turn(Message, frozen=True):
+class Turn(InSession, frozen=True):
     """Requests that party 0 asks for, or gives a turn, together; and those that still wait there."""
 
-    session: str
     requests: list[Key]
     waiting: list[Key] = []
 
@@ -283,10 +266,7 @@ class Join(Message, frozen=True, tag=True):
     addresses: tuple[str, ...]
     rank: int
     session: str
-    protocol: str
-    ring: str
-    fraction_bits: int
-    exp_mode: str
+    config: Config
     timeout_ms: int
     facts: Facts
 

@@ -89,17 +89,17 @@ class Metrics:
             self._counters[name].inc(value)
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(prometheus.MetricsHandler):
     timeout = 10  # seconds for what a client says
 
     def do_GET(self) -> None:
         assert isinstance(self.server, _Server)
-        metrics = self.server.metrics
+        self.registry = self.server.metrics.registry
         if self.path == "/health":
-            state = metrics.state()
+            state = self.server.metrics.state()
             self._reply(200 if state == "ready" else 503, "application/json", json.dumps({"state": state}).encode())
         elif self.path == "/metrics":
-            self._reply(200, prometheus.CONTENT_TYPE_LATEST, prometheus.generate_latest(metrics.registry))
+            super().do_GET()
         else:
             self._reply(404, "text/plain", b"/health or /metrics\n")
 
@@ -108,9 +108,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.end_headers()
         self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
 
 class _Server(http.server.ThreadingHTTPServer):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flaxmpc import files
 from flaxmpc.secure.deploy import disk
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile
@@ -20,12 +21,7 @@ _LINE = re.compile(r"([0-9a-f]{64})(\s|$)")
 
 
 def compile_program(
-    cluster: ClusterFile,
-    fn: Callable[..., Any],
-    weights: Planned,
-    *inputs: Any,
-    length: int,
-    shared_reciprocal: bool = False,
+    cluster: ClusterFile, fn: Callable[..., Any], weights: Planned, *inputs: Any, length: int
 ) -> m.ModelProgram:
     """Compiles a function for one request and for 2, 4, 8, ... that wait at the same time.
 
@@ -38,14 +34,12 @@ def compile_program(
         weights: shapes and dtypes of what the parties hold, or will hold.
         inputs: pytrees of arrays of a request's shapes and dtypes, secret; their values are not used.
         length: size of a row, for the parties' limits.
-        shared_reciprocal: an option of the compiler, as `secure.jit` has it.
 
     Raises:
         SecureError: SPU cannot compile the function.
     """
     config = cluster.config
     settings: dict[str, Any] = {name: getattr(config, name) for name in ("ring", "fraction_bits", "exp_mode")}
-    settings["shared_reciprocal"] = shared_reciprocal
     arrays = jax.tree.leaves(inputs)
     batch = arrays[0].shape[0]
     most = cluster.limits.max_batch_rows // batch
@@ -123,7 +117,7 @@ class Approved(NamedTuple):
             OSError: the file can't be written to.
         """
         if not self.path.exists():
-            disk.write_new(self.path, b"", 0o644)
+            files.write_new(self.path, b"", 0o644)
         known = self.digests()
         remark = " ".join(model.split())  # a line break in it would begin a digest
         lines = [f"{program.digest}  {remark} {name}\n" for name, program in programs.items()]

@@ -60,7 +60,7 @@ class Peer:
         bytes_sent: bytes of the messages to it so far, before TLS.
     """
 
-    def __init__(self, cluster: ClusterFile, identity: PartyEntry | Identity, entry: PartyEntry):
+    def __init__(self, cluster: ClusterFile, identity: Identity, entry: PartyEntry):
         """Connects when it is first used; to the party's link where `identity` is another party's, else to its control.
 
         Raises:

@@ -1,6 +1,7 @@
 """A party's gRPC server: who may ask what, within which bounds. TLS is in front of it, see `Gate`."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -75,18 +76,20 @@ def check_caller(cluster: ClusterFile, rank: int, caller: Caller | None, name: s
     return caller
 
 
+@dataclasses.dataclass(eq=False)
 class _Handlers:
     """A host's methods as gRPC calls them.
 
     A message by itself is taken as a stream of one: it is not read before it is known who sends it.
     """
 
-    def __init__(self, host: Host, inner: Inner, calls: Calls, log: Callable[..., None]):
-        self._host = host
-        self._inner = inner
-        self._calls = calls
-        self._log = log
-        self._watch = Watch(host.cluster.timeout_seconds)
+    host: Host
+    inner: Inner
+    calls: Calls
+    log: Callable[..., None]
+
+    def __post_init__(self):
+        self._watch = Watch(self.host.cluster.timeout_seconds)
 
     def of(self, name: str) -> grpc.RpcMethodHandler:
         """gRPC's handler of a method."""
@@ -98,35 +101,41 @@ class _Handlers:
         method = METHODS[name]
         with self._admitted(name, context) as call:
             received = self._watch.each(context, contents)
-            arguments: list[Any] = [rpc.decode(next(received, b""), method.message)]
+            arguments = self._first(name, received)
             if method.stream == "in":
                 arguments.append(rpc.decode(content, m.Piece) for content in received)
             if method.waits:
                 arguments.append(call)
-            return m.encode(getattr(self._host, name)(*arguments))
+            answer = getattr(self.host, name)(*arguments)
+            return m.encode(m.Empty() if answer is None else answer)
 
     def _stream(self, name: str, contents: Iterable[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         with self._admitted(name, context):
-            message = rpc.decode(next(self._watch.each(context, contents), b""), METHODS[name].message)
-            for piece in getattr(self._host, name)(message):
+            for piece in getattr(self.host, name)(*self._first(name, self._watch.each(context, contents))):
                 with self._watch.over(context):
                     yield m.encode(piece)
+
+    def _first(self, name: str, received: Iterator[bytes]) -> list[Any]:
+        """A method's first arguments: the session, if it is asked of one, and the message. Refused: no such session."""
+        message = rpc.decode(next(received, b""), METHODS[name].message)
+        session = [self.host.sessions.require(message.session)] if isinstance(message, m.InSession) else []
+        return [*session, message]
 
     @contextlib.contextmanager
     def _admitted(self, name: str, context: grpc.ServicerContext) -> Iterator[Call]:
         """A call while it lasts; ends it with a code and a line where it is refused."""
-        caller = self._inner.caller(context.peer())
+        caller = self.inner.caller(context.peer())
         who = {"method": name, "caller": caller.name if caller else "", "role": caller.role if caller else ""}
         try:
-            caller = check_caller(self._host.cluster, self._host.rank, caller, name)
-            with self._calls.one(caller, name, METHODS[name].most):
+            caller = check_caller(self.host.cluster, self.host.rank, caller, name)
+            with self.calls.one(caller, name, METHODS[name].most):
                 yield Call(caller, context)
         except Refused as error:
             if context.is_active():
-                self._log("refused", **who, reason=str(error))
+                self.log("refused", **who, reason=str(error))
             context.abort(error.code, str(error))
         except msgspec.MsgspecError as error:
-            self._log("refused", **who, reason="not of the schema")
+            self.log("refused", **who, reason="not of the schema")
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not of the schema: {error}")
 
 

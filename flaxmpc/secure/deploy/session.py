@@ -31,34 +31,32 @@ class Session:
     held: Held
 
 
+@dataclasses.dataclass(eq=False)
 class Sessions:
     """This party's session, if there is one, and how it comes and goes.
 
     Attributes:
-        state: "ready", or why there is none.
+        cluster, rank: the cluster, and the number of this party.
+        facts: what must be the same at all parties.
+        tunnel: the way to the others' workers.
+        log: writes a line.
+        metrics: counts sessions and runs.
+        kept: this party's disk, if it keeps shares.
+        check: refuses a put there that may not be served now.
+        state: "ready", or why there is no session.
     """
 
-    def __init__(
-        self,
-        cluster: ClusterFile,
-        rank: int,
-        facts: m.Facts,
-        tunnel: Tunnel,
-        log: Callable[..., None],
-        metrics: Metrics,
-        kept: KeptShares | None,
-        check: Callable[[m.Publish], None],
-    ):
-        """`kept` is the party's disk, if it keeps shares; `check` refuses a put there that may not be served now."""
-        self.state = "starting"
-        self._cluster = cluster
-        self._rank = rank
-        self._facts = facts
-        self._tunnel = tunnel
-        self._log = log
-        self._metrics = metrics
-        self._kept = kept
-        self._check = check
+    cluster: ClusterFile
+    rank: int
+    facts: m.Facts
+    tunnel: Tunnel
+    log: Callable[..., None]
+    metrics: Metrics
+    kept: KeptShares | None
+    check: Callable[[m.Publish], None]
+    state: str = "starting"
+
+    def __post_init__(self):
         self._lock = threading.Lock()
         self._forming = threading.Lock()
         self._joining: WorkerProcess | None = None
@@ -69,7 +67,7 @@ class Sessions:
         """The session, if its worker lives."""
         session = self._session
         if session is not None and not session.worker.alive:
-            self.drop(session, f"party {self._rank} lost its worker")
+            self.drop(session, f"party {self.rank} lost its worker")
             session = None
         return session
 
@@ -77,7 +75,7 @@ class Sessions:
         """The session of that id. Refused: there is none, or another."""
         session = self.live()
         if session is None:
-            raise Refused(StatusCode.UNAVAILABLE, f"party {self._rank} is not ready: {self.state}")
+            raise Refused(StatusCode.UNAVAILABLE, f"party {self.rank} is not ready: {self.state}")
         if session.id != wanted:
             raise Refused(StatusCode.ABORTED, STARTED_ANEW)
         return session
@@ -85,9 +83,9 @@ class Sessions:
     def call(self, session: Session, order: m.Command) -> m.Answer:
         """The worker's answer to a command that takes no turn. Refused: it was lost, or calls the command wrong."""
         try:
-            answer = session.worker.call(order, self._cluster.timeout_seconds)
+            answer = session.worker.call(order, self.cluster.timeout_seconds)
         except WorkerLost as error:
-            self.drop(session, f"party {self._rank} lost its worker")
+            self.drop(session, f"party {self.rank} lost its worker")
             raise Refused(StatusCode.ABORTED, f"{error}; {STARTED_ANEW}") from error
         if answer.error is not None:
             raise Refused(StatusCode.INVALID_ARGUMENT, answer.error)
@@ -95,7 +93,7 @@ class Sessions:
 
     def chosen(self) -> Mapping[str, str]:
         """Hashes of the puts that are served, as this party's disk says, by the model's name."""
-        return dict(self._kept.models) if self._kept is not None else {}
+        return dict(self.kept.models) if self.kept is not None else {}
 
     def drop(self, session: Session, reason: str) -> None:
         """Ends a session: its worker, its shares and what waits for it."""
@@ -106,30 +104,30 @@ class Sessions:
             self._session = None
             self.state = f"the group starts anew: {reason}"
         session.worker.kill()
-        self._log("session_lost", session=session.id[:8], reason=reason)
-        self._metrics.count(sessions_lost=1)
+        self.log("session_lost", session=session.id[:8], reason=reason)
+        self.metrics.count(sessions_lost=1)
         session.turns.close(Refused(StatusCode.ABORTED, f"{reason}; {STARTED_ANEW}"))
 
     def run(self, session: Session, requests: Sequence[Request]) -> m.Answer:
         """Runs requests together at this party, in step with the others; without any says so to them."""
         start = time.perf_counter()
-        facts = {**self._facts, "session": session.id}
-        bound = self._cluster.limits.run_seconds
+        facts = {**self.facts, "session": session.id}
+        bound = self.cluster.limits.run_seconds
         try:
             answer = session.worker.call(command(requests, facts) if requests else m.Execute(None), bound)
         except WorkerLost as error:
             late = time.perf_counter() - start > bound
             reason = f"the run took longer than run_seconds {bound}" if late else str(error)
-            self.drop(session, f"party {self._rank} lost its worker: {reason}")
-            answer = m.Answer(error=f"party {self._rank}: {reason}", in_step=False)
+            self.drop(session, f"party {self.rank} lost its worker: {reason}")
+            answer = m.Answer(error=f"party {self.rank}: {reason}", in_step=False)
         if answer.error is None:
             # Here, and not where the owner is answered, who may be gone.
             session.held.add(name for request in requests if request.given is None for name in request.outputs)
         if requests:
             seconds = time.perf_counter() - start
-            self._metrics.count(runs=1, run_seconds=seconds, bytes_sent=answer.bytes_sent, rounds=answer.rounds)
+            self.metrics.count(runs=1, run_seconds=seconds, bytes_sent=answer.bytes_sent, rounds=answer.rounds)
             told = {"seconds": round(seconds, 3), "error": answer.error, "bytes_sent": answer.bytes_sent}
-            self._log("run", what=requests[0].what, requests=len(requests), **told)
+            self.log("run", what=requests[0].what, requests=len(requests), **told)
         return answer
 
     def start(self, session_id: str, chosen: Mapping[str, str]) -> None:
@@ -139,33 +137,30 @@ class Sessions:
             if self._session is not None:
                 self.drop(self._session, "party 0 started a session")
             worker = self._join(session_id)
-            turns = Turns.of(self._cluster, self._rank)
-            seconds = self._cluster.timeout_seconds
-            held = Held(self._rank, lambda order: self.call(session, order), turns, self._kept, seconds)
+            turns = Turns.of(self.cluster, self.rank)
+            seconds = self.cluster.timeout_seconds
+            held = Held(self.rank, lambda order: self.call(session, order), turns, self.kept, seconds)
             session = Session(session_id, worker, turns, held)
-            if self._kept is not None:
-                self._load(session, chosen, self._kept)
+            if self.kept is not None:
+                self._load(session, chosen, self.kept)
             with self._lock:
                 self._session = session
                 self.state = "ready"
             threading.Thread(target=self._sweep, args=(session,), name="sweep", daemon=True).start()
-            self._metrics.count(sessions=1)
-            self._log("session", session=session_id[:8], worker=worker.pid)
+            self.metrics.count(sessions=1)
+            self.log("session", session=session_id[:8], worker=worker.pid)
 
     def _join(self, session_id: str) -> WorkerProcess:
         """A new worker that has joined the others'. Refused: it could not."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             own = f"127.0.0.1:{free.getsockname()[1]}"
-        addresses = tuple(self._tunnel.entrances.get(rank, own) for rank in range(len(self._cluster.party)))
-        self._tunnel.link = own
-        worker = self._joining = WorkerProcess(self._cluster.parties_beside(self._rank))
+        addresses = tuple(self.tunnel.entrances.get(rank, own) for rank in range(len(self.cluster.party)))
+        self.tunnel.link = own
+        worker = self._joining = WorkerProcess(self.cluster.parties_beside(self.rank))
         if session_id == self._given_up:
             worker.kill()
-        config, timeout = self._cluster.config, self._cluster.timeout_seconds
-        join = m.Join(
-            addresses, self._rank, session_id, config.protocol, config.ring, config.fraction_bits,
-            config.exp_mode, int(timeout * 1000), self._facts,
-        )  # fmt: skip
+        timeout = self.cluster.timeout_seconds
+        join = m.Join(addresses, self.rank, session_id, self.cluster.config, int(timeout * 1000), self.facts)
         try:
             error = worker.call(join, timeout + 10).error  # 10 s: loading SPU
         except WorkerLost as lost:
@@ -174,21 +169,21 @@ class Sessions:
         if error is not None:
             worker.kill()
             self.state = error
-            self._log("join_failed", reason=error)
-            raise Refused(StatusCode.UNAVAILABLE, f"party {self._rank} could not join the others: {error}")
+            self.log("join_failed", reason=error)
+            raise Refused(StatusCode.UNAVAILABLE, f"party {self.rank} could not join the others: {error}")
         return worker
 
     def _load(self, session: Session, chosen: Mapping[str, str], kept: KeptShares) -> None:
         """Serves the `chosen` puts in a session; one that is not whole, or not allowed any more, is left out."""
         for name in kept.models.keys() - chosen.keys():
-            self._log("kept_shares_left_out", name=name, reason="party 0 keeps none of this model")
+            self.log("kept_shares_left_out", name=name, reason="party 0 keeps none of this model")
         for name, hash_ in chosen.items():
             try:
-                session.held.load(name, hash_, self._check)
+                session.held.load(name, hash_, self.check)
             except (ValueError, OSError, Refused) as error:
-                self._log("kept_shares_left_out", name=name, hash=hash_[:16], reason=str(error))
+                self.log("kept_shares_left_out", name=name, hash=hash_[:16], reason=str(error))
             else:
-                self._log("kept_shares", name=name, hash=hash_[:16])
+                self.log("kept_shares", name=name, hash=hash_[:16])
         kept.sweep()
 
     def _sweep(self, session: Session) -> None:
@@ -199,7 +194,7 @@ class Sessions:
             try:
                 session.held.sweep()
             except Refused as error:
-                self._log("sweep_failed", reason=str(error))
+                self.log("sweep_failed", reason=str(error))
 
     def give_up(self, session_id: str) -> None:
         """A session that is being started will not come about: ends its worker, or the one that is about to start."""
@@ -215,7 +210,7 @@ class Sessions:
         """Sets the state, and logs it if it is new."""
         state = f"waiting: {reason}"
         if state != self.state:
-            self._log("waiting", reason=reason)
+            self.log("waiting", reason=reason)
         self.state = state
 
     def close(self) -> None:

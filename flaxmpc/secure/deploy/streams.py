@@ -79,21 +79,20 @@ def contents(stream: Iterable[m.Piece], count: int, most: int, what: str) -> lis
     Raises:
         Refused: another number of contents, or larger ones.
     """
-    found, left = [bytearray() for _ in range(count)], most
-    place = -1
-    for piece in stream:
-        if piece.name != str(place):
-            place += 1
-        if piece.name != str(place) or place == count:
-            reason = f"piece {piece.name!r} is not of the {count} contents, in their order"
-            raise Refused(StatusCode.INVALID_ARGUMENT, reason)
-        left -= len(piece.content)
-        if left < 0:
-            raise Refused(StatusCode.RESOURCE_EXHAUSTED, f"{what} has more than max_request_bytes {most}")
-        found[place] += piece.content
-    if place != count - 1:
-        raise Refused(StatusCode.INVALID_ARGUMENT, f"{place + 1} contents, {count} are needed")
-    return [bytes(content) for content in found]
+    found, left = list[bytes](), most
+    for name, group in itertools.groupby(stream, key=lambda piece: piece.name):
+        if name != str(len(found)) or len(found) == count:
+            raise Refused(StatusCode.INVALID_ARGUMENT, f"piece {name!r} is not of the {count} contents, in their order")
+        content = bytearray()
+        for piece in group:
+            left -= len(piece.content)
+            if left < 0:
+                raise Refused(StatusCode.RESOURCE_EXHAUSTED, f"{what} has more than max_request_bytes {most}")
+            content += piece.content
+        found.append(bytes(content))
+    if len(found) != count:
+        raise Refused(StatusCode.INVALID_ARGUMENT, f"{len(found)} contents, {count} are needed")
+    return found
 
 
 def of_model(header: m.Publish, bundle: bytes) -> tuple[m.Publish, list[bytes]]:

@@ -99,33 +99,27 @@ def command(requests: Sequence[Request], facts: m.Facts) -> m.Execute:
     )
 
 
+@dataclasses.dataclass(eq=False)
 class Turns:
-    """A session's requests. Those who ask get turns one after the other, however many requests each of them has."""
+    """A session's requests. Those who ask get turns one after the other, however many requests each of them has.
 
-    def __init__(
-        self,
-        limit: int,
-        each: int,
-        *,
-        patience: float | None = None,
-        mixed: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        """No request yet.
+    Attributes:
+        limit: requests that wait or run at most. Who has n of them is let in only while more than n places are
+            free: there is room for those who have none.
+        each: requests of one caller at most.
+        patience: seconds after which a request ends that party 0 does not name; None at party 0.
+        mixed: whether requests of several callers may run together.
+        clock: gives the time, in seconds.
+    """
 
-        Args:
-            limit: requests that wait or run at most. Who has n of them is let in only while more than n places are
-                free: there is room for those who have none.
-            each: requests of one caller at most.
-            patience: seconds after which a request ends that party 0 does not name; None at party 0.
-            mixed: whether requests of several callers may run together.
-            clock: the time, in seconds.
-        """
-        self._limit = limit
-        self._each = each
-        self._patience = patience
-        self._mixed = mixed
-        self._clock = clock
+    limit: int
+    each: int
+    _: dataclasses.KW_ONLY
+    patience: float | None = None
+    mixed: bool = False
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self):
         self._changed = threading.Condition()
         self._waiting: dict[m.Key, Request] = {}
         self._running: list[Request] = []
@@ -133,7 +127,7 @@ class Turns:
         self._came = 0
         self._turn = 0
         self._served: dict[str, int] = {}  # the last turn of each who had one
-        self._quiet = clock()  # since then no run goes on
+        self._quiet = self.clock()  # since then no run goes on
 
     @classmethod
     def of(cls, cluster: ClusterFile, rank: int) -> Turns:
@@ -160,13 +154,13 @@ class Turns:
             if request.key in held:
                 raise Refused(StatusCode.ALREADY_EXISTS, f"request {request.key.id} is known already")
             own = sum(key.caller == request.key.caller for key in held)
-            if own >= self._each:
+            if own >= self.each:
                 reason = f"{request.key.caller} has {own} requests here, the most that one may have: ask again later"
                 raise Refused(StatusCode.RESOURCE_EXHAUSTED, reason)
-            if own >= self._limit - len(self):
+            if own >= self.limit - len(self):
                 raise Refused(StatusCode.RESOURCE_EXHAUSTED, f"{len(self)} requests wait: try again later")
             self._came += 1
-            request.number, request.came = self._came, self._clock()
+            request.number, request.came = self._came, self.clock()
             self._waiting[request.key] = request
             self._changed.notify_all()
 
@@ -174,7 +168,7 @@ class Turns:
         """Waits for the end of a request."""
         while True:
             try:
-                return request.answer.result(self._patience)
+                return request.answer.result(self.patience)
             except concurrent.futures.TimeoutError:
                 self.expire()
 
@@ -215,15 +209,14 @@ class Turns:
             if self._closed or not (waiting := ready()):
                 return []
             first = waiting[0]
+            if first.alone:
+                return self._start([first])
             same = [
                 other
                 for other in waiting
-                if other.kind == first.kind
-                and not other.alone
-                and (self._mixed or other.key.caller == first.key.caller)
+                if other.kind == first.kind and not other.alone and (self.mixed or other.key.caller == first.key.caller)
             ]
-            count = 1 if first.alone else max(count for count in (1, *first.codes) if count <= len(same))
-            return self._start([first] if first.alone else same[:count])
+            return self._start(same[: max(count for count in (1, *first.codes) if count <= len(same))])
 
     # At the others.
 
@@ -232,7 +225,7 @@ class Turns:
         with self._changed:
             self._changed.wait_for(lambda: key in self._waiting or self._closed or gone.is_set(), timeout)
             if key in self._waiting:
-                self._waiting[key].named = self._clock()
+                self._waiting[key].named = self.clock()
             return key in self._waiting
 
     def named(self, keys: Sequence[m.Key], waiting: Iterable[m.Key] = ()) -> list[Request]:
@@ -241,7 +234,7 @@ class Turns:
         `waiting` are those that still wait at party 0. Others that it knew once have ended there, and end here too.
         """
         with self._changed:
-            now = self._clock()
+            now = self.clock()
             for key in {*keys, *waiting} & self._waiting.keys():
                 self._waiting[key].named = now
             self._end_unnamed(lambda each: now if each.named is None else each.named)
@@ -256,13 +249,13 @@ class Turns:
         for is safe until the run is over.
         """
         with self._changed:
-            quiet = self._clock() if self._running else self._quiet
+            quiet = self.clock() if self._running else self._quiet
             self._end_unnamed(lambda each: each.came if each.named is None else max(each.named, quiet))
 
     def _end_unnamed(self, since: Callable[[Request], float]) -> None:
         """Ends the requests that party 0 has not named `since` a time that is too long ago."""
-        if (patience := self._patience) is not None:
-            now = self._clock()
+        if (patience := self.patience) is not None:
+            now = self.clock()
             reason = f"party 0 has not asked for this request for {patience:g} s: was it sent there?"
             self._end_waiting(lambda each: now - since(each) >= patience, reason)
 
@@ -276,7 +269,7 @@ class Turns:
 
     def _stop(self, requests: Sequence[Request]) -> None:
         self._running = [request for request in self._running if request not in requests]
-        self._quiet = self._clock()
+        self._quiet = self.clock()
 
     def end(self, requests: Sequence[Request], answer: m.Answer) -> None:
         """Ends requests that ran: each gets its own part of the answer's shares, or the error, which is everyone's."""

@@ -23,7 +23,6 @@ from flaxmpc.secure.deploy import shares
 from flaxmpc.secure.deploy.process import hide_memory
 from flaxmpc.secure.deploy.signature import Signature, differing
 from flaxmpc.secure.party import Party
-from flaxmpc.secure.protocol import Config
 
 _RETRY_MS = 500
 
@@ -80,8 +79,8 @@ class Worker:
     def __init__(self, join: m.Join):
         self._link = make_link(join)
         agree(self._link, join.facts)
-        self._config = Config(join.protocol, join.ring, join.fraction_bits, exp_mode=join.exp_mode)
-        self._party = Party(self._link, self._config)
+        self._config = join.config
+        self._party = Party(self._link, join.config)
 
     def answer(self, command: m.Command) -> m.Answer:
         match command:
@@ -101,16 +100,15 @@ class Worker:
         given = list(zip(command.inputs[len(command.inputs) - len(command.given) :], command.given, strict=True))
         temporary = [*(name for name, _ in given), *(command.outputs if command.answer else ())]
         try:
-            if command.facts is None:
-                agree(self._link, "was not sent this request")
-            else:
+            facts: m.Facts | str = "was not sent this request"
+            if command.facts is not None:
                 try:
                     facts = command.facts | {"inputs": self._take(command, given)}
                 except ValueError as error:
                     facts = f"can't run this: {error}"
                 except Exception as error:
                     facts = str(SecureError.wrap("can't run this: storing the inputs", error))
-                agree(self._link, facts)
+            agree(self._link, facts)
             executable = load_spu().Executable(
                 name="run", input_names=list(command.inputs), output_names=list(command.outputs), code=command.code
             )
@@ -123,8 +121,7 @@ class Worker:
         finally:
             self._party.delete(temporary)
         sent, rounds = profile.totals[0]
-        ops = {name: m.OpProfile(*values) for name, values in profile.ops.items()}
-        return m.Answer(shares=results, seconds=seconds, bytes_sent=sent, rounds=rounds, ops=ops)
+        return m.Answer(shares=results, seconds=seconds, bytes_sent=sent, rounds=rounds, ops=profile.ops)
 
     def _take(self, command: m.Execute, given: Sequence[tuple[str, m.Share]]) -> str:
         """Stores what is given; a digest of what the program runs on.

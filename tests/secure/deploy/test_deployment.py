@@ -260,7 +260,7 @@ def test_another_program_at_one_party_is_refused_with_the_difference(owner, clie
         header = m.Publish(owner.session, owner._lease, "affine", "same", weights.names, {"2x4": program})
         peer.send_later("publish", *sent(header)).result()
     owner._peers[0].ask("commit", m.Switch(owner.session, "same"), m.Empty)
-    model = m.PublicModel("same", "", 0, {"2x4": m.PublicProgram((array,), (array,), 2, 4)})
+    model = m.PublicModel("same", "", 0, {"2x4": m.ModelProgram(b"", (array,), (array,), 2, 4)})
     with pytest.raises(
         secure.SecureError, match=r"party 2 differs from party 0: program '[0-9a-f]+' against '[0-9a-f]+'"
     ):

@@ -34,7 +34,7 @@ class Workers:
         config = Config()
         self.processes = [WorkerProcess(3) for _ in range(3)]
         session = secrets.token_hex(16)
-        joins = [m.Join(addresses, rank, session, "ABY3", "FM64", 18, "taylor", 60_000, FACTS) for rank in range(3)]
+        joins = [m.Join(addresses, rank, session, config, 60_000, FACTS) for rank in range(3)]
         assert [answer.error for answer in self.each(joins)] == [None] * 3
         self._spu = load_spu()
         self._io = self._spu.Io(3, config.runtime_config())
@@ -100,7 +100,7 @@ def test_a_missing_value_is_named_and_the_parties_go_on(workers):
     workers.put("o.v", W)
     inputs = ["o.v", "r.a.0"]
     assert workers.each(requests([workers.share(X)], inputs=inputs))[0].error is None
-    workers.processes[1].call(m.Delete(["o.v"]))
+    workers.processes[1].call(m.Delete(["o.v"]), 90)
     reason = workers.refused(requests([workers.share(X)], inputs=inputs))
     assert reason == "party 1 can't run this: it holds no value 'o.v'"
     workers.each([m.Delete(["o.v"])] * 3)
@@ -118,7 +118,7 @@ def test_a_request_that_one_was_not_sent_is_not_run(workers):
 
 def test_another_value_at_one_party_is_noticed(workers):
     workers.put("o.v", W)
-    workers.processes[2].call(m.Put("o.v", workers.share(W.astype(np.int32))[2]))
+    workers.processes[2].call(m.Put("o.v", workers.share(W.astype(np.int32))[2]), 90)
     reason = workers.refused(requests([workers.share(X)], inputs=["o.v", "r.a.0"]))
     assert "party 2 can't run this: the program has another signature: input 0 is secret int32 (4, 4)" in reason
     workers.each([m.Delete(["o.v"])] * 3)
