@@ -1,0 +1,461 @@
+"""Parts of CrypTen, MPCFormer, SHAFT and SecFormer on CrypTen's shares, beside ours on SPU's: the same real inputs.
+
+    python benchmarks/peers.py [--json] [--show] [--quick] [--python PYTHON]
+
+Two processes of two parties, of which the first deals the triples, on both sides: CrypTen's trusted first party, and
+SEMI2K. Three units, in the sizes of BERT-Base and 128 tokens:
+
+- attention: from scores (12 x 128 x 128) and values (12 x 128 x 64) to the context;
+- activation: of 128 x 3072 numbers;
+- layer: a whole encoder layer. Its weights are new, and the first run (cold) opens them, which SEMI2K does only once.
+
+Scores, values and activations are those of all six layers of the zoo's default model on sentences of its test set,
+joined to texts of 128 tokens: a run for each layer, the median of their seconds. `error` is the largest distance from
+the function in the clear that a part stands for (exact softmax, say), and `mean_error` the mean one, both by that
+function's standard deviation. Scores of "2quad_freediv" and inputs of our "quad" are as a folded model has them. Ours
+have a secret mask, of which the division-free ones have nothing left; the peers' benchmarks have none.
+
+`rounds` are one-way latencies. CrypTen counts `openings`, each an all_reduce of PyTorch's gloo: four latencies, of its
+two phases (reduce-scatter, all-gather) in which a message waits until the receiver has said that it is ready. This is
+measured too, where there may be network namespaces: the slope of a run's time against the latency, few numbers. Many
+numbers take more, as gloo sends them in pieces, two at a time. Bytes are those that CrypTen counts, on the wire 0.3 %
+more. Nothing is sent for the triples on either side.
+
+What a part is, and its settings, is in crypten_party.py, which runs in a Python of its own: `make bench-peers` makes it
+(requirements/peers.txt), --python names another one. About 5 minutes on 2 idle cores.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import jax
+import jax.numpy as jnp
+import namespaces
+import numpy as np
+import tyro
+from harness import Benchmark, Record, held, record
+from layer_cost import as_written, block, lazily
+from variants import NEWTON_PARTS, SHARED_RECIPROCAL, Workload
+
+from flaxmpc import secure
+from flaxmpc.data.batches import movie_sentences
+from flaxmpc.models import folder as folders
+from flaxmpc.models import zoo
+from flaxmpc.models.bert import BertConfig, preset
+from flaxmpc.nn.activation import ACTIVATIONS
+from flaxmpc.nn.attention import ATTENTION, Attention
+from flaxmpc.nn.mask import Mask
+from flaxmpc.nn.product import matmul
+from flaxmpc.secure.cost import provenance
+
+HERE = Path(__file__).parent
+PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
+PARTIES = 2
+OURS, THEIRS = "SEMI2K", "CrypTen"  # protocols
+LATENCIES = 4  # of an all_reduce
+REPETITIONS = 4  # of a layer; of ours the first is cold
+QUICK = ("2quad_freediv", "2quad, mended", ", quad", "quad, mended", "2quad_freediv + quad")  # what is run then
+RTTS = (0.04, 0.08)  # seconds, of the two runs whose difference measures latencies
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(harness.Options):
+    """Options of this benchmark.
+
+    Attributes:
+        python: that has CrypTen, see requirements/peers.txt.
+    """
+
+    python: Path = PYTHON
+
+
+# ------------------------------------------------------------------------------------------------------ real inputs
+
+
+class Real(NamedTuple):
+    """What the layers of a model met, an array a layer.
+
+    Attributes:
+        scores: (layer, 1, head, token, token).
+        folded: the same times sqrt(r/n), plus c sqrt(r/n): what a division-free model squares.
+        values: (layer, 1, head, token, 64): those of two texts side by side, as a head of BERT-Base has 64 features.
+        wide: (layer, 2, token, feature), before the activation, of both texts: as many numbers as 128 x 3072.
+    """
+
+    scores: np.ndarray
+    folded: np.ndarray
+    values: np.ndarray
+    wide: np.ndarray
+
+    @property
+    def mask(self) -> Mask:
+        return jax.device_get(Mask.from_tokens(jnp.ones((1, self.scores.shape[-1]))))
+
+
+@functools.cache
+def real(quick: bool) -> Real:
+    """The zoo's default model on two texts; a corner of it for a quick run."""
+    loaded, tokens = folders.load(zoo.find(zoo.DEFAULT)), 128
+    tokenizer, config = loaded.tokenizer, loaded.model.config
+    sentences = tokenizer(movie_sentences()["test"]["sentence"][:100], add_special_tokens=False)["input_ids"]
+    words = [word for sentence in sentences for word in sentence]
+    size = tokens - 2
+    texts = [[tokenizer.cls_token_id, *words[i : i + size], tokenizer.sep_token_id] for i in (0, size)]
+    outputs, met = loaded.model.apply(
+        {"params": loaded.params}, jnp.array(texts), method="outputs", mutable=["intermediates"],
+        capture_intermediates=lambda module, _: module.name in ("value", "intermediate"),
+    )  # fmt: skip
+    layers = [met["intermediates"]["bert"][f"layer_{i}"] for i in range(config.num_hidden_layers)]
+    values = np.stack([layer["attention"]["value"]["__call__"][0] for layer in layers])
+    values = values.reshape(*values.shape[:-1], config.num_attention_heads, -1).transpose(0, 3, 2, 1, 4)
+    wide = np.stack([layer["intermediate"]["__call__"][0] for layer in layers])
+    scores = np.stack(outputs.intermediates.scores)[:, :1]
+    held_scalars = [loaded.params["bert"][f"layer_{i}"]["attention"] for i in range(len(layers))]
+    shift, scale = (np.stack([scalars[name] for scalars in held_scalars])[:, None, :, None, None]
+                    for name in ("shift", "scale"))  # fmt: skip
+    found = Real(
+        scores, (scores + shift) * np.sqrt(scale / tokens), values.reshape(*values.shape[:3], -1)[:, None], wide
+    )
+    if not quick:
+        return found
+    few = np.s_[:1, :, :2, :8, :8]
+    return Real(scores[few], found.folded[few], found.values[few], wide[:1, :, :8, :16])
+
+
+def mixed(part: Attention) -> Callable[..., jax.Array]:
+    """From (None, scores, values, mask) to the context. Of a part's scalars c is as it starts, and r is 1."""
+
+    def context(_: None, scores: jax.Array, values: jax.Array, mask: Mask) -> jax.Array:
+        shift = part.scalars(scores.shape[1]).get("shift")
+        return part.normaliser(part.f(scores, mask, shift), values, mask, None, matmul, None)
+
+    return context
+
+
+def squared(_: None, folded: jax.Array, values: jax.Array) -> jax.Array:
+    """2quad_freediv as a folded model has it."""
+    return jnp.square(folded) @ values
+
+
+def folded_quad(_: None, x: jax.Array) -> jax.Array:
+    """quad as a folded model has it: of sqrt(0.125) (x + 1)."""
+    return jnp.square(x) + 0.375
+
+
+# ------------------------------------------------------------------------------------------------- a part, and a run
+
+
+class Case(NamedTuple):
+    """A part on inputs.
+
+    Attributes:
+        unit: attention, activation or layer.
+        system: whose part it is.
+        variant: what it is called in the table.
+        part: ours, of (weights, *inputs); or the name of a peer's in crypten_party.py.
+        exact: the function in the clear that it stands for, on the same inputs, an array a run.
+        inputs: of each run.
+        mask: of ours, the same in all runs; none where a part takes none.
+        weights: that the parties hold before.
+    """
+
+    unit: str
+    system: str
+    variant: str
+    part: Callable[..., Any] | str
+    exact: np.ndarray
+    inputs: tuple[np.ndarray, ...]
+    mask: tuple[Mask, ...] = ()
+    weights: Any = None
+
+
+def each(function: Callable[..., Any], inputs: Sequence[np.ndarray], *more: Any) -> np.ndarray:
+    """The function of (None, *inputs, *more) in the clear, for each run."""
+    return np.stack([Workload(function, None, (*run, *more)).plain() for run in zip(*inputs, strict=True)])
+
+
+def attentions(quick: bool) -> Iterator[Case]:
+    found = real(quick)
+    inputs, folded, mask = (found.scores, found.values), (found.folded, found.values), found.mask
+    exact = {name: each(mixed(ATTENTION[name]), inputs, mask) for name in ("softmax", "2quad", "softmax_freediv")}
+    exact["2quad_freediv"] = each(squared, folded)
+    for name in ("softmax", "2quad", "softmax_freediv"):
+        yield Case("attention", "flaxmpc", name, mixed(ATTENTION[name]), exact[name], inputs, (mask,))
+    yield Case("attention", "flaxmpc", "2quad_freediv", squared, exact["2quad_freediv"], folded)
+    for system, variant, part, stands_for in (
+        ("CrypTen", "softmax", "softmax", "softmax"),
+        ("SHAFT", "softmax", "softmax_shaft", "softmax"),
+        ("SHAFT", "softmax, 64 steps", "softmax_shaft_wide", "softmax"),
+        ("MPCFormer", "2quad, as published", "2quad_published", "2quad"),
+        ("MPCFormer", "2quad, mended", "2quad", "2quad"),
+    ):
+        yield Case("attention", system, variant, part, exact[stands_for], inputs)
+    yield Case("attention", "flaxmpc", "2quad_freediv", "2quad_freediv", exact["2quad_freediv"], folded)
+
+
+def activations(quick: bool) -> Iterator[Case]:
+    inputs = (real(quick).wide,)
+    exact = {name: each(lambda _, x, name=name: ACTIVATIONS[name](x), inputs) for name in ("gelu", "quad")}
+    for name in ("gelu", "gelu_bumblebee", "gelu_shaft"):
+        yield Case("activation", "flaxmpc", name, lambda _, x, name=name: ACTIVATIONS[name](x), exact["gelu"], inputs)
+    squares = (np.sqrt(0.125) * (inputs[0] + 1),)
+    yield Case("activation", "flaxmpc", "quad", folded_quad, exact["quad"], squares)
+    for system, variant, part, stands_for in (
+        ("CrypTen", "gelu by its erf", "gelu_erf", "gelu"),
+        ("CrypTen", "gelu by its tanh", "gelu_tanh", "gelu"),
+        ("SHAFT", "gelu", "gelu_shaft", "gelu"),
+        ("SecFormer", "gelu, mended", "gelu_secformer", "gelu"),
+        ("MPCFormer", "quad, as published", "quad_published", "quad"),
+        ("MPCFormer", "quad, mended", "quad", "quad"),
+    ):
+        yield Case("activation", system, variant, part, exact[stands_for], inputs)
+
+
+def layers(quick: bool) -> Iterator[Case]:
+    """With random weights, of which r is the inverse of what 2quad's numerators are about."""
+    size, tokens = ("tiny", 8) if quick else ("base", 128)
+    shape = preset(size, num_hidden_layers=1, vocab_size=100)
+    hidden = np.random.default_rng(0).normal(size=(1, tokens, shape.hidden_size)).astype(np.float32)
+
+    def params_of(config: BertConfig, mask: Mask) -> dict[str, Any]:
+        made: Any = jax.jit(block(config).init)(jax.random.key(0), hidden, mask)["params"]  # pyright: ignore[reportIndexIssue]
+        if "scale" in made["attention"]:
+            made["attention"]["scale"] = jnp.full_like(made["attention"]["scale"], 1 / 25)
+        return made
+
+    for ours, peers in (
+        ({"attention": "softmax", "hidden_act": "gelu"},
+         (("CrypTen", "softmax + gelu by its tanh", "layer_softmax"), ("SHAFT", "softmax + gelu", "layer_shaft"))),
+        ({"attention": "2quad", "hidden_act": "quad"}, (("MPCFormer", "2quad + quad, mended", "layer_2quad"),)),
+        ({"attention": "2quad_freediv", "hidden_act": "quad"},
+         (("flaxmpc", "2quad_freediv + quad", "layer_2quad_freediv"),)),
+    ):  # fmt: skip
+        config = dataclasses.replace(shape, **ours)
+        mask = jax.device_get(config.mask(jnp.ones((1, tokens))))
+        params = params_of(config, mask)
+        exact = np.asarray(as_written(config)(params, hidden, mask))
+        function, weights, there = as_written(config), params, exact
+        if config.score_degree is not None:
+            newton = dataclasses.replace(config, layer_norm=[NEWTON_PARTS])
+            function, weights = secure.hoist(lazily(newton, secure.Config(OURS)), params, hidden, mask, dtype="float64")
+            # A folded layer leaves its last scale to the next one.
+            there = exact * (Workload(function, weights, (hidden, mask)).plain().std() / exact.std())
+        name = f"{ours['attention']} + {ours['hidden_act']}"
+        inputs = (np.stack([hidden] * REPETITIONS),)
+        yield Case("layer", "flaxmpc", name, function, np.stack([there] * REPETITIONS), inputs, (mask,), weights)
+        for system, variant, part in peers:
+            yield Case("layer", system, variant, part, np.stack([exact[0]] * REPETITIONS), (inputs[0][:, 0],),
+                       weights=for_crypten(params, config.num_attention_heads, tokens))  # fmt: skip
+
+
+def for_crypten(params: Mapping[str, Any], heads: int, tokens: int) -> dict[str, np.ndarray]:
+    """A layer's weights by name: queries, keys and values as one, with 1/sqrt(d) and, where nothing divides, r/n."""
+    attention = params["attention"]
+    depth = attention["query"]["kernel"].shape[-1] // heads
+    scale = np.sqrt(attention["scale"] / tokens) if "scale" in attention else np.ones(heads)
+    shift = np.asarray(attention.get("shift", np.zeros(heads)) * scale)
+    factors = [np.repeat(scale / np.sqrt(depth), depth), 1, 1]
+    found = {"shift": shift[:, None, None]}
+    for field in ("kernel", "bias"):
+        parts = [attention[name][field] * by for name, by in zip(("query", "key", "value"), factors, strict=True)]
+        found[f"qkv/{field}"] = np.concatenate(parts, -1)
+        found |= {f"{name}/{field}": params[name][field] for name in ("intermediate", "output")}
+        found[f"attention/output/{field}"] = attention["output"][field]
+    for name in ("attention_layer_norm", "output_layer_norm"):
+        found |= {f"{name}/{field}": params[name][field] for field in ("scale", "bias")}
+    return {name: np.asarray(array, np.float32) for name, array in found.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """A case's runs: outputs, costs, and the most memory of CrypTen's processes (ours is read from this one)."""
+
+    outputs: np.ndarray
+    costs: Sequence[secure.Cost]
+    peak_memory_bytes: int | None = None
+
+    def only(self, part: slice) -> "Runs":
+        return dataclasses.replace(self, outputs=self.outputs[part], costs=self.costs[part])
+
+
+def on_spu(case: Case, parties: secure.Parties) -> Runs:
+    """With resident weights."""
+    weights = parties.put(case.weights)
+    run = secure.jit(case.part, parties=parties, shared_reciprocal=SHARED_RECIPROCAL).run  # pyright: ignore[reportArgumentType]
+    found = [run(weights, *inputs, *case.mask) for inputs in zip(*case.inputs, strict=True)]
+    return Runs(np.stack([output for output, _ in found]), [cost for _, cost in found])
+
+
+def on_crypten(case: Case, python: Path, libraries: Mapping[str, str], hosts: namespaces.Hosts | None = None) -> Runs:
+    """Two processes of CrypTen on this machine, or one on each host."""
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        threads = max(1, (os.cpu_count() or 1) // PARTIES)
+        (folder / "job.json").write_text(json.dumps({"part": case.part, "threads": threads}), "utf-8")
+        np.savez(folder / "weights.npz", **(case.weights or {}))
+        np.savez(folder / "inputs.npz", *(array.astype(np.float32) for array in case.inputs))
+        popen: Any = (lambda _, args, **options: subprocess.Popen(args, **options)) if hosts is None else hosts.popen
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo" if hosts is None else "eth0"}
+        processes = [
+            popen(rank, [str(python), str(HERE / "crypten_party.py"), directory, str(rank)], env=environment,
+                  stderr=subprocess.PIPE, text=True)
+            for rank in range(PARTIES)
+        ]  # fmt: skip
+        try:
+            said = [process.communicate(timeout=900)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for process, stderr in zip(processes, said, strict=True):
+            if process.returncode:
+                raise RuntimeError(f"a party of CrypTen ended with {process.returncode}: {stderr}")
+        parties = [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(PARTIES)]
+        outputs = np.load(folder / "output.npy")
+    found = []
+    for runs in zip(*(party["runs"] for party in parties), strict=True):
+        sent = [run["bytes_sent"] for run in runs]
+        made = provenance()
+        made["versions"] |= libraries
+        found.append(
+            secure.Cost(
+                protocol=THEIRS,
+                ring="FM64",
+                fraction_bits=16,
+                exp_mode="limit",
+                parties=PARTIES,
+                seconds=max(run["seconds"] for run in runs),
+                compile_seconds=0.0,
+                bytes_sent=sum(sent),
+                bytes_sent_per_party=tuple(sent),
+                rounds=float(LATENCIES * runs[0]["openings"]),
+                per_op={},
+                **made,
+            )
+        )
+    return Runs(outputs, found, sum(party["peak_memory_bytes"] for party in parties))
+
+
+def summary(case: Case, runs: Runs, warm: bool | None = None, **names: Any) -> Record:
+    """The record of a case's runs, of all or, of a layer of ours, of those that are cold or warm."""
+    outputs, costs, peak = runs.outputs, runs.costs, runs.peak_memory_bytes
+    distances = [np.abs(output - exact) / exact.std() for output, exact in zip(outputs, case.exact, strict=False)]
+    cost = dataclasses.replace(costs[-1], seconds=statistics.median(cost.seconds for cost in costs))
+    temperature = "" if warm is None else ", warm" if warm else ", cold"
+    place = " on CrypTen" if case.system == "flaxmpc" and cost.protocol == THEIRS else ""
+    found = record(
+        cost,
+        unit=case.unit,
+        system=case.system,
+        variant=f"{case.system}{place}: {case.variant}{temperature}",
+        warm=warm,
+        num_tokens=case.inputs[0].shape[-2],
+        error=float(np.max(distances)),
+        mean_error=float(np.mean(distances)),
+        openings=cost.rounds / (LATENCIES if cost.protocol == THEIRS else 1),
+        repetitions=len(costs),
+        **names,
+    )
+    return found if peak is None else found | {"peak_memory_bytes": peak}
+
+
+def jobs(quick: bool, python: Path) -> Iterator[tuple[str, Callable[[], Record]]]:
+    libraries = versions(python)
+    if libraries is None:
+        print(
+            f"peers.py is skipped: {python} has no CrypTen: make bench-peers, or name another one with --python",
+            file=sys.stderr,
+        )
+        return
+    parties = secure.InProcess(OURS)
+    for cases in (attentions, activations, layers):
+        for case in cases(quick):
+            name = f"{case.unit}, {case.system}, {case.variant}"
+            if quick and not name.endswith(QUICK):
+                continue
+            if isinstance(case.part, str):
+                yield (
+                    f"{name}, {THEIRS}",
+                    lambda case=case: summary(case, on_crypten(case, python, libraries)),
+                )
+                continue
+            runs = functools.cache(partial(on_spu, case, parties))
+            if case.weights is None:
+                yield f"{name}, {OURS}", lambda case=case, runs=runs: summary(case, runs())
+                continue
+            for temperature, warm, part in (("cold", False, np.s_[:1]), ("warm", True, np.s_[1:])):
+                yield (
+                    f"{name}, {OURS}, {temperature}",
+                    lambda case=case, runs=runs, warm=warm, part=part: summary(case, runs().only(part), warm),
+                )
+    if quick:
+        return
+    if reason := namespaces.unavailable():
+        print(f"latencies are left out: {reason}", file=sys.stderr)
+        return
+    yield "latencies of an opening", partial(latency, python, libraries)
+
+
+def latency(python: Path, libraries: Mapping[str, str]) -> Record:
+    """With `measured_rounds`, by the slope between two hosts: of small numbers, so that nothing else is in it."""
+    case = next(case for case in attentions(True) if case.part == "2quad")
+    several = [np.concatenate([array] * REPETITIONS) for array in (case.exact, *case.inputs)]
+    case = case._replace(unit="latency", exact=several[0], inputs=tuple(several[1:]))
+
+    def measured(rtt: float) -> Runs:
+        with namespaces.hosts(PARTIES, rtt_seconds=rtt) as hosts:
+            return on_crypten(case, python, libraries, hosts).only(np.s_[1:])
+
+    near, far = map(measured, RTTS)
+    seconds = [statistics.median(cost.seconds for cost in runs.costs) for runs in (near, far)]
+    return summary(case, far, measured_rounds=(seconds[1] - seconds[0]) / ((RTTS[1] - RTTS[0]) / 2))
+
+
+def versions(python: Path) -> dict[str, str] | None:
+    """Of CrypTen and PyTorch in a Python; None if it has none, or is none."""
+    try:
+        said = subprocess.run([python, HERE / "crypten_party.py"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return json.loads(said.stdout)
+
+
+def notes(records: list[Record]) -> list[str]:
+    """Of each unit the peer that sends the least, against ours that does; and what an opening takes."""
+    found = []
+    for unit in ("attention", "activation", "layer"):
+        own = [r for r in records if r["unit"] == unit and r["protocol"] == OURS]
+        peers = [r for r in records if r["unit"] == unit and r["protocol"] == THEIRS and r["system"] != "flaxmpc"]
+        us, them = (min(group, key=lambda r: r["bytes_sent_total"]) for group in (own, peers))
+        ratios = ", ".join(
+            f"{them[field] / us[field]:.2g} x the {name}"
+            for field, name in (("bytes_sent_total", "bytes"), ("rounds", "rounds"), ("seconds", "seconds"),
+                                ("mean_error", "mean error"))
+        )  # fmt: skip
+        found.append(f"{unit}: {them['variant']}: {ratios} of {us['variant']}")
+    for r in records:
+        if "measured_rounds" in r:
+            claim = f"one-way latencies of an opening, counted as {LATENCIES}"
+            found.append(held(claim, r["measured_rounds"] / r["openings"], least=0.9 * LATENCIES, most=1.1 * LATENCIES))
+    return found
+
+
+def benchmark(quick: bool, python: Path = PYTHON) -> Benchmark:
+    columns = ("unit", "variant", "error", "mean_error", "bytes_sent_total", "rounds", "seconds", "wan_seconds")
+    return Benchmark("peers", partial(jobs, quick, python), (columns,), notes=notes)
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options, description=__doc__)
+    benchmark(chosen.quick, chosen.python).run(chosen)
