@@ -347,17 +347,17 @@ def test_without_crypten_a_line_says_how_to_get_it(load, capsys, python):
 
 
 def test_peers_are_compared_on_what_the_model_met(load):
-    peers = load("peers")
-    found = peers.real(False)
+    cases = load("peer_cases")
+    found = cases.real(False)
     assert [array.shape[1:] for array in found] == [(1, 12, 128, 128)] * 2 + [(1, 12, 128, 64), (2, 128, 1536)]
     assert np.abs(found.scores[0]).max() > 20  # no random scores
-    loaded = peers.folders.load(peers.zoo.find(peers.zoo.DEFAULT))
+    loaded = cases.folders.load(cases.zoo.find(cases.zoo.DEFAULT))
     mask = jax.tree.map(jnp.asarray, found.mask)
     for i, (folded, *arrays) in enumerate(zip(found.folded, found.scores, found.values, strict=True)):
         part, scalars = loaded.model.config.attention_of(i), loaded.params["bert"][f"layer_{i}"]["attention"]
         scores, values, shift, scale = map(jnp.asarray, (*arrays, scalars["shift"], scalars["scale"]))
-        exact = part.normaliser(part.f(scores, mask, shift), values, mask, scale, peers.matmul, None)
-        np.testing.assert_allclose(peers.squared(None, folded, values), exact, atol=1e-4)
+        exact = part.normaliser(part.f(scores, mask, shift), values, mask, scale, cases.matmul, None)
+        np.testing.assert_allclose(cases.squared(None, folded, values), exact, atol=1e-4)
 
 
 def test_an_opening_of_crypten_is_four_latencies(load, capsys):
