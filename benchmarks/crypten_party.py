@@ -6,10 +6,12 @@
 It runs in a Python of its own, which has CrypTen and PyTorch but nothing of flaxmpc. The first party deals the triples
 (CrypTen's TrustedFirstParty), as in SPU's SEMI2K. All parts are written here in CrypTen's public API, after
 
-- CrypTen 0.4.1, its own functions with the settings of its configs/default.yaml;
-- MPCFormer, DachengLi1/MPCFormer, commit 38cb42c, src/benchmark/utils.py;
-- SHAFT, andeskyl/SHAFT, commit 3ceb0ee, crypten/common/functions/approximations.py, with its configs/default.yaml;
-- SecFormer (ACL Findings 2024), as SHAFT's repository has it.
+- CrypTen 0.4.1, its own functions with its configs/default.yaml: precision_bits 16, exp_iterations 8,
+  reciprocal_nr_iters 10, sqrt_nr_iters 3, erf_iterations 8, max_method log_reduction;
+- MPCFormer, DachengLi1/MPCFormer, commit 38cb42c, src/benchmark/utils.py: softmax_2QUAD, activation_quad;
+- SHAFT, andeskyl/SHAFT, commit 3ceb0ee, crypten/common/functions/approximations.py, with its configs/default.yaml:
+  softmax_ode_iter_num 16, softmax_ode_lb -4, softmax_ode_ub 12, gelu_fs_period 8, gelu_fs_terms 8, sqrt_nr_iters 5;
+- SecFormer (ACL Findings 2024), as SHAFT's file has it: erf_fs_period 20, erf_fs_terms 7.
 
 "Mended" is what gives a part its best setting: the function stays, and the docstrings say what changed.
 CrypTen truncates a product where it is: no message, but with two parties a number x, of 16 fraction bits before and 32
