@@ -2,8 +2,9 @@
 
     python benchmarks/peers.py [--json] [--show] [--quick] [--python PYTHON]
 
-Two processes of two parties, of which the first deals the triples, on both sides: CrypTen's trusted first party, and
-SEMI2K. Three units, in the sizes of BERT-Base and 128 tokens:
+Two parties on both sides, of which the first deals the triples, so that nothing is sent for them: CrypTen's trusted
+first party, in two processes that talk over the loopback interface, and SEMI2K, in this process. Three units, in the
+sizes of BERT-Base and 128 tokens:
 
 - attention: from scores (12 x 128 x 128) and values (12 x 128 x 64) to the context;
 - activation: of 128 x 3072 numbers;
@@ -12,17 +13,18 @@ SEMI2K. Three units, in the sizes of BERT-Base and 128 tokens:
 Scores, values and activations are those of all six layers of the zoo's default model on sentences of its test set,
 joined to texts of 128 tokens: a run for each layer, the median of their seconds. `error` is the largest distance from
 the function in the clear that a part stands for (exact softmax, say), and `mean_error` the mean one, both by that
-function's standard deviation. Scores of "2quad_freediv" and inputs of our "quad" are as a folded model has them. Ours
-have a secret mask, of which the division-free ones have nothing left; the peers' benchmarks have none.
+function's standard deviation; CrypTen comes with 16 fraction bits, ours have 18. Scores of "2quad_freediv" and inputs
+of our "quad" are as a folded model has them. Ours have a secret mask, of which the division-free ones have nothing left;
+the peers' benchmarks have none.
 
 `rounds` are one-way latencies. CrypTen counts `openings`, each an all_reduce of PyTorch's gloo: four latencies, of its
 two phases (reduce-scatter, all-gather) in which a message waits until the receiver has said that it is ready. This is
 measured too, where there may be network namespaces: the slope of a run's time against the latency, few numbers. Many
 numbers take more, as gloo sends them in pieces, two at a time. Bytes are those that CrypTen counts, on the wire 0.3 %
-more. Nothing is sent for the triples on either side.
+more.
 
 What a part is, and its settings, is in crypten_party.py, which runs in a Python of its own: `make bench-peers` makes it
-(requirements/peers.txt), --python names another one. About 5 minutes on 2 idle cores.
+(requirements/peers.txt), --python names another one. About 10 minutes on 2 idle cores.
 """
 
 import dataclasses
