@@ -14,8 +14,8 @@ Scores, values and activations are those of all six layers of the zoo's default 
 joined to texts of 128 tokens: a run for each layer, the median of their seconds. `error` is the largest distance from
 the function in the clear that a part stands for (exact softmax, say), and `mean_error` the mean one, both by that
 function's standard deviation; CrypTen comes with 16 fraction bits, ours have 18. Scores of "2quad_freediv" and inputs
-of our "quad" are as a folded model has them. Ours have a secret mask, of which the division-free ones have nothing left;
-the peers' benchmarks have none.
+of our "quad" are as a folded model has them. Ours have a secret mask, of which the division-free ones have nothing
+left; the peers' benchmarks have none.
 
 `rounds` are one-way latencies. CrypTen counts `openings`, each an all_reduce of PyTorch's gloo: four latencies, of its
 two phases (reduce-scatter, all-gather) in which a message waits until the receiver has said that it is ready. This is
@@ -227,7 +227,7 @@ def versions(python: Path) -> dict[str, str] | None:
 def notes(records: list[Record]) -> list[str]:
     """Of each unit the peer that sends the least, against ours that does; and what an opening takes."""
     found = []
-    for unit in ("attention", "activation", "layer"):
+    for unit in dict.fromkeys(r["unit"] for r in records if "measured_rounds" not in r):
         own = [r for r in records if r["unit"] == unit and r["protocol"] == OURS]
         peers = [r for r in records if r["unit"] == unit and r["protocol"] == THEIRS and r["system"] != "flaxmpc"]
         us, them = (min(group, key=lambda r: r["bytes_sent_total"]) for group in (own, peers))

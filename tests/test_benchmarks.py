@@ -341,8 +341,8 @@ def test_each_student_and_once_its_teacher_are_compared(load):
 
 @pytest.mark.parametrize("python", [sys.executable, "nowhere/python"], ids=["without CrypTen", "absent"])
 def test_without_crypten_a_line_says_how_to_get_it(load, capsys, python):
-    assert list(load("peers").jobs(True, Path(python))) == []
-    (line,) = capsys.readouterr().err.splitlines()
+    assert load("peers").benchmark(False, Path(python)).run(sys.modules["harness"].Options()) == []
+    line, *_ = capsys.readouterr().err.splitlines()
     assert line == f"peers.py is skipped: {python} has no CrypTen: make bench-peers, or name another one with --python"
 
 
