@@ -15,7 +15,7 @@ LOCKED := --quiet --disable-pip-version-check --no-deps --only-binary :all: --re
 # Two processes: most tests of parties wait, most others compute.
 TOGETHER := --numprocesses 2 --dist loadfile
 
-.PHONY: help setup demo test test-slow test-next wheel-test lint lock audit bench bench-layer
+.PHONY: help setup demo test test-slow test-next wheel-test lint lock audit bench bench-layer bench-peers
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -59,6 +59,17 @@ wheel-test: setup ## builds the wheel, installs it afresh with pip, and asks its
 
 bench-layer: setup ## one BERT-Base layer, unmodified against folded
 	$(BIN)/python benchmarks/layer_cost.py
+
+# CrypTen's environment, apart from ours. See requirements/peers.txt for why CrypTen comes without dependencies.
+PEERS := .venv-peers
+$(PEERS)/.ready: requirements/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps crypten==0.4.1
+	@touch $@
+
+bench-peers: setup $(PEERS)/.ready ## parts of CrypTen, MPCFormer and SHAFT beside ours: needs the package index
+	$(BIN)/python benchmarks/peers.py $(if $(QUICK),--quick)
 
 # Script and expected minutes on 2 idle cores.
 BENCHES := layer_cost:2 families:4 parts:3 steps:1 attention:10 embedding:4 scaling:4 network:4 pareto:1 bert_base:32

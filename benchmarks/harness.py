@@ -216,6 +216,7 @@ _HEADINGS = {
     "bytes_per_layer": "MB/layer",
     "rounds_per_layer": "rounds/layer",
     "accuracy": "accuracy %",
+    "mean_error": "mean error",
     "num_tokens": "tokens",
     "num_layers": "layers",
     "time_ratio": "time x",
@@ -232,13 +233,14 @@ _INDICATIVE = "~: indicative, as the send actions of {} are not rounds"
 
 
 def _indicative(record: Record) -> bool:
-    return "protocol" in record and not secure.get_protocol(record["protocol"]).rounds_exact
+    protocol = secure.PROTOCOLS.get(record.get("protocol", ""))  # none of a peer's own
+    return protocol is not None and not protocol.rounds_exact
 
 
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return ""
-    if column == "error":
+    if column in ("error", "mean_error"):
         return f"{value:.1g}"
     if column.endswith("bytes") or column in ("bytes_sent_total", "bytes_per_layer"):
         value = value / 1e6

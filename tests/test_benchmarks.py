@@ -5,6 +5,8 @@ import sys
 import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,6 +34,7 @@ SCRIPTS = {
     "scaling": {"axis", "value", "bytes_sent_total_exponent", "bytes_polynomial"},
     "embedding": {"variant", "num_layers", "client_bytes"},
     "network": {"network", "modelled_seconds", "measured_seconds", "relative_error"},
+    "peers": {"unit", "system", "variant", "warm", "num_tokens", "error", "mean_error", "openings", "repetitions"},
     "pareto": {
         "shared_reciprocal",
         "model",
@@ -109,9 +112,9 @@ def test_a_folded_base_layer_is_within_its_bytes_and_rounds(load):
     assert records["SEMI2K 2quad_freediv_folded warm"]["bytes_sent_total"] <= 72e6
 
 
-# Namespaces and three processes, and the zoo's model on its teacher's shape: more than a smoke test.
+# Namespaces and three processes, the zoo's model on its teacher's shape, CrypTen's processes: more than a smoke test.
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("network", "pareto") else n for n in SCRIPTS]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("network", "pareto", "peers") else n for n in SCRIPTS]
 )
 def test_every_benchmark_runs_quickly_and_saves_and_shows_what_it_promises(name, load, capsys, tmp_path, monkeypatch):
     script = load(name)
@@ -119,7 +122,7 @@ def test_every_benchmark_runs_quickly_and_saves_and_shows_what_it_promises(name,
     if name == "bert_base":  # each variant takes seconds to compile
         monkeypatch.setattr(script, "VARIANTS", {"2quad_freediv": script.VARIANTS["2quad_freediv"]})
     records = script.benchmark(True).run(harness.Options(quick=True, json=True))
-    if name == "network" and not records:
+    if name in ("network", "peers") and not records:
         pytest.skip(capsys.readouterr().err)
     assert records == json.loads(capsys.readouterr().out)
     assert records
@@ -133,7 +136,7 @@ def test_every_benchmark_runs_quickly_and_saves_and_shows_what_it_promises(name,
     assert str(round(records[0]["rounds"], 1)) in capsys.readouterr().out
     for suffix in ("json", "csv", "md"):
         (path,) = tmp_path.glob(f"*.{suffix}")
-        assert path.name.startswith(f"{name}-ABY3")
+        assert path.name.startswith(f"{name}-{records[0]['protocol']}")
     assert len(list(tmp_path.glob("*.png"))) == len(script.benchmark(True).plots)
 
 
@@ -336,6 +339,46 @@ def test_each_student_and_once_its_teacher_are_compared(load):
     assert {"movie-minilm-l6", "movie-minilm-l6-2quad-freediv", "movie-minilm-l6-softmax-freediv"} <= set(names)
 
 
+@pytest.mark.parametrize("python", [sys.executable, "nowhere/python"], ids=["without CrypTen", "absent"])
+def test_without_crypten_a_line_says_how_to_get_it(load, capsys, python):
+    assert load("peers").benchmark(False, Path(python)).run(sys.modules["harness"].Options()) == []
+    line, *_ = capsys.readouterr().err.splitlines()
+    assert line == f"peers.py is skipped: {python} has no CrypTen: make bench-peers, or name another one with --python"
+
+
+def test_peers_are_compared_on_what_the_model_met(load):
+    cases = load("peer_cases")
+    found = cases.real(False)
+    assert [array.shape[1:] for array in found] == [(1, 12, 128, 128)] * 2 + [(1, 12, 128, 64), (2, 128, 1536)]
+    assert np.abs(found.scores[0]).max() > 20  # no random scores
+    loaded = cases.folders.load(cases.zoo.find(cases.zoo.DEFAULT))
+    mask = jax.tree.map(jnp.asarray, found.mask)
+    for i, (folded, *arrays) in enumerate(zip(found.folded, found.scores, found.values, strict=True)):
+        part, scalars = loaded.model.config.attention_of(i), loaded.params["bert"][f"layer_{i}"]["attention"]
+        scores, values, shift, scale = map(jnp.asarray, (*arrays, scalars["shift"], scalars["scale"]))
+        exact = part.normaliser(part.f(scores, mask, shift), values, mask, scale, cases.matmul, None)
+        np.testing.assert_allclose(cases.squared(None, folded, values), exact, atol=1e-4)
+
+
+def test_an_opening_of_crypten_is_four_latencies(load, capsys):
+    peers = load("peers")
+    case = peers.Case("attention", "SHAFT", "softmax", "softmax_shaft", np.eye(2)[None], (np.zeros((1, 2, 2)),))
+    cost = peers.secure.Cost(
+        protocol="CrypTen", ring="FM64", fraction_bits=16, exp_mode="limit", parties=2, seconds=1.0,
+        compile_seconds=0.0, bytes_sent=20, bytes_sent_per_party=(10, 10), rounds=12.0, per_op={},
+        versions={"spu": "1"}, machine={"cpus": 2}, date="2026-01-01",
+    )  # fmt: skip
+    record = peers.summary(case, peers.Runs(np.eye(2)[None] + 0.25, [cost], 7))
+    assert (record["openings"], record["error"], record["mean_error"], record["peak_memory_bytes"]) == (3, 0.5, 0.5, 7)
+    assert record["wan_seconds"] == pytest.approx(1 + 12 * 0.04, abs=1e-5)
+    assert record.keys() >= SCRIPTS["peers"] | ALWAYS
+    sys.modules["harness"].Benchmark("some", lambda: [("a", lambda: record)], (("variant", "rounds"),)).run(
+        sys.modules["harness"].Options(quick=True)
+    )
+    assert "12.0" in (printed := capsys.readouterr().out)
+    assert "~" not in printed  # a protocol that is none of SPU's
+
+
 def test_hosts_have_their_rate_and_latency(load):
     load("network")
     namespaces = sys.modules["namespaces"]
@@ -363,7 +406,7 @@ def test_hosts_have_their_rate_and_latency(load):
     assert float(found) >= 0.1
 
 
-@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("[!.]*.json")), ids=lambda path: path.stem)
 def test_saved_results_say_what_made_them(path: Path):
     records = json.loads(path.read_text("utf-8"))
     name = path.name.partition("-")[0]
