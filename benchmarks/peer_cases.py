@@ -80,7 +80,8 @@ def mixed(part: Attention) -> Callable[..., jax.Array]:
 
     def context(_: None, scores: jax.Array, values: jax.Array, mask: Mask) -> jax.Array:
         shift = part.scalars(scores.shape[1]).get("shift")
-        return part.normaliser(part.f(scores, mask, shift), values, mask, None, matmul, None)
+        numerator = part.f(scores, mask, shift)
+        return part.normaliser(lambda columns, dropout=None: matmul(numerator, columns), values, mask, None, None)
 
     return context
 

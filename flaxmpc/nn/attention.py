@@ -407,9 +407,9 @@ def _take(x: Array, indices: Sequence[int], axis: int) -> Array:
     return jnp.concatenate([jax.lax.slice_in_dim(x, i, i + 1, axis=axis) for i in indices], axis)
 
 
-def _of_heads(heads: Sequence[int], *given: Array) -> list[Array]:
-    """Of arrays (batch, head, token, depth) those of some heads."""
-    return [_take(x, heads, 1) for x in given]
+def _of_heads(heads: Sequence[int], query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """Of queries, keys and values those of some heads."""
+    return _take(query, heads, 1), _take(key, heads, 1), _take(value, heads, 1)
 
 
 @dataclasses.dataclass(frozen=True)

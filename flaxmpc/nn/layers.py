@@ -289,10 +289,10 @@ class PostNormBlock(_Block):
         queries = x.tokens(1) if first and isinstance(x, Lazy) else None
         y, scores = self._attention()(x, mask, bias, deterministic, queries)
         x = _sum(x if queries is None else queries, y, dropout)
-        first = _met(self.norms[0], x)
+        met = _met(self.norms[0], x)
         x = self._norm(0, "attention_layer_norm")(x)
         x = _sum(x, self._feed_forward(x, x.shape[-1]), dropout)
-        seen = Seen(scores, (first, _met(self.norms[1], x)))
+        seen = Seen(scores, (met, _met(self.norms[1], x)))
         return self._norm(1, "output_layer_norm")(x, into), seen
 
 

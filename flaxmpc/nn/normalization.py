@@ -179,7 +179,7 @@ class Newton(_Divides):
         times_v = v if scale is None else v * scale if self.steps == 1 else None  # the last step's factor of h
         for _ in range(self.steps - 1):
             pairs = [(v, h), (h, h), (jnp.full_like(h, 1.5), h)]
-            if times_v is None:  # beside the others, so that it costs no round
+            if scale is not None and times_v is None:  # beside the others, so that it costs no round
                 pairs.append((v, jnp.broadcast_to(scale, v.shape)))
             vh, hh, more, *found = _products(pairs)
             times_v = found[0] if found else times_v

@@ -107,7 +107,7 @@ class Function:
         env.update(zip(closed.jaxpr.invars, range(len(structs)), strict=True))
 
         def read(atom: Any) -> Any:
-            return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else env[atom]
+            return _literal(atom) if isinstance(atom, Literal) else env[atom]
 
         for eqn in closed.jaxpr.eqns:
             ins = tuple(read(atom) for atom in eqn.invars)
@@ -132,6 +132,10 @@ class Function:
     def numbers(self) -> int:
         """How many numbers its steps compute."""
         return sum(math.prod(step.shape) for step in self.steps)
+
+
+def _literal(atom: Any) -> np.ndarray:
+    return np.asarray(atom.val, atom.aval.dtype)
 
 
 def _kind(eqn: Any, ins: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
@@ -179,7 +183,7 @@ def _written_out(closed: ClosedJaxpr, *args: Any) -> list[Any]:
     env.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
 
     def read(atom: Any) -> Any:
-        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else env[atom]
+        return _literal(atom) if isinstance(atom, Literal) else env[atom]
 
     for eqn in closed.jaxpr.eqns:
         ins = [read(atom) for atom in eqn.invars]

@@ -69,7 +69,7 @@ def plan(fn: Callable[..., Any], batches: Iterable[tuple[Any, ...]], *, error: f
     largest = max(every, key=lambda function: function.numbers)
     if any(function.fingerprint != largest.fingerprint for function in every):
         raise PlanError("for arguments of other shapes the function computes otherwise: it has no plan for all")
-    together, aim = _Seen.largest(seen), error
+    together, aim, found = _Seen.largest(seen), error, math.inf
     for _ in range(_AGAIN):
         made = _fewest(largest, together, aim)
         found = _measured(fn, made, tried)
@@ -178,8 +178,8 @@ def _looking(function: Function) -> Callable[[list[Any]], _Seen]:
 
     structs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in function.inputs]
     key = jax.random.key(0)
-    # Compiling takes longer than running.
-    compiled = jax.jit(look).lower(structs, key).compile({"xla_backend_optimization_level": 0})
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
+    compiled = jax.jit(look).lower(structs, key).compile(options)
 
     def seen(inputs: list[Any]) -> _Seen:
         sizes, smallest, outputs, effects = jax.device_get(compiled(inputs, key))

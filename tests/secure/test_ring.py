@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
-from flaxmpc.secure.arithmetic import enable_x64
+from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED, from_ring, to_ring, truncate
 
 X = np.array([0.0, 1.0, -1.0, 0.75, -3.125, 1000.0, -777.75, 2.0**-6], np.float32)
