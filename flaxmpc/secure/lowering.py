@@ -64,11 +64,8 @@ def lower(fn: Callable[..., Any], structs: Sequence[Any], config: Config) -> tup
 
 def _is_wide(closed: ClosedJaxpr) -> bool:
     """Whether something in a function has 64 bits, though its arguments have 32: see `flaxmpc.secure.ring`."""
-    return any(
-        getattr(getattr(var.aval, "dtype", None), "itemsize", 0) == 8
-        for eqn in closed.jaxpr.eqns
-        for var in eqn.outvars
-    )
+    wide = (np.dtype(np.int64), np.dtype(np.float64))
+    return any(getattr(var.aval, "dtype", None) in wide for eqn in closed.jaxpr.eqns for var in eqn.outvars)
 
 
 class _Known:

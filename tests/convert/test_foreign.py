@@ -166,7 +166,7 @@ def through_all(encoder: Path, data: Path, runs: Path, group, **parts) -> folder
     convert(conversion)
     results = evaluate(runs / "student", ref2k_sentences=8, aby3_sentences=4)
     assert results["ref2k_agreement"] == results["aby3_agreement"] == 1.0
-    assert results["ref2k_max_logit_difference"] < 0.02
+    assert results["ref2k_max_logit_difference"] < 0.3  # a text may lie between the labels, where logits change fast
     student = folders.load(runs / "student")
     assert check(student, TEXTS).margin_bits > 2
     for protocol in ("REF2K", "ABY3"):

@@ -1,0 +1,121 @@
+"""A classifier with a plan of its bits answers as without, for less; a plan that is not its own is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flaxmpc import secure
+from flaxmpc.cli.main import main
+from flaxmpc.models import folder as folders
+from flaxmpc.serve import plans
+from flaxmpc.serve.private import SecureClassifier, plan_bits
+
+TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
+NEWTON = {"name": "layer_norm_newton", "low": 0.2, "high": 40.0, "steps": 5}
+
+
+@pytest.fixture(scope="module")
+def planned(write_classifier, tmp_path_factory):
+    """A model folder with a plan, and what planning said."""
+    folder = write_classifier(tmp_path_factory.mktemp("planned"), layer_norm=NEWTON, num_hidden_layers=1)
+    return folder, plan_bits(folders.load(folder), TEXTS, error=0.01)
+
+
+@pytest.fixture
+def copy(planned, tmp_path):
+    return shutil.copytree(planned[0], tmp_path / "copy")
+
+
+def test_a_plan_says_what_it_does_in_the_clear(planned):
+    _, trial = planned
+    assert trial.texts == len(TEXTS)
+    assert trial.same_labels == len(TEXTS)
+    assert trial.difference < 0.05
+    assert trial.plan.error <= 0.01
+
+
+@pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])
+def test_answers_follow_the_plan_and_cost_less(planned, protocol, group):
+    with_plan = SecureClassifier.from_folder(planned[0], group(protocol, fraction_bits=secure.FRACTION_BITS))
+    usual = SecureClassifier.from_folder(planned[0], group(protocol))
+    ours, theirs = with_plan.classify(TEXTS), usual.classify(TEXTS)
+    for one, other in zip(ours.predictions, theirs.predictions, strict=True):
+        assert one.label == other.label
+        assert one.difference < 0.05
+    if protocol != "REF2K":
+        few, many = with_plan.estimate(16, 1), usual.estimate(16, 1)
+        assert few.bytes_sent < 0.8 * many.bytes_sent
+        assert few.rounds < 0.9 * many.rounds
+
+
+def test_a_plan_for_other_weights_is_refused(copy, group):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["classifier.weight"] = tensors["classifier.weight"] * 1.01
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"bits\.json was made for other weights than the folder's: make it again"):
+        SecureClassifier.from_folder(copy, group("REF2K", fraction_bits=secure.FRACTION_BITS))
+    SecureClassifier.from_folder(copy, group("REF2K")).classify(TEXTS[:1])  # without the plan
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"plan": {}, "weights": "0"}', '{"plan": []}'])
+def test_a_broken_plan_is_refused_in_one_line(copy, content, group):
+    (copy / plans.FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"bits\.json.*make it again with `flaxmpc plan`, or delete it"):
+        SecureClassifier.from_folder(copy, group("REF2K", fraction_bits=secure.FRACTION_BITS))
+
+
+def test_a_plan_of_too_little_room_is_refused(copy, group):
+    value = json.loads((copy / plans.FILE).read_text())
+    step = next(step for step in value["plan"]["steps"] if step["kept"] is not None)
+    step["magnitude"] *= 2.0**50
+    (copy / plans.FILE).write_text(json.dumps(value))
+    with pytest.raises(ValueError, match="bits to spare in this plan; 2 are needed"):
+        SecureClassifier.from_folder(copy, group("REF2K", fraction_bits=secure.FRACTION_BITS))
+
+
+def test_what_has_a_division_has_no_plan(write_classifier, tmp_path):
+    for parts, named in (({"attention": "2quad"}, "div"), ({}, "rsqrt")):
+        folder = write_classifier(tmp_path / named, **parts)
+        with pytest.raises(secure.SecureError, match=rf"cannot compute ({named}) \(.*a plan of bits is for"):
+            plan_bits(folders.load(folder), TEXTS)
+        assert not plans.has(folder)
+
+
+def test_the_commands_make_a_plan_and_follow_it(copy, capsys, tmp_path):
+    (copy / plans.FILE).unlink()
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS) + "\n")
+    main(["cost", str(copy), "--tokens", "8", "--json"])
+    before = json.loads(capsys.readouterr().out)
+    main(["plan", str(copy), "--file", str(texts), "--error", "0.01", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert made["same_labels"] == made["texts"] == len(TEXTS)
+    assert secure.BitPlan.from_dict(made["plan"]).error <= 0.01
+    main(["cost", str(copy), "--tokens", "8", "--json"])
+    after = json.loads(capsys.readouterr().out)
+    assert after["bytes_sent"] < 0.8 * before["bytes_sent"]
+    main(["cost", str(copy), "--tokens", "8", "--fraction-bits", "18", "--json"])
+    assert json.loads(capsys.readouterr().out)["bytes_sent"] == before["bytes_sent"]
+    main(["cost", str(copy), "--tokens", "8", "--protocol", "SEMI2K", "--json"])  # which plans are not for
+    assert json.loads(capsys.readouterr().out)["fraction_bits"] == 18
+    main(["plan", str(copy), "--file", str(texts)])
+    shown = capsys.readouterr().out
+    assert "bits to spare" in shown
+    assert "3 of 3 labels the same" in shown
+
+
+@pytest.mark.parametrize(("options", "said"), [(["--sentences", "0"], "at least 1"), (["--error", "-1"], "positive")])
+def test_bad_options_are_refused(copy, options, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", str(copy), *options])
+    assert said in capsys.readouterr().err
+
+
+def test_a_text_far_from_those_of_the_plan_is_refused(planned, group):
+    classifier = SecureClassifier.from_folder(planned[0], group("REF2K", fraction_bits=secure.FRACTION_BITS))
+    shared, mask = classifier.share(np.array([[2, 9, 3]]), np.ones((1, 3), int))
+    with pytest.raises(ValueError, match=r"an argument holds .*; its plan of bits is for up to"):
+        classifier._encoded((np.asarray(shared) * 50, mask))
