@@ -63,7 +63,7 @@ class Runtime(FixedPoint):
         from flaxmpc.serve import plans
 
         given = self.given()
-        follows = given.get("protocol", "ABY3") in plans.PROTOCOLS and given.get("ring", "FM64") == "FM64"
+        follows = given.get("protocol", "ABY3") in plans.FOLLOWED_BY and given.get("ring", "FM64") == "FM64"
         if follows and plans.has(folder):
             given.setdefault("fraction_bits", secure.FRACTION_BITS)
         return secure.InProcess(**given)

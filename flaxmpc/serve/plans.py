@@ -10,8 +10,8 @@ import numpy as np
 from flaxmpc import files, secure
 
 FILE = "bits.json"
-PROTOCOLS = ("ABY3", "REF2K")
-"""Those that run the products which a plan is made of, see `flaxmpc.serve.private.product_for`."""
+FOLLOWED_BY = ("ABY3", "REF2K")
+"""The protocols that run the products which a plan is made of, see `flaxmpc.serve.private.product_for`."""
 
 _BYTES = 16 << 20
 

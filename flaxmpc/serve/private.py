@@ -210,7 +210,7 @@ def plan_bits(loaded: folders.LoadedModel, texts: Sequence[Text], *, error: floa
 class SecureClassifier(Classifier):
     """A sequence classifier that runs on secret shares; its weights stay resident between calls.
 
-    Where its folder has a plan of bits, and the parties have `secure.FRACTION_BITS` and one of `plans.PROTOCOLS`, it
+    Where its folder has a plan of bits, and the parties have `secure.FRACTION_BITS` and one of `plans.FOLLOWED_BY`, it
     runs as the plan says, one text at a time.
 
     Attributes:
@@ -230,7 +230,7 @@ class SecureClassifier(Classifier):
             ValueError: the model is no sequence classifier, or its logits have no meaning, or its plan is broken.
         """
         config = parties.config
-        follows = config.protocol in plans.PROTOCOLS and config.fraction_bits == secure.FRACTION_BITS
+        follows = config.protocol in plans.FOLLOWED_BY and config.fraction_bits == secure.FRACTION_BITS
         planned = follows and plans.has(loaded.folder)
         method = logits_and_size if planned else "from_embeddings"
         self.model, client_params, self.function, weights = private_classifier(loaded, parties.config, method)
