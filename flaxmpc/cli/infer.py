@@ -291,7 +291,7 @@ def plan(
     error: float = 0.02,
     json_: Json = False,
 ) -> None:
-    """Plans how many bits every number of a model has, so that few products are truncated: half the bytes.
+    """Plans how many bits every number of a model has, so that fewer products are truncated.
 
     The plan is made from texts in the clear, and kept in the model's folder as bits.json. `infer` and `cost` follow it.
     It is for models without a division or an exponential on shares, such as 2quad_freediv with quad.

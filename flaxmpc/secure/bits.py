@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flaxmpc.secure.instructions import Function, Instruction, exact_bits, power_of_two
-from flaxmpc.secure.ring import FRACTION_BITS
+from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED
 
 SPARE_BITS = 2.0
 """By how many bits every number may grow beyond what was seen, before it leaves the ring."""
@@ -19,6 +19,7 @@ RING = 62.0
 TRUNCATED = RING - FRACTION_BITS
 """The same after it is truncated: SPU multiplies by 2^(FRACTION_BITS - dropped) before."""
 
+_MOST_BITS = 200  # untruncated products wrap, so they may have more than the ring
 _SMALLEST = -20.0  # log2 of a magnitude; what is smaller counts as that
 
 
@@ -93,10 +94,18 @@ class BitPlan:
             steps = tuple(Step(**step) for step in value["steps"])
             lists = {name: tuple(value[name]) for name in ("inputs", "magnitudes", "outputs")}
             plan = cls(str(value["fingerprint"]), steps=steps, error=float(value["error"]), **lists)
-            whole = [*plan.inputs, *plan.outputs, *(step.bits for step in steps)]
-            assert all(isinstance(bits, int) for bits in whole), "bits are whole numbers"
+            some = [bits for step in steps for bits in (step.kept, step.known) if bits is not None]
+            for bits in (*plan.inputs, *plan.outputs, *(step.bits for step in steps), *some):
+                if type(bits) is not int or abs(bits) > _MOST_BITS:
+                    raise ValueError(f"bits are whole numbers up to {_MOST_BITS}, not {bits!r}")
+            sizes = [plan.error, *plan.magnitudes, *(step.magnitude for step in steps)]
+            if not all(math.isfinite(size) and size >= 0 for size in sizes):
+                raise ValueError("a magnitude is not finite")
+            dropped = max((step.bits - step.kept for step in steps if step.kept is not None), default=0)
+            if dropped > MOST_DROPPED:
+                raise ValueError(f"{dropped} bits are dropped at once; {MOST_DROPPED} can be")
             spare = plan.spare_bits
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this is no plan of bits: {error!r}") from error
         if spare < SPARE_BITS - 1e-6:
             worst = min(steps, key=lambda step: step.spare_bits)

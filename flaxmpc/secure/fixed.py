@@ -45,8 +45,16 @@ class Fixed:
                 function = Function(self._fn, args)
                 if function.fingerprint != self.plan.fingerprint:
                     raise PlanError("the plan of bits is another function's, or for these shapes it computes otherwise")
-                kept, known = ([getattr(step, name) for step in self.plan.steps] for name in ("kept", "known"))
-                self._functions[key] = function, followed(function, self.plan.inputs, kept, known)[0]
+                steps = self.plan.steps
+                counts = len(steps), len(self.plan.inputs), len(self.plan.magnitudes)
+                if counts != (len(function.steps), len(function.inputs), len(function.inputs)):
+                    raise PlanError("the plan of bits leaves out steps or arguments of the function")
+                kept, known = [step.kept for step in steps], [step.known for step in steps]
+                raw, outputs = followed(function, self.plan.inputs, kept, known)
+                bits = [raw[step.out] for step in function.steps]
+                if bits != [step.bits for step in steps] or outputs != self.plan.outputs:
+                    raise PlanError("the plan of bits does not add up: other bits follow from its own")
+                self._functions[key] = function, raw
             return self._functions[key]
 
     def __call__(self, *args: Any) -> Any:

@@ -27,7 +27,7 @@ from flaxmpc.nn.layers import Dense, PostNormBlock
 from flaxmpc.serve.private import SecureClassifier, check
 from flaxmpc.training.fit import Schedule
 
-STAGE = Stage(epochs=1, learning_rate=3e-3, batch_size=16, hidden_weight=1.0)
+STAGE = Stage(epochs=3, learning_rate=3e-3, batch_size=16, hidden_weight=1.0)
 TEXTS = ["a gripping film", "the movie is a bad, very bad mess"]
 
 
@@ -166,7 +166,7 @@ def through_all(encoder: Path, data: Path, runs: Path, group, **parts) -> folder
     convert(conversion)
     results = evaluate(runs / "student", ref2k_sentences=8, aby3_sentences=4)
     assert results["ref2k_agreement"] == results["aby3_agreement"] == 1.0
-    assert results["ref2k_max_logit_difference"] < 0.3  # a text may lie between the labels, where logits change fast
+    assert results["ref2k_max_logit_difference"] < 0.02
     student = folders.load(runs / "student")
     assert check(student, TEXTS).margin_bits > 2
     for protocol in ("REF2K", "ABY3"):

@@ -127,6 +127,22 @@ def test_a_plan_is_a_json_value_and_broken_ones_are_refused():
         with pytest.raises(secure.PlanError, match="this is no plan of bits"):
             secure.BitPlan.from_dict(broken)
     first = next(i for i, step in enumerate(made.steps) if step.kept is not None)
+    for field, bad in (
+        ("kept", 3.5),
+        ("kept", "9"),
+        ("kept", -90),
+        ("known", 10**6),
+        ("bits", True),
+        ("magnitude", -1),
+    ):
+        steps = [dict(step) for step in value["steps"]]
+        steps[first][field] = bad
+        with pytest.raises(secure.PlanError, match="this is no plan of bits"):
+            secure.BitPlan.from_dict({**value, "steps": steps})
+    untrue = [dataclasses.replace(made.steps[0], bits=made.steps[0].bits - 1), *made.steps[1:]]
+    for lie in ({"steps": tuple(untrue)}, {"steps": made.steps[:-1]}, {"inputs": made.inputs[:-1]}, {"outputs": (1,)}):
+        with pytest.raises(secure.PlanError, match=r"does not add up|leaves out"):
+            secure.Fixed(everything, dataclasses.replace(made, **lie))(*BATCHES[0])
     steps = list(made.steps)
     steps[first] = dataclasses.replace(steps[first], magnitude=steps[first].magnitude * 2**40)
     with pytest.raises(secure.PlanError, match=re.escape(f"{steps[first].where} has -")):
