@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 from harness import Benchmark, Options, Record, in_child, record
-from variants import NEWTON_PARTS, ours
+from variants import CHEBYSHEV_PARTS, ours
 
 from flaxmpc import secure
 from flaxmpc.models import folder  # noqa: F401  it registers the families
@@ -27,8 +27,8 @@ def measure(model_type: str, tokens: int, **fields: Any) -> Record:
     config_class = family_of(model_type).config
     layers = fields.get("num_hidden_layers", config_class.num_hidden_layers)
     config = config_class(
-        attention="2quad_freediv", hidden_act="quad", layer_norm=[NEWTON_PARTS] * layers, max_position_embeddings=514,
-        **fields,
+        attention="2quad_freediv", hidden_act="quad", layer_norm=[CHEBYSHEV_PARTS] * layers,
+        max_position_embeddings=514, **fields,
     )  # fmt: skip
     cost = ours(config, folded=True, batch=1, tokens=tokens).run(secure.InProcess("ABY3")).cost
     return record(cost, variant=model_type, num_tokens=tokens, num_layers=layers)

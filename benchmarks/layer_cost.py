@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from harness import Benchmark, Options, Record, record
-from variants import NEWTON_PARTS, random_params
+from variants import CHEBYSHEV_PARTS, random_params
 
 from flaxmpc import secure
 from flaxmpc.models.bert import BertConfig, preset
@@ -34,14 +34,14 @@ VARIANTS = {
     "exact": {"attention": "softmax", "hidden_act": "gelu"},
     "2quad_freediv": {"attention": "2quad_freediv", "hidden_act": "quad"},
     "2quad_freediv_folded": {"attention": "2quad_freediv", "hidden_act": "quad"},
-    "2quad_freediv_newton": {
+    "2quad_freediv_chebyshev": {
         "attention": "2quad_freediv",
         "hidden_act": "quad",
-        "layer_norm": [NEWTON_PARTS],
+        "layer_norm": [CHEBYSHEV_PARTS],
     },
 }
 # Run on a lazy state.
-FOLDED = ("2quad_freediv_folded", "2quad_freediv_newton")
+FOLDED = ("2quad_freediv_folded", "2quad_freediv_chebyshev")
 
 
 def block(config: BertConfig) -> PostNormBlock:

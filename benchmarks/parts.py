@@ -3,7 +3,7 @@
     python benchmarks/parts.py [--json] [--show] [--quick]
 
 A normalisation is measured as written, and as a folded model has it (`form`): only the division by the deviation is
-left there. The Newton parts are those of variants.py. About 3 minutes on 2 idle cores.
+left there. The Chebyshev parts are those of variants.py. About 3 minutes on 2 idle cores.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,8 +25,8 @@ from flaxmpc.serve.private import product_for
 
 NORMALIZATIONS = {
     "layer_norm": EXACT,
-    "layer_norm_newton, after attention": AFTER_ATTENTION,
-    "layer_norm_newton, after feed-forward": AFTER_FEED_FORWARD,
+    "layer_norm_chebyshev, after attention": AFTER_ATTENTION,
+    "layer_norm_chebyshev, after feed-forward": AFTER_FEED_FORWARD,
 }
 
 

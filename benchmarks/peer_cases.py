@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from layer_cost import as_written, block, lazily
-from variants import NEWTON_PARTS, Workload
+from variants import CHEBYSHEV_PARTS, Workload
 
 from flaxmpc import secure
 from flaxmpc.data.batches import movie_sentences
@@ -179,10 +179,10 @@ def layers(quick: bool) -> Iterator[Case]:
         ours = Workload(as_written(config), params, (hidden, mask))
         goal = exact = np.asarray(ours.plain())
         if config.score_degree is not None:
-            newton = dataclasses.replace(config, layer_norm=[NEWTON_PARTS])
+            chebyshev = dataclasses.replace(config, layer_norm=[CHEBYSHEV_PARTS])
             inputs = (hidden * mask.scale[..., None], mask)
             ours = Workload(
-                *secure.hoist(lazily(newton, secure.Config(OURS)), params, *inputs, dtype="float64"), inputs
+                *secure.hoist(lazily(chebyshev, secure.Config(OURS)), params, *inputs, dtype="float64"), inputs
             )
             goal = exact * (ours.plain().std() / exact.std())  # a folded layer leaves its last scale to the next one
 

@@ -85,9 +85,9 @@ def cases(heads: int, size: int, tokens: int) -> Iterator[Case]:
                lambda _, x: square_mean_by_product(x, grouped_conv), (hidden,))  # fmt: skip
 
     yield Case("inverse square root", "SPU's", False, lambda _, v: jax.lax.rsqrt(v), (row,))
-    yield Case("inverse square root", f"Newton, {AFTER_ATTENTION.steps} steps (after attention)", True,
+    yield Case("inverse square root", f"Chebyshev, depth {AFTER_ATTENTION.depth} (after attention)", True,
                lambda _, v: AFTER_ATTENTION.inverse_root(v), (row,))  # fmt: skip
-    yield Case("inverse square root", f"Newton, {AFTER_FEED_FORWARD.steps} steps (after feed-forward)", True,
+    yield Case("inverse square root", f"Chebyshev, depth {AFTER_FEED_FORWARD.depth} (after feed-forward)", True,
                lambda _, v: AFTER_FEED_FORWARD.inverse_root(v), (row,))  # fmt: skip
     yield Case("GeLU", "erfc, as JAX has it", False, lambda _, x: jax.nn.gelu(x, approximate=False), (hidden,))
     yield Case("GeLU", "erf", True, lambda _, x: ACTIVATIONS["gelu"](x), (hidden,))

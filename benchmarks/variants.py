@@ -18,16 +18,16 @@ from flaxmpc.models.folder import read_config
 from flaxmpc.serve.private import private
 
 
-def _most_steps(place: int) -> Any:
+def _deepest(place: int) -> Any:
     """Of the LayerNorms after attention (0) or feed-forward (1) of the zoo's default student, the widest range's."""
     config = read_config(zoo.find(zoo.DEFAULT))
     parts: list[Any] = [config.layer_norms_of(layer)[place] for layer in range(config.num_hidden_layers)]
-    return max(parts, key=lambda part: (part.steps, part.high / part.low))
+    return max(parts, key=lambda part: (part.depth, part.high / part.low))
 
 
-# A Newton step is 5.3 rounds in ABY3, so a comparison takes the steps that a trained student needs.
-AFTER_ATTENTION, AFTER_FEED_FORWARD = _most_steps(0), _most_steps(1)
-NEWTON_PARTS = (AFTER_ATTENTION, AFTER_FEED_FORWARD)
+# A level is 2.7 rounds in ABY3, so a comparison takes the depths that a trained student needs.
+AFTER_ATTENTION, AFTER_FEED_FORWARD = _deepest(0), _deepest(1)
+CHEBYSHEV_PARTS = (AFTER_ATTENTION, AFTER_FEED_FORWARD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Variant:
 
     Attributes:
         attention, hidden_act: see `BertConfig`.
-        folded: run as `private` returns it, with `NEWTON_PARTS` for its LayerNorms. Else exact LayerNorms, and a
+        folded: run as `private` returns it, with `CHEBYSHEV_PARTS` for its LayerNorms. Else exact LayerNorms, and a
             batched matmul for the heads' products, as a user writes it.
     """
 
@@ -46,7 +46,7 @@ class Variant:
 
     def config(self, shape: str, num_hidden_layers: int, **fields: Any) -> BertConfig:
         """Of a preset's shape."""
-        layer_norm = [NEWTON_PARTS] * num_hidden_layers if self.folded else "layer_norm"
+        layer_norm = [CHEBYSHEV_PARTS] * num_hidden_layers if self.folded else "layer_norm"
         return preset(
             shape,
             attention=self.attention,

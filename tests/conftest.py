@@ -101,7 +101,7 @@ def write_diverging(write_classifier):
         import numpy as np
         from safetensors.numpy import load_file, save_file
 
-        norm = {"name": "layer_norm_newton", "low": 0.5, "high": 20.0, "steps": 4}
+        norm = {"name": "layer_norm_chebyshev", "low": 0.5, "high": 20.0, "depth": 5}
         model = write_classifier(folder, layer_norm=norm, **changes)
         tensors = load_file(model / "model.safetensors")
         mess = np.resize([1.0, -1.0], 32)

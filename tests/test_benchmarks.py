@@ -100,14 +100,14 @@ def test_a_folded_base_layer_is_within_its_bytes_and_rounds(load):
     records = {}
     for description, measure in load("layer_cost").jobs(quick=False):
         if description in (
-            "ABY3 2quad_freediv_newton",
+            "ABY3 2quad_freediv_chebyshev",
             "SEMI2K 2quad_freediv_folded",
             "SEMI2K 2quad_freediv_folded warm",
         ):
             record = records[description] = measure()
             print(f"{description}: {record['bytes_sent_total'] / 1e6:.1f} MB, {record['rounds']:.0f} rounds")
-    assert records["ABY3 2quad_freediv_newton"]["bytes_sent_total"] <= 105e6
-    assert records["ABY3 2quad_freediv_newton"]["rounds"] <= 85
+    assert records["ABY3 2quad_freediv_chebyshev"]["bytes_sent_total"] <= 105e6
+    assert records["ABY3 2quad_freediv_chebyshev"]["rounds"] <= 85
     assert records["SEMI2K 2quad_freediv_folded"]["rounds"] <= 150
     assert records["SEMI2K 2quad_freediv_folded"]["bytes_sent_total"] <= 205e6
     assert records["SEMI2K 2quad_freediv_folded warm"]["bytes_sent_total"] <= 72e6

@@ -107,12 +107,12 @@ def ranges(seen: Mapping[Place, np.ndarray]) -> dict[Place, tuple[float, float]]
     return found
 
 
-def with_newton(
+def with_calibrated(
     config: EncoderConfig, seen: Mapping[Place, np.ndarray], held_out: Mapping[Place, np.ndarray], part: Ranged
 ) -> EncoderConfig:
     """The config with every LayerNorm calibrated on the variances seen.
 
-    An error of 1 % at the ends of the range is what the last stage learns to live with: it trains the steps themselves.
+    An error of 1 % at the ends of the range is what the last stage learns to live with: it trains the polynomials.
     A LayerNorm that is calibrated already stays as it is where its range holds all variances. It is the exact one where
     they are too wide, or where those of sentences that were not trained on leave the range: there, others will too.
     What is neither exact nor calibrated stays.

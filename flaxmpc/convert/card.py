@@ -69,11 +69,11 @@ def _facts(folder: Path, config: EncoderConfig) -> Iterable[tuple[str, str]]:
     yield "attention", _unique(f"`{config.attention_of(i).name}`" for i in layers)
     yield "activation", _unique(f"`{config.hidden_act_of(i).name}`" for i in layers)
     norms = [norm for i in layers for norm in config.layer_norms_of(i)]
-    newton = [norm for norm in norms if norm.name != EXACT.name]
-    if newton:
-        steps = sum(getattr(norm, "steps", 0) for norm in newton)
-        exact = f"; {len(norms) - len(newton)} of {len(norms)} are exact" if len(newton) < len(norms) else ""
-        yield "LayerNorm", f"`{newton[0].name}`, {steps} steps in {len(newton)} LayerNorms, ranges from data{exact}"
+    ranged = [norm for norm in norms if norm.name != EXACT.name]
+    if ranged:
+        levels = sum(getattr(norm, "depth", 0) for norm in ranged)
+        exact = f"; {len(norms) - len(ranged)} of {len(norms)} are exact" if len(ranged) < len(norms) else ""
+        yield "LayerNorm", f"`{ranged[0].name}`, {levels} levels in {len(ranged)} LayerNorms, ranges from data{exact}"
     else:
         yield "LayerNorm", f"`{norms[0].name}`, exact"
     yield "embedding", f"`{config.embedding.name}`"

@@ -199,12 +199,12 @@ def _material(config: Conversion, teacher: folders.LoadedModel) -> _Material:
 
 
 def _calibrated(student: WithHead, params: Any, material: _Material, part: Ranged) -> WithHead:
-    """The student with LayerNorms for the variances of what is trained on, see `calibrate.with_newton`."""
+    """The student with LayerNorms for the variances of what is trained on, see `calibrate.with_calibrated`."""
     finite = student.clone(config=calibrate.for_training(student.config))
     most = student.config.num_positions
     splits = (material.train, material.validation)
     seen, held_out = (calibrate.variances(finite, params, in_order(split, most=most)) for split in splits)
-    return student.clone(config=calibrate.with_newton(student.config, seen, held_out, part))
+    return student.clone(config=calibrate.with_calibrated(student.config, seen, held_out, part))
 
 
 def _refuse_other_order(config: Conversion, teacher: folders.LoadedModel, train: Split) -> None:

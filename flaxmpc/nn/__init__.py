@@ -6,7 +6,7 @@ from flaxmpc.nn.embedding import EMBEDDINGS, Embedding
 from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, PreNormBlock, SelfAttention
 from flaxmpc.nn.lazy import Lazy, Stream, Unit
 from flaxmpc.nn.mask import Mask, causal
-from flaxmpc.nn.normalization import NORMALIZATIONS, Exact, Newton
+from flaxmpc.nn.normalization import NORMALIZATIONS, Chebyshev, Exact
 
 __all__ = [
     "ACTIVATIONS",
@@ -15,13 +15,13 @@ __all__ = [
     "NORMALIZATIONS",
     "Activation",
     "Attention",
+    "Chebyshev",
     "Constant",
     "Dense",
     "Embedding",
     "Exact",
     "Lazy",
     "Mask",
-    "Newton",
     "Norm",
     "PerHead",
     "PostNormBlock",

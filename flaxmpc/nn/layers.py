@@ -17,7 +17,7 @@ from flaxmpc.nn.activation import ActivationPart, SquareForm, Squares
 from flaxmpc.nn.attention import AttentionPart, Homogeneous, Scalars, folded, scalars_of, scores_of
 from flaxmpc.nn.lazy import Lazy, State, Stream, Unit, side_by_side, size, square_mean_by_product
 from flaxmpc.nn.mask import Mask
-from flaxmpc.nn.normalization import EXACT, InverseRoot, Normalization, centred, halvings, variance
+from flaxmpc.nn.normalization import EXACT, InverseRoot, Normalization, Ranged, centred, variance
 from flaxmpc.nn.product import Product
 
 
@@ -79,10 +79,10 @@ class Norm(nn.Module):
         if not isinstance(part, InverseRoot):
             y = part(x.force() if x.unit is None else x.force() * x.unit.inverse, self.epsilon)
             return Lazy((y if into is None else y * into.scale,), (scale,), bias, into, x.product)
-        power = halvings(part)
-        factor = size(x.shape[-1]) * 2.0**-power
-        c = x.map(lambda rows: (centred(rows) if part.centres else rows) * factor).force()
-        return self._divided(c, x.unit, scale, bias, into, x.product, power)
+        factor = part.preferred_factor if isinstance(part, Ranged) else 1.0
+        times = size(x.shape[-1]) * math.sqrt(factor)
+        c = x.map(lambda rows: (centred(rows) if part.centres else rows) * times).force()
+        return self._divided(c, x.unit, scale, bias, into, x.product, factor)
 
     def _divided(
         self,
@@ -92,13 +92,13 @@ class Norm(nn.Module):
         bias: Array,
         into: Unit | None,
         product: Product,
-        power: int = 0,
+        factor: float = 1.0,
     ) -> Lazy:
-        """c, which was halved `power` times, by its deviation. The result's matrix takes `size` away again."""
-        part: Any = self.part if power == 0 else self.part.scaled(4.0**-power)  # pyright: ignore[reportAttributeAccessIssue]
-        variance = square_mean_by_product(c, product) + self.epsilon * 4.0**-power
-        factor = part.inverse_root(variance, None if into is None else into.scale, unit)
-        return Lazy((c * factor,), (scale / size(c.shape[-1]),), bias, into, product)
+        """c, whose variance is `factor` times as large, by its deviation. The result's matrix takes `size` away."""
+        part: Any = self.part.scaled(factor) if isinstance(self.part, Ranged) else self.part
+        variance = square_mean_by_product(c, product) + self.epsilon * factor
+        root = part.inverse_root(variance, None if into is None else into.scale, unit)
+        return Lazy((c * root,), (scale / size(c.shape[-1]),), bias, into, product)
 
 
 def activate(x: State, act: ActivationPart) -> State:

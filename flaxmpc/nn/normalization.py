@@ -1,9 +1,9 @@
-"""Normalisations: LayerNorm with an exact inverse root or Newton steps from a start that fits the data, and others."""
+"""Normalisations: LayerNorm with an exact inverse root or a polynomial that fits the data, and others."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -48,7 +48,8 @@ class InverseRoot(Normalization, Protocol):
 class Ranged(InverseRoot, Protocol):
     """A part that is right only for variances on [low, high]: `calibrated` gives the one for those seen in data.
 
-    `scaled` gives the one for variances `factor` times as large: a folded model makes them 1 at most.
+    `scaled` gives the one for variances `factor` times as large. A folded model multiplies its states' matrices, so
+    that variances are `preferred_factor` times as large: the part takes one product less then.
     """
 
     @property
@@ -57,8 +58,11 @@ class Ranged(InverseRoot, Protocol):
     @property
     def high(self) -> float: ...
 
+    @property
+    def preferred_factor(self) -> float: ...
+
     def calibrated(self, variances: Array | np.ndarray, *, margin: float, tolerance: float) -> "Ranged":
-        """See `Newton.calibrated`."""
+        """See `Chebyshev.calibrated`."""
         ...
 
     def scaled(self, factor: float) -> "Ranged": ...
@@ -103,110 +107,106 @@ class Exact(_Divides):
         return y if scale is None else y * scale
 
 
-@functools.lru_cache
-def _linear_start(low: float, high: float, steps: int) -> tuple[float, float]:
-    """(a, b) of the start y0(v) = a - b v on [low, high] with the smallest error after the Newton steps.
+def _basis(t: np.ndarray, depth: int) -> np.ndarray:
+    """The products of any of T_1(t), T_2(t), T_4(t) ... T_(2^(depth-1))(t), in float64: (len(t), 2^depth).
 
-    With u = v y0^2, a step maps u to u (3 - u)^2 / 4, so only u's range counts. Over the slopes b/a, the widest
-    ratio min u / max u is best; then a is set so that both ends are equally wrong after all steps.
+    T_k is Chebyshev's polynomial of degree k, so none exceeds 1 for t on [-1, 1]; bit i of a place says whether T_(2^i)
+    is a factor.
     """
-    v = np.geomspace(low, high, 400)
-    slopes = np.concatenate([[0.0], np.geomspace(1e-4, 0.999, 400)]) / high
-    shapes = v * (1.0 - slopes[:, None] * v) ** 2
-    best = int(np.argmax(shapes.min(1) / shapes.max(1)))
-    u_low, u_high = shapes[best].min(), shapes[best].max()
-
-    def errors(a: float) -> tuple[float, float]:
-        ends = np.array([u_low, u_high]) * a * a
-        for _ in range(steps):
-            ends = ends * (3.0 - ends) ** 2 / 4.0
-        return abs(1.0 - ends[0]), abs(1.0 - ends[1])
-
-    # u must stay below 3: there a step gives 0, and beyond it diverges.
-    grid = np.sqrt(np.linspace(1.0, 2.999, 2000) / u_high)
-    a = min(grid.tolist(), key=lambda a: max(errors(a)))
-    return a, a * float(slopes[best])
+    columns, angle = np.ones((len(t), 1)), np.arccos(np.clip(t, -1.0, 1.0))
+    for level in range(depth):
+        columns = np.concatenate([columns, columns * np.cos(2**level * angle)[:, None]], -1)
+    return columns
 
 
-def _products(pairs: Sequence[tuple[Array, Array]]) -> Array:
-    """The products of pairs, all at once."""
-    return jnp.stack([a for a, _ in pairs]) * jnp.stack([b for _, b in pairs])
+@functools.lru_cache
+def _coefficients(low: float, high: float, depth: int) -> tuple[float, ...]:
+    """Those of the polynomial in `_basis` that is nearest to 1 / sqrt(v), relatively, for v on [low, high]."""
+    count = 8 << depth
+    t = np.cos((np.arange(count) + 0.5) * np.pi / count)  # where the largest error is near the least squares' one
+    roots = np.sqrt((high + low) / 2.0 + (high - low) / 2.0 * t)
+    return tuple(np.linalg.lstsq(roots[:, None] * _basis(t, depth), np.ones(count), rcond=None)[0].tolist())
 
 
-# A step is 5.3 rounds in ABY3, so from 9 steps on (63 rounds a LayerNorm) the exact part takes fewer (60).
-_MOST_STEPS = 8
+def _combined(coefficients: Float[Array, " basis"], t: Array, scale: Array) -> Array:
+    """The columns of `_basis` times coefficients, summed, times scale: one joint product a level.
 
-# Of a part that somebody asks for: each is traced.
-_LARGEST_STEPS = 32
+    A level computes the next T as T_2k = 2 T_k^2 - 1, and multiplies by the last one: first single terms, up to half
+    of the T; then sums of all terms, with their coefficients, that share their other factors. So few products do.
+    """
+    depth = len(coefficients).bit_length() - 1
+    power, rows = t, scale[None]
+
+    def times_power(x: Array) -> tuple[Array, Array]:
+        products = jnp.concatenate([power[None], x]) * power
+        return products[1:], products[0] + products[0] - 1.0  # doubled by adding: a product with 2 would be truncated
+
+    for _ in range(min((depth + 1) // 2, depth - 1)):
+        products, power = times_power(rows)
+        rows = jnp.concatenate([rows, products])
+    sums = jnp.tensordot(coefficients.reshape(-1, len(rows)), rows, 1)
+    while len(sums) > 2:
+        without, having = sums.reshape(-1, 2, *t.shape).swapaxes(0, 1)
+        products, power = times_power(having)
+        sums = without + products
+    return sums[0] + sums[1] * power
+
+
+# A level is 2.7 rounds in ABY3: 27 rounds a LayerNorm of the deepest part, 57 of the exact one.
+_DEEPEST = 7
 
 
 @dataclasses.dataclass(frozen=True)
-class Newton(_Divides):
-    """1/sqrt(v) by Newton's method, from a start fitted to the variances seen in data.
+class Chebyshev(_Divides):
+    """1/sqrt(v) as a polynomial in v of degree 2^depth - 1, fitted to the variances seen in data.
 
-    2 h = a - b v; each step h = 3/2 h - 2 (v h) (h h); 1/sqrt(v) = 2 h. One joint product and one product a step, no
-    comparison, no bit decomposition. Two steps do for variances within a factor of ten; right only on [low, high], and
-    diverges above, so calibrate with a margin.
+    `depth` joint products one after another, no comparison, no bit decomposition. Each one squares the error, where a
+    step of Newton's method takes two products for that. Depth 4 does for variances within a factor of 30, 5 within
+    100. Right only on [low, high]; it diverges above, so calibrate with a margin.
 
     Attributes:
         low, high: the variances that it is for.
-        steps: the number of steps; `relative_error` says what they reach.
+        depth: `relative_error` says what it reaches.
     """
 
     centres = True
 
-    name: str = "layer_norm_newton"
+    name: str = "layer_norm_chebyshev"
     low: float = 0.1
     high: float = 10.0
-    steps: int = 5
+    depth: int = 6
 
     def __post_init__(self):
         if not 0.0 < self.low < self.high:
-            raise ValueError(f"layer_norm_newton needs 0 < low < high, not low={self.low}, high={self.high}")
-        if not 1 <= self.steps <= _LARGEST_STEPS:
-            raise ValueError(f"layer_norm_newton needs 1 to {_LARGEST_STEPS} steps, not {self.steps}")
+            raise ValueError(f"{self.name} needs 0 < low < high, not low={self.low}, high={self.high}")
+        if not 1 <= self.depth <= _DEEPEST:
+            raise ValueError(f"{self.name} needs a depth of 1 to {_DEEPEST}, not {self.depth}")
 
     def inverse_root(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
         if unit is not None:
             variance = variance * unit.inverse_square
             scale = unit.inverse if scale is None else scale * unit.inverse
-        power = halvings(self)
-        if power != 0:  # the square of the root of a large variance has few fraction bits, and so has a small variance
-            root = self.scaled(4.0**-power).inverse_root(variance * 4.0**-power, scale)
-            return root * 2.0**-power
-        a, b = _linear_start(self.low, self.high, self.steps)
-        v, h = variance, 0.5 * a - (0.5 * b) * variance
-        times_v = v if scale is None else v * scale if self.steps == 1 else None  # the last step's factor of h
-        for _ in range(self.steps - 1):
-            pairs = [(v, h), (h, h), (jnp.full_like(h, 1.5), h)]
-            if scale is not None and times_v is None:  # beside the others, so that it costs no round
-                pairs.append((v, jnp.broadcast_to(scale, v.shape)))
-            vh, hh, more, *found = _products(pairs)
-            times_v = found[0] if found else times_v
-            cubed = vh * hh
-            h = more - (cubed + cubed)  # doubled by adding: a product with 2 would be truncated
-        pairs = [(times_v, h), (h, h)]
-        if scale is not None:
-            pairs.append((jnp.broadcast_to(scale, h.shape), h))
-        vh, hh, *found = _products(pairs)
-        cubed, h = vh * hh, found[0] if found else h
-        twice = cubed + cubed
-        return (h + h + h) - (twice + twice)
+        factor, middle = self.preferred_factor, (self.low + self.high) / 2.0
+        t = (variance if math.isclose(factor, 1.0) else variance * factor) - middle * factor
+        coefficients = jnp.asarray(_coefficients(self.low, self.high, self.depth), t.dtype)
+        return _combined(coefficients, t, jnp.ones_like(t) if scale is None else jnp.broadcast_to(scale, t.shape))
 
-    def scaled(self, factor: float) -> "Newton":
+    @property
+    def preferred_factor(self) -> float:
+        return 2.0 / (self.high - self.low)
+
+    def scaled(self, factor: float) -> "Chebyshev":
         return dataclasses.replace(self, low=self.low * factor, high=self.high * factor)
 
     def relative_error(self) -> float:
         """The largest |y sqrt(v) - 1| on [low, high], in exact arithmetic."""
         v = np.geomspace(self.low, self.high, 10_000)
-        a, b = _linear_start(self.low, self.high, self.steps)
-        u = v * (a - b * v) ** 2
-        for _ in range(self.steps):
-            u = u * (3.0 - u) ** 2 / 4.0
-        return float(np.abs(np.sqrt(u) - 1.0).max())
+        t = (v - (self.low + self.high) / 2.0) * self.preferred_factor
+        y = _basis(t, self.depth) @ np.asarray(_coefficients(self.low, self.high, self.depth))
+        return float(np.abs(y * np.sqrt(v) - 1.0).max())
 
-    def calibrated(self, variances: Array | np.ndarray, *, margin: float = 2.0, tolerance: float = 1e-3) -> "Newton":
-        """The part for the variances seen in data, of any shape: their range, widened, and the steps it takes.
+    def calibrated(self, variances: Array | np.ndarray, *, margin: float = 2.0, tolerance: float = 1e-3) -> "Chebyshev":
+        """The part for the variances seen in data, of any shape: their range, widened, and the depth it takes.
 
         Args:
             variances: what the LayerNorm met on a calibration set.
@@ -214,29 +214,24 @@ class Newton(_Divides):
             tolerance: relative error to stay under.
 
         Raises:
-            ValueError: a variance that is not positive and finite, or a range so wide that 7 steps do not do.
+            ValueError: a variance that is not positive and finite, or a range so wide that no depth does.
         """
         seen = np.asarray(variances, np.float64)
         if not (np.isfinite(seen).all() and (seen > 0).all()):
             raise ValueError(f"variances must be positive and finite, seen from {seen.min()} to {seen.max()}")
-        for steps in range(1, _MOST_STEPS + 1):
+        for depth in range(1, _DEEPEST + 1):
             low, high = float(seen.min()) / margin, float(seen.max()) * margin
-            part = dataclasses.replace(self, low=low, high=high, steps=steps)
+            part = dataclasses.replace(self, low=low, high=high, depth=depth)
             if part.relative_error() < tolerance:
                 return part
         raise ValueError(
-            f"variances from {seen.min():g} to {seen.max():g} are too wide for layer_norm_newton: layer_norm does"
+            f"variances from {seen.min():g} to {seen.max():g} are too wide for {self.name}: layer_norm does"
         )
-
-
-def halvings(part: Any) -> int:
-    """How often a state is to be halved, so that the variances that a part is for lie about 1."""
-    return round(math.log(part.low * part.high, 16.0)) if isinstance(part, Ranged) else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Clipped(_Divides):
-    """A part for training: a variance outside its range counts as the range's end, where Newton diverges.
+    """A part for training: a variance outside its range counts as the range's end, where the part itself diverges.
 
     Within the range the same function. A comparison, so not for MPC: there the range is to hold what comes.
     """
@@ -257,5 +252,5 @@ class Clipped(_Divides):
 
 NORMALIZATIONS: Registry[Any] = Registry("layer_norm", Normalization)
 EXACT = NORMALIZATIONS.register(Exact("layer_norm"))
-NEWTON = NORMALIZATIONS.register(Newton())
+CHEBYSHEV = NORMALIZATIONS.register(Chebyshev())
 RMS = NORMALIZATIONS.register(Exact("rms_norm", centres=False))

@@ -240,14 +240,15 @@ class _Program:
             if isinstance(place, int):
                 self._at_most(bits[place], RING - SPARE_BITS - size)
         for site, rounded in self.sites.items():
-            if seen.smallest[site] < math.inf:
+            added = site[0] == "known" and function.steps[site[1]].kind == "sum"  # small beside what it is added to
+            if seen.smallest[site] < math.inf and not added:
                 self._at_most(_Bits({}, _RELATIVE - seen.smallest[site]).plus(rounded, -1.0), 0.0)
             if seen.effects[site] > 0:
                 log = 0.5 * math.log2(seen.effects[site])
                 self._at_most(_Bits({0: -1.0}, log).plus(rounded, -1.0), 0.0)
 
-    def _new(self, site: _Site | None = None, most: float = 40.0) -> _Bits:
-        self._bounds.append((-30.0, min(40.0, most)))
+    def _new(self, site: _Site | None = None, most: float = RING) -> _Bits:
+        self._bounds.append((-30.0, most))
         made = _Bits({len(self._bounds) - 1: 1.0})
         if site is not None:
             self.sites[site] = made

@@ -68,7 +68,7 @@ def range_loss(
 ) -> Array:
     """Penalises LayerNorms whose variances leave their range: the mean squared distance of their logarithms, summed.
 
-    A student whose variances stay within a factor of 30 needs four Newton steps for their inverse roots; left alone,
+    A student whose variances stay within a factor of 30 needs four products for their inverse roots; left alone,
     a few outlier tokens reach a thousand times the median.
 
     Args:

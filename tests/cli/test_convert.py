@@ -94,7 +94,7 @@ def test_two_hosts_convert_and_the_first_writes(data, tmp_path, write_classifier
         (("--attention", "2quad", "2quad_fredev"), "2quad_freediv"),
         (("--attention", "2quad", "2quad", "2quad"), "attention lists 3 parts, num_hidden_layers is 2"),
         (("--activation", "quad", "quadd"), "'quad'"),
-        (("--layer-norm", "newton"), "layer_norm_newton"),
+        (("--layer-norm", "chebyshev"), "layer_norm_chebyshev"),
         (("--max-length", "0"), "max_length must be at least 3, [CLS], a token and [SEP], not 0"),
         (("--max-length", "-1"), "at least 3"),
         (("--max-length", "2"), "at least 3"),

@@ -17,7 +17,7 @@ from flaxmpc.models.base import init_params
 from flaxmpc.models.bert import BertForSequenceClassification
 from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.mask import Mask
-from flaxmpc.nn.normalization import EXACT, NEWTON
+from flaxmpc.nn.normalization import CHEBYSHEV, EXACT
 
 LENGTHS = (16,)
 
@@ -99,27 +99,27 @@ def test_ranges_are_cut_around_the_median():
     assert found == {(0, 0): (pytest.approx(1 / 3), 8.0), (0, 1): (0.8, 1.5)}
 
 
-def test_newton_where_the_variances_allow_it(tiny):
+def test_ranges_where_the_variances_allow_it(tiny):
     config = model_of(tiny).config
     seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
     seen[1, 1] = np.array([1e-3, 1.0, 1e4])
-    fitted = calibrate.with_newton(config, seen, seen, NEWTON)
+    fitted = calibrate.with_calibrated(config, seen, seen, CHEBYSHEV)
     first, second = fitted.layer_norms_of(0)
     assert first == second
-    assert first.name == "layer_norm_newton"
+    assert first.name == "layer_norm_chebyshev"
     assert first.low < 0.2  # pyright: ignore[reportAttributeAccessIssue]
     assert first.high > 3.0  # pyright: ignore[reportAttributeAccessIssue]
     assert fitted.layer_norms_of(1)[1] == EXACT
-    assert calibrate.with_newton(fitted, seen, seen, NEWTON) == fitted
+    assert calibrate.with_calibrated(fitted, seen, seen, CHEBYSHEV) == fitted
 
 
 def test_a_range_that_holds_the_variances_is_kept_and_another_is_found_anew(tiny):
     config = model_of(tiny).config
     seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
-    before: Any = calibrate.with_newton(config, seen, seen, NEWTON)
+    before: Any = calibrate.with_calibrated(config, seen, seen, CHEBYSHEV)
     seen[0, 1] = np.array([0.3, 2.0])
     seen[1, 0] = np.array([0.2, 6.0])
-    after: Any = calibrate.with_newton(before, seen, seen, NEWTON)
+    after: Any = calibrate.with_calibrated(before, seen, seen, CHEBYSHEV)
     assert after.layer_norms_of(0) == before.layer_norms_of(0)
     assert after.layer_norms_of(1)[1] == before.layer_norms_of(1)[1]
     assert before.layer_norms_of(1)[0].high < 6.0 < after.layer_norms_of(1)[0].high
@@ -130,9 +130,9 @@ def test_a_layer_norm_is_exact_where_sentences_not_trained_on_leave_its_range(fa
     config = model_of(tiny).config
     seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
     held_out = {**seen, (1, 0): np.array([far, 1.0])}
-    calibrated = calibrate.with_newton(config, seen, seen, NEWTON)
+    calibrated = calibrate.with_calibrated(config, seen, seen, CHEBYSHEV)
     for start in (config, calibrated):
-        found = calibrate.with_newton(start, seen, held_out, NEWTON)
+        found = calibrate.with_calibrated(start, seen, held_out, CHEBYSHEV)
         assert found.layer_norms_of(0) == calibrated.layer_norms_of(0)
         assert found.layer_norms_of(1) == (EXACT, calibrated.layer_norms_of(1)[1])
 
@@ -141,7 +141,7 @@ def test_in_training_variances_out_of_their_ranges_do_not_diverge(tiny, toy_spli
     model = model_of(tiny)
     params = init_params(model, seed=1)
     assert calibrate.for_training(model.config).layer_norms_of(0) == (EXACT, EXACT)
-    low = dataclasses.replace(NEWTON, low=1e-6, high=1e-4, steps=7)
+    low = dataclasses.replace(CHEBYSHEV, low=1e-6, high=1e-4, depth=7)
     given = dataclasses.replace(model.config, layer_norm=((low, EXACT), (low, low)))
     training = calibrate.for_training(given)
     assert training.layer_norms_of(0)[1] == EXACT

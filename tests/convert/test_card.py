@@ -58,10 +58,10 @@ def test_a_card_has_every_figure(tmp_path):
     assert "ABY3" not in text
 
 
-def test_a_card_of_newton_says_how_many_steps(tmp_path):
-    newton = {"name": "layer_norm_newton", "low": 0.1, "high": 3.0, "steps": 4}
-    text = written(tmp_path / "entry", layer_norm=[[newton, "layer_norm"]] * 6)
-    assert "`layer_norm_newton`, 24 steps in 6 LayerNorms, ranges from data; 6 of 12 are exact" in text
+def test_a_card_says_how_deep_the_layer_norms_are(tmp_path):
+    chebyshev = {"name": "layer_norm_chebyshev", "low": 0.1, "high": 3.0, "depth": 4}
+    text = written(tmp_path / "entry", layer_norm=[[chebyshev, "layer_norm"]] * 6)
+    assert "`layer_norm_chebyshev`, 24 levels in 6 LayerNorms, ranges from data; 6 of 12 are exact" in text
 
 
 def test_notes_go_into_the_card(tmp_path):

@@ -104,7 +104,7 @@ def test_a_student_has_other_parts_and_its_figures(student):
         ("negative", "positive"),
     )
     assert (config.model_max_length, config.num_texts) == (16, 1)
-    assert all(norm.name == "layer_norm_newton" for i in range(2) for norm in config.layer_norms_of(i))
+    assert all(norm.name == "layer_norm_chebyshev" for i in range(2) for norm in config.layer_norms_of(i))
     results = json.loads((student / "results.json").read_text())
     for prefix in ("", "teacher_", "untrained_", "stage1_", "stage2_"):
         assert 0 <= results[f"{prefix}accuracy"] <= 1

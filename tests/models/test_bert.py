@@ -33,7 +33,7 @@ from flaxmpc.models.weights import read_params
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.embedding import EMBEDDINGS
-from flaxmpc.nn.normalization import NORMALIZATIONS, Newton
+from flaxmpc.nn.normalization import NORMALIZATIONS, Chebyshev
 
 TINY = BertConfig(
     vocab_size=60,
@@ -376,8 +376,8 @@ def test_padding_stays_in_the_ranges_that_tokens_have(attention, tiny):
     variables["params"]["bert"]["embeddings"]["word_embeddings"] = table.at[0].set(100.0 * table[0])
     exact, intermediates = run(model, variables, ids, mask, types, method="outputs")
     seen = [[np.asarray(one)[mask > 0] for one in layer] for layer in intermediates.variances]
-    newton = [tuple(Newton().calibrated(one, margin=1.01, tolerance=1e-4) for one in layer) for layer in seen]
-    model = BertForSequenceClassification(dataclasses.replace(model.config, layer_norm=newton))
+    chebyshev = [tuple(Chebyshev().calibrated(one, margin=1.01, tolerance=1e-4) for one in layer) for layer in seen]
+    model = BertForSequenceClassification(dataclasses.replace(model.config, layer_norm=chebyshev))
     logits, intermediates = run(model, variables, ids, mask, types, method="outputs")
     np.testing.assert_allclose(logits, exact, atol=1e-3)
     for states in intermediates.hidden_states:
@@ -408,7 +408,7 @@ def test_every_choice_of_a_part_changes_the_traced_program(field, registry, tiny
     [
         *(("attention", name) for name in ATTENTION if name != "softmax"),
         *(("hidden_act", name) for name in ACTIVATIONS if name != "gelu"),
-        ("layer_norm", {"name": "layer_norm_newton", "steps": 1}),  # so few that it shows
+        ("layer_norm", {"name": "layer_norm_chebyshev", "depth": 1}),  # so little that it shows
     ],
 )
 def test_a_list_changes_the_layer_that_it_names_and_no_other(field, part, tiny):

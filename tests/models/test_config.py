@@ -11,7 +11,7 @@ from flaxmpc.models.folder import read_config
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION, PerHead
 from flaxmpc.nn.embedding import EMBEDDINGS
-from flaxmpc.nn.normalization import NORMALIZATIONS, Newton
+from flaxmpc.nn.normalization import NORMALIZATIONS, Chebyshev
 
 TINY = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 
@@ -144,12 +144,12 @@ def test_labels_are_read_as_transformers_reads_them(fields):
         ({"hidden_act": "x" * 10**6}, r"unknown activation 'xxx.*\.\.\.x*'\. Known"),
         ({"model_type": ["bert"] * 10**5}, r"unknown model_type \['bert', 'bert', .*\.\.\.\]\. Known: bert"),
         (
-            {"layer_norm": {"name": "layer_norm_newton", "steps": 10**9}},
-            "layer_norm_newton needs 1 to 32 steps, not 100",
+            {"layer_norm": {"name": "layer_norm_chebyshev", "depth": 10**9}},
+            "layer_norm_chebyshev needs a depth of 1 to 7, not 100",
         ),
         (
-            {"layer_norm": {"name": "layer_norm_newton", "steps": "5"}},
-            "steps of layer_norm 'layer_norm_newton' is '5'; on",
+            {"layer_norm": {"name": "layer_norm_chebyshev", "depth": "5"}},
+            "depth of layer_norm 'layer_norm_chebyshev' is '5'; on",
         ),
         ({"hidden_act": {"name": "gelu", "f": 3}}, "f of activation 'gelu' is 3; one like"),
         ({"attention": {"name": "2quad", "shift": [1, 2]}}, r"shift of attention '2quad' is \[1, 2\]; one like 5"),
@@ -181,26 +181,26 @@ def test_heads_must_divide_the_width():
 
 
 def test_one_part_serves_every_layer():
-    config = dataclasses.replace(TINY, attention="2quad", hidden_act="quad", layer_norm="layer_norm_newton")
+    config = dataclasses.replace(TINY, attention="2quad", hidden_act="quad", layer_norm="layer_norm_chebyshev")
     for layer in range(2):
         assert config.attention_of(layer) is ATTENTION["2quad"]
         assert config.hidden_act_of(layer) is ACTIVATIONS["quad"]
-        assert config.layer_norms_of(layer) == (NORMALIZATIONS["layer_norm_newton"],) * 2
+        assert config.layer_norms_of(layer) == (NORMALIZATIONS["layer_norm_chebyshev"],) * 2
 
 
 def test_a_list_names_a_part_for_every_layer_head_and_layer_norm():
-    newton = Newton(low=0.5)
+    chebyshev = Chebyshev(low=0.5)
     config = dataclasses.replace(
         TINY,
         attention=["softmax", ["scaling", "2relu"]],
         hidden_act=["gelu", "quad"],
-        layer_norm=["layer_norm", ["layer_norm", newton]],
+        layer_norm=["layer_norm", ["layer_norm", chebyshev]],
     )
     assert config.attention_of(0) is ATTENTION["softmax"]
     assert config.attention_of(1) == PerHead((ATTENTION["scaling"], ATTENTION["2relu"]))
     assert [config.hidden_act_of(layer).name for layer in range(2)] == ["gelu", "quad"]
     exact = NORMALIZATIONS["layer_norm"]
-    assert [config.layer_norms_of(layer) for layer in range(2)] == [(exact, exact), (exact, newton)]
+    assert [config.layer_norms_of(layer) for layer in range(2)] == [(exact, exact), (exact, chebyshev)]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_config_survives_json():
         TINY,
         attention=[["softmax", {"name": "2quad_freediv", "shift": 3.0}], "scaling"],
         hidden_act=["gelu_puma", "gelu_tanh"],
-        layer_norm=["layer_norm", ("layer_norm", Newton().calibrated(jnp.array([0.3, 2.0])))],
+        layer_norm=["layer_norm", ("layer_norm", Chebyshev().calibrated(jnp.array([0.3, 2.0])))],
         embedding="secret",
         id2label=("a", "b", "c"),
         classifier_dropout=0.2,

@@ -175,7 +175,7 @@ def test_a_folder_survives(name, tmp_path):
         ({"attention": "2quad"}, True),
         ({"hidden_act": "quad"}, True),
         ({"attention": ["softmax", "2quad"]}, True),
-        ({"layer_norm": "layer_norm_newton"}, True),
+        ({"layer_norm": "layer_norm_chebyshev"}, True),
         ({"hidden_act": ["gelu", "relu"]}, True),
     ],
     ids=str,

@@ -24,7 +24,7 @@ TINY = BertConfig(
     max_position_embeddings=16,
     hidden_act="quad",
     attention=["2quad_freediv", ["softmax", "scaling"]],
-    layer_norm=["layer_norm", ["layer_norm", "layer_norm_newton"]],
+    layer_norm=["layer_norm", ["layer_norm", "layer_norm_chebyshev"]],
     id2label=("negative", "positive", "neither"),
 )
 

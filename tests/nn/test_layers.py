@@ -15,7 +15,7 @@ from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, PreNormBlock, SelfAttention, activate
 from flaxmpc.nn.lazy import Lazy, Stream, side_by_side
 from flaxmpc.nn.mask import Mask, causal
-from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, Newton
+from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, Chebyshev
 from flaxmpc.nn.product import grouped_conv
 
 RNG = np.random.default_rng(0)
@@ -124,11 +124,13 @@ def test_dense(mask):
     close(value_of(applied(module, variables, state)), plain)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("part", [*NORMALIZATIONS.values(), Newton(low=0.05, high=80.0, steps=7)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "part", [*NORMALIZATIONS.values(), Chebyshev(low=0.05, high=80.0, depth=7)], ids=lambda p: p.name
+)
 @pytest.mark.parametrize("into", [False, True])
 def test_norm(mask, part, into):
-    if part == Newton():
-        part = Newton(low=0.01, high=200.0, steps=7)
+    if part == Chebyshev():
+        part = Chebyshev(low=0.05, high=50.0, depth=7)
     unit = unit_of(mask)
     state = some_state(unit)
     module = Norm(part, 1e-6)

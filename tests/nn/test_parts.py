@@ -9,7 +9,7 @@ import pytest
 from flaxmpc.nn.activation import ACTIVATIONS, Activation
 from flaxmpc.nn.attention import ATTENTION, Constant
 from flaxmpc.nn.embedding import EMBEDDINGS
-from flaxmpc.nn.normalization import NORMALIZATIONS, Newton, Normalization
+from flaxmpc.nn.normalization import NORMALIZATIONS, Chebyshev, Normalization
 from flaxmpc.nn.parts import Registry
 
 REGISTRIES = [ATTENTION, ACTIVATIONS, NORMALIZATIONS, EMBEDDINGS]
@@ -24,7 +24,7 @@ def test_every_published_part_is_registered():
         *("gelu", "gelu_tanh", "relu", "silu", "quad", "gelu_puma", "gelu_bumblebee", "gelu_bolt"),
         *("gelu_secformer", "gelu_shaft", "gelu_nimbus"),
     }
-    assert set(NORMALIZATIONS) >= {"layer_norm", "layer_norm_newton"}
+    assert set(NORMALIZATIONS) >= {"layer_norm", "layer_norm_chebyshev"}
     assert set(EMBEDDINGS) >= {"public", "secret"}
 
 
@@ -88,10 +88,10 @@ def test_every_part_survives_spec_and_resolve(registry):
 
 
 def test_fields_of_a_registered_part_are_changed_by_a_mapping():
-    part = NORMALIZATIONS.resolve({"name": "layer_norm_newton", "low": 0.5, "steps": 3})
-    assert part == Newton(low=0.5, steps=3)
-    assert NORMALIZATIONS.spec(part) == {"name": "layer_norm_newton", "low": 0.5, "steps": 3}
-    assert NORMALIZATIONS["layer_norm_newton"] == Newton()
+    part = NORMALIZATIONS.resolve({"name": "layer_norm_chebyshev", "low": 0.5, "depth": 3})
+    assert part == Chebyshev(low=0.5, depth=3)
+    assert NORMALIZATIONS.spec(part) == {"name": "layer_norm_chebyshev", "low": 0.5, "depth": 3}
+    assert NORMALIZATIONS["layer_norm_chebyshev"] == Chebyshev()
 
     part = ATTENTION.resolve({"name": "2quad", "shift": 3.0, "score_range": [-1.0, 1.0]})
     assert part == dataclasses.replace(ATTENTION["2quad"], shift=3.0, score_range=(-1.0, 1.0))
@@ -99,9 +99,9 @@ def test_fields_of_a_registered_part_are_changed_by_a_mapping():
 
 
 def test_an_unknown_field_gets_the_known_ones_and_the_closest():
-    with pytest.raises(ValueError, match="field of layer_norm 'layer_norm_newton' 'step'") as error:
-        NORMALIZATIONS.resolve({"name": "layer_norm_newton", "step": 3})
-    assert "Did you mean 'steps'?" in str(error.value)
+    with pytest.raises(ValueError, match="field of layer_norm 'layer_norm_chebyshev' 'dept'") as error:
+        NORMALIZATIONS.resolve({"name": "layer_norm_chebyshev", "dept": 3})
+    assert "Did you mean 'depth'?" in str(error.value)
 
 
 def test_what_no_config_can_hold_has_no_spec():
@@ -112,11 +112,11 @@ def test_what_no_config_can_hold_has_no_spec():
 
 
 def test_a_taken_name_is_refused_and_the_part_kept():
-    registry = Registry("norm", Newton)
-    first = registry.register(Newton("a"))
+    registry = Registry("norm", Chebyshev)
+    first = registry.register(Chebyshev("a"))
     assert registry.register(first) is first
     with pytest.raises(ValueError, match="norm 'a' is registered already, as another part: give this one its own name"):
-        registry.register(Newton("a", steps=2))
+        registry.register(Chebyshev("a", depth=2))
     assert dict(registry) == {"a": first}
 
 

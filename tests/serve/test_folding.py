@@ -19,7 +19,7 @@ from flaxmpc.models import zoo
 from flaxmpc.models.base import defer, param_shapes
 from flaxmpc.models.bert import ARCHITECTURES, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from flaxmpc.nn.attention import ATTENTION, scalars_of
-from flaxmpc.nn.normalization import NORMALIZATIONS, Newton
+from flaxmpc.nn.normalization import NORMALIZATIONS, Chebyshev
 from flaxmpc.nn.product import grouped_conv
 from flaxmpc.serve.private import logits_and_size, private
 
@@ -115,10 +115,10 @@ def test_every_attention_with_quad_and_with_gelu(attention):
 def test_every_normalisation(attention, layer_norm):
     model = model_of(attention=attention)
     params = random_params(model)
-    if layer_norm == "layer_norm_newton":
+    if layer_norm == "layer_norm_chebyshev":
         seen: Any = model.apply({"params": params}, jnp.asarray(IDS), jnp.asarray(MASK), method="outputs")
         variances = np.concatenate([np.ravel(one[MASK]) for layer in seen.intermediates.variances for one in layer])
-        layer_norm = Newton(low=variances.min() / 2, high=variances.max() * 2, steps=12)
+        layer_norm = Chebyshev(low=variances.min() / 2, high=variances.max() * 2, depth=7)
     model = model_of(attention=attention, layer_norm=[layer_norm] * 2)
     assert_the_same_function(model, params)
 

@@ -14,13 +14,13 @@ from flaxmpc.serve import plans
 from flaxmpc.serve.private import SecureClassifier, plan_bits
 
 TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
-NEWTON = {"name": "layer_norm_newton", "low": 0.2, "high": 40.0, "steps": 5}
+CHEBYSHEV = {"name": "layer_norm_chebyshev", "low": 0.2, "high": 40.0, "depth": 5}
 
 
 @pytest.fixture(scope="module")
 def planned(write_classifier, tmp_path_factory):
     """A model folder with a plan, and what planning said."""
-    folder = write_classifier(tmp_path_factory.mktemp("planned"), layer_norm=NEWTON, num_hidden_layers=1)
+    folder = write_classifier(tmp_path_factory.mktemp("planned"), layer_norm=CHEBYSHEV, num_hidden_layers=1)
     return folder, plan_bits(folders.load(folder), TEXTS, error=0.01)
 
 

@@ -389,9 +389,9 @@ def test_a_client_refuses_a_hostile_bundle_in_one_line_and_little_memory(content
         "vocabulary": ({"config.json": config | {"vocab_size": 10**12}}, "vocab_size 1000000000000 is not a whole"),
         "width": ({"config.json": config | {"hidden_size": 8192}}, "wrong shape: bert.embeddings"),
         "tokens": ({"config.json": config | {"vocab_size": 10**6}}, "wrong shape: bert.embeddings.word_embeddings"),
-        "steps": (
-            {"config.json": config | {"layer_norm": {"name": "layer_norm_newton", "steps": 10**9}}},
-            "1 to 32 steps",
+        "depth": (
+            {"config.json": config | {"layer_norm": {"name": "layer_norm_chebyshev", "depth": 10**9}}},
+            "a depth of 1 to 7",
         ),
         "deep": ({"config.json": b"[" * 10**6}, "config.json is nested more than 64 deep"),
         "parts": ({"tokenizer.json": b"[" + b"[]," * 2_500_000 + b"[]]"}, "has 2500002 lists and objects"),
