@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from flaxmpc.secure.instructions import Function, Instruction, exact_bits, power_of_two
 from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED
@@ -121,6 +123,36 @@ def log2(size: float) -> float:
     return max(math.log2(size), _SMALLEST) if size > 0 else _SMALLEST
 
 
+_Bits = TypeVar("_Bits", bound=Any)  # whole numbers, or what can be added to these and to its kind
+
+
+def carried(
+    function: Function,
+    inputs: Sequence[_Bits],
+    product: Callable[[Instruction, _Bits], _Bits],
+    together: Callable[[Instruction, list[_Bits]], _Bits],
+) -> dict[int, _Bits]:
+    """The bits of every value, by its place.
+
+    Args:
+        inputs: of the arguments' leaves.
+        product: of a product, from the sum of what its operands have, without those of known numbers.
+        together: of what all its operands need the same bits for, from those that they have.
+    """
+    bits = dict(enumerate(inputs))
+    for each in function.instructions:
+        own = [bits[x] for x in each.ins if isinstance(x, int)]
+        if each.kind == "shift":
+            power = power_of_two(each.known)
+            assert power is not None, "that is what a shift is"
+            bits[each.out] = own[0] + -power
+        elif each.kind == "product":
+            bits[each.out] = product(each, functools.reduce(operator.add, own))
+        else:
+            bits[each.out] = together(each, own)
+    return bits
+
+
 def followed(
     function: Function, inputs: Sequence[int], kept: Sequence[int | None], known: Sequence[int | None]
 ) -> tuple[dict[int, int], tuple[int, ...]]:
@@ -130,22 +162,16 @@ def followed(
         inputs: bits of the arguments' leaves.
         kept, known: of every step, see `Step`.
     """
-    raw: dict[int, int] = dict(enumerate(inputs))
-    bits = dict(raw)
-    for each in function.instructions:
-        own = [bits[x] for x in each.ins if isinstance(x, int)]
-        found = max(own)
-        number = function.number.get(each.out, -1)
-        if each.kind == "shift":
-            power = power_of_two(each.known)
-            assert power is not None, "that is what a shift is"
-            found = own[0] - power
-        elif each.kind == "product":
-            found = sum(own) + (0 if each.known is None else known_bits(each, known[number]))
-        raw[each.out] = bits[each.out] = found
-        if each.kind == "product" and (most := kept[number]) is not None:
-            bits[each.out] = min(most, found)
-    return raw, tuple(bits[x] if isinstance(x, int) else _RESULT for x in function.outputs)
+    raw: dict[int, int] = {}
+
+    def product(each: Instruction, own: int) -> int:
+        number = function.number[each.out]
+        raw[each.out] = own + (0 if each.known is None else known_bits(each, known[number]))
+        most = kept[number]
+        return raw[each.out] if most is None else min(most, raw[each.out])
+
+    bits = carried(function, inputs, product, lambda _, own: max(own))
+    return bits | raw, tuple(bits[x] if isinstance(x, int) else _RESULT for x in function.outputs)
 
 
 _RESULT = 20  # bits of a result that is known

@@ -12,7 +12,6 @@ import collections
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.secure.bits import RING, SPARE_BITS, TRUNCATED, BitPlan, PlanError, Step, followed, log2
+from flaxmpc.secure.bits import RING, SPARE_BITS, TRUNCATED, BitPlan, PlanError, Step, carried, followed, log2
 from flaxmpc.secure.fixed import Fixed
-from flaxmpc.secure.instructions import Function, Instruction, exact_bits, power_of_two
+from flaxmpc.secure.instructions import Function, Instruction, exact_bits
 from flaxmpc.secure.ring import MOST_DROPPED
 
 _IN_FLOAT32 = 23.0  # bits of an argument
@@ -69,17 +68,23 @@ def plan(fn: Callable[..., Any], batches: Iterable[tuple[Any, ...]], *, error: f
     largest = max(every, key=lambda function: function.numbers)
     if any(function.fingerprint != largest.fingerprint for function in every):
         raise PlanError("for arguments of other shapes the function computes otherwise: it has no plan for all")
-    together, aim, found = _Seen.largest(seen), error, math.inf
+    program = _Program(largest, together := _Seen.largest(seen))
+    aim, found = error, math.inf
     for _ in range(_AGAIN):
-        made = _fewest(largest, together, aim)
+        truncated = program.cheapest(aim / (_ROUNDED * math.sqrt(len(program.sites))))
+        if truncated is None:
+            break
+        made = _made(largest, together, *program.bits(truncated))
         found = _measured(fn, made, tried)
         if found <= error:
             return dataclasses.replace(made, error=found)
-        aim *= min(0.5, error / found)
-    raise PlanError(f"no plan of bits has an error of {error:g}: the last one's is {found:.2g}")
+        aim *= min(0.7, error / found)
+    reached = "" if math.isinf(found) else f": the last one's is {found:.2g}"
+    raise PlanError(f"the numbers are too large for a plan of bits with an error of {error:g}{reached}")
 
 
 _TRIED, _AGAIN = 8, 6
+_SOLVING = 20.0  # seconds for the choice of truncations, which then is near the best one
 
 
 def _measured(fn: Callable[..., Any], made: BitPlan, batches: Sequence[tuple[Any, ...]]) -> float:
@@ -210,131 +215,138 @@ class _Bits(NamedTuple):
     terms: Mapping[int, float]
     constant: float = 0.0
 
-    def plus(self, other: _Bits, sign: float = 1.0) -> _Bits:
+    def plus(self, other: _Bits, factor: float = 1.0) -> _Bits:
         terms = collections.defaultdict(float, self.terms)
-        for variable, factor in other.terms.items():
-            terms[variable] += sign * factor
-        return _Bits(dict(terms), self.constant + sign * other.constant)
+        for variable, own in other.terms.items():
+            terms[variable] += factor * own
+        return _Bits(dict(terms), self.constant + factor * other.constant)
 
-    def value(self, solved: Sequence[float]) -> int:
-        return round(self.constant + sum(factor * solved[variable] for variable, factor in self.terms.items()))
+    def __add__(self, other: Any) -> _Bits:
+        return self.plus(other if isinstance(other, _Bits) else _Bits({}, other))
+
+
+# What a row that is for truncated products alone leaves open where there is none: more bits than any number has.
+_OPEN = 100.0
+_LEAST, _MOST = -200.0, 60.0
 
 
 class _Program:
-    """The linear program whose variables are bits: the largest effect of a rounding is to be small.
+    """A linear program: which products are truncated, the bits of all numbers, and the largest effect of a rounding.
 
     Only what is truncated, compared or opened must fit into the ring: until then sums and products wrap, and are right.
+    Variable 0 is log2 of the largest effect, a standard deviation; a product has a variable that is 1 where it is
+    truncated, and 0 where not.
     """
 
-    def __init__(self, function: Function, seen: _Seen, truncated: frozenset[int]):
-        self._function, self._seen, self._truncated = function, seen, truncated
+    def __init__(self, function: Function, seen: _Seen):
+        self._function, self._seen = function, seen
         self._rows: list[tuple[Mapping[int, float], float]] = []  # a sum of factors x variables, and its bound
-        self._bounds: list[tuple[float, float]] = [(-200.0, 60.0)]  # variable 0 is log2 of the effect
+        self._bounds: list[tuple[float, float]] = [(_LEAST, _MOST)]
+        self._truncated: dict[int, int] = {}  # the variable of a product, by its number
         self.sites: dict[_Site, _Bits] = {}
-        bits: dict[int, _Bits] = {}
-        for place in range(len(function.inputs)):
-            bits[place] = self._new(("input", place), _IN_FLOAT32 - seen.sizes["input", place])
-        for each in function.instructions:
-            bits[each.out] = self._result(each, [bits[x] for x in each.ins if isinstance(x, int)])
+        inputs = [
+            self._new(("input", place), _IN_FLOAT32 - seen.sizes["input", place])
+            for place in range(len(function.inputs))
+        ]
+        bits = carried(function, inputs, self._product, self._together)
         for place, size in zip(function.outputs, seen.outputs, strict=True):
             if isinstance(place, int):
                 self._at_most(bits[place], RING - SPARE_BITS - size)
         for site, rounded in self.sites.items():
+            number = site[1] if site[0] == "step" else None
             added = site[0] == "known" and function.steps[site[1]].kind == "sum"  # small beside what it is added to
             if seen.smallest[site] < math.inf and not added:
-                self._at_most(_Bits({}, _RELATIVE - seen.smallest[site]).plus(rounded, -1.0), 0.0)
+                self._at_least(rounded, _Bits({}, _RELATIVE - seen.smallest[site]), number)
             if seen.effects[site] > 0:
-                log = 0.5 * math.log2(seen.effects[site])
-                self._at_most(_Bits({0: -1.0}, log).plus(rounded, -1.0), 0.0)
+                self._at_least(rounded, _Bits({0: -1.0}, 0.5 * math.log2(seen.effects[site])), number)
 
-    def _new(self, site: _Site | None = None, most: float = RING) -> _Bits:
+    def _new(self, site: _Site | None = None, most: float = 2 * RING) -> _Bits:
         self._bounds.append((-30.0, most))
         made = _Bits({len(self._bounds) - 1: 1.0})
         if site is not None:
             self.sites[site] = made
         return made
 
-    def _at_most(self, bits: _Bits, bound: float) -> None:
+    def _at_most(self, bits: _Bits, bound: float, product: int | None = None) -> None:
+        """Where the product of this number is truncated; always where it is None."""
+        if product is not None:
+            bits, bound = bits.plus(_Bits({self._truncated[product]: _OPEN})), bound + _OPEN
         self._rows.append((bits.terms, bound - bits.constant))
 
-    def _result(self, each: Instruction, own: list[_Bits]) -> _Bits:
-        if each.kind == "shift":
-            power = power_of_two(each.known)
-            assert power is not None, "that is what a shift is"
-            return own[0].plus(_Bits({}, -power))
-        number = self._function.number.get(each.out, -1)
-        if each.kind == "product":
-            return self._product(each, number, own)
-        together = own[0]
+    def _at_least(self, bits: _Bits, other: _Bits, product: int | None = None) -> None:
+        self._at_most(other.plus(bits, -1.0), 0.0, product)
+
+    def _together(self, each: Instruction, own: list[_Bits]) -> _Bits:
+        number, together = self._function.number.get(each.out, -1), own[0]
         if any(bits != together for bits in own):
             together = self._new()
             for bits in own:
-                self._at_most(bits.plus(together, -1.0), 0.0)
+                self._at_least(together, bits)
         if each.kind == "clip":
             self._at_most(together, RING - SPARE_BITS - self._seen.sizes["clip", number])
         if each.kind == "sum" and _rounds_known(each):
             self.sites["known", number] = together
         return together
 
-    def _product(self, each: Instruction, number: int, own: list[_Bits]) -> _Bits:
-        if each.known is None:
-            raw = own[0].plus(own[1])
-        else:
+    def _product(self, each: Instruction, raw: _Bits) -> _Bits:
+        number = self._function.number[each.out]
+        if each.known is not None:
             exact = exact_bits(each.known)
-            raw = own[0].plus(self._new(("known", number)) if exact is None else _Bits({}, exact))
-        if number not in self._truncated:
-            return raw
+            raw += self._new(("known", number)) if exact is None else exact
+        kept = self._new(("step", number))
+        self._bounds.append((0.0, 1.0))
+        self._truncated[number] = len(self._bounds) - 1
         room = SPARE_BITS + self._seen.sizes["step", number]
-        kept = self._new(("step", number), TRUNCATED - room)
-        self._at_most(raw, RING - room)
-        self._at_most(raw.plus(kept, -1.0), MOST_DROPPED)
-        self._at_most(kept.plus(raw, -1.0), 0.0)
+        self._at_most(raw, RING - room, number)
+        self._at_most(kept, TRUNCATED - room, number)
+        self._at_least(raw, kept)
+        self._at_least(kept.plus(_Bits({self._truncated[number]: MOST_DROPPED})), raw)
         return kept
 
-    def solved(self) -> tuple[dict[_Site, int], float] | None:
-        """Whole bits of what is rounded, and the error that they make; None if there are none."""
+    def cheapest(self, effect: float) -> frozenset[int] | None:
+        """The products to truncate, by their numbers, for no rounding to have a larger effect; None if none will do."""
+        cost = np.zeros(len(self._bounds))
+        for number, variable in self._truncated.items():
+            sent = math.prod(self._function.steps[number].shape) * _TRUNCATION_BYTES
+            cost[variable] = sent * _SECONDS_PER_BYTE + _TRUNCATION_ROUNDS * _SECONDS_PER_ROUND
+        found = self._solved(cost, {0: math.log2(effect)}, _SOLVING)
+        return None if found is None else frozenset(n for n, v in self._truncated.items() if found[v] > 0.5)
+
+    def bits(self, truncated: frozenset[int]) -> tuple[dict[_Site, int], float]:
+        """Whole bits of what is rounded, and the error that they make."""
+        cost = np.full(len(self._bounds), -1e-4)  # beside the largest effect, the others are to be small
+        cost[0] = 1.0
+        found = self._solved(cost, {v: float(n in truncated) for n, v in self._truncated.items()})
+        assert found is not None, "that is what the truncations were chosen for"
+        whole = np.floor(found + 1e-6)
+        bits = {
+            site: round(rounded.constant + sum(factor * whole[variable] for variable, factor in rounded.terms.items()))
+            for site, rounded in self.sites.items()
+            if site[0] != "step" or site[1] in truncated
+        }
+        return bits, _ROUNDED * math.sqrt(sum(self._seen.effects[site] * 4.0**-b for site, b in bits.items()))
+
+    def _solved(self, cost: np.ndarray, fixed: Mapping[int, float], seconds: float | None = None) -> np.ndarray | None:
+        """The variables of the lowest cost; within `seconds` those that say what is truncated are whole."""
         import scipy.optimize
         import scipy.sparse
 
-        data = [(f, i, variable) for i, (terms, _) in enumerate(self._rows) for variable, f in terms.items()]
+        low, high = np.array([(fixed[i], fixed[i]) if i in fixed else own for i, own in enumerate(self._bounds)]).T
+        if (low > high).any():
+            return None
+        data = [(factor, i, variable) for i, (terms, _) in enumerate(self._rows) for variable, factor in terms.items()]
         factors, rows, variables = zip(*data, strict=True)
-        matrix = scipy.sparse.csr_matrix((factors, (rows, variables)), (len(self._rows), len(self._bounds)))
-        cost = np.full(len(self._bounds), -1e-4)  # beside the largest effect, the others are to be small
-        cost[0] = 1.0
-        bounds = [bound for _, bound in self._rows]
-        if any(low > high for low, high in self._bounds):
-            return None
-        found = scipy.optimize.linprog(cost, matrix, bounds, bounds=self._bounds)
-        if not found.success:
-            return None
-        whole = np.floor(found.x + 1e-6)
-        bits = {site: rounded.value(whole) for site, rounded in self.sites.items()}
-        return bits, _ROUNDED * math.sqrt(sum(self._seen.effects[site] * 4.0**-b for site, b in bits.items()))
-
-
-def _fewest(function: Function, seen: _Seen, error: float) -> BitPlan:
-    """Leaves out truncations, those of one role in all layers together, the dearest first."""
-    roles: dict[tuple[str, int], list[int]] = {}
-    counts: collections.Counter[str] = collections.Counter()
-    seconds: collections.Counter[tuple[str, int]] = collections.Counter()
-    for number, step in enumerate(function.steps):
-        if step.kind == "product":
-            role = re.sub(r"\d+", "", step.where), counts[step.where]
-            counts[step.where] += 1
-            roles.setdefault(role, []).append(number)
-            sent = math.prod(step.shape) * _TRUNCATION_BYTES * _SECONDS_PER_BYTE
-            seconds[role] += sent + _TRUNCATION_ROUNDS * _SECONDS_PER_ROUND  # pyright: ignore[reportArgumentType]
-    truncated = frozenset(number for numbers in roles.values() for number in numbers)
-    best = _Program(function, seen, truncated).solved()
-    if best is None or best[1] > error:
-        reached = "" if best is None else f": {best[1]:.2g} is the smallest"
-        raise PlanError(f"the numbers are too large for a plan of bits with an error of {error:g}{reached}")
-    for role, _ in seconds.most_common():
-        fewer = truncated.difference(roles[role])
-        other = _Program(function, seen, fewer).solved()
-        if other is not None and other[1] <= error:
-            truncated, best = fewer, other
-    return _made(function, seen, *best)
+        matrix = scipy.sparse.csr_array((factors, (rows, variables)), (len(self._rows), len(low)))
+        whole = np.zeros(len(low))
+        whole[[] if seconds is None else list(self._truncated.values())] = 1
+        found = scipy.optimize.milp(
+            cost,
+            constraints=scipy.optimize.LinearConstraint(matrix, -np.inf, [bound for _, bound in self._rows]),  # pyright: ignore[reportArgumentType]
+            bounds=scipy.optimize.Bounds(low, high),
+            integrality=whole,
+            options={"mip_rel_gap": 0.02} | ({} if seconds is None else {"time_limit": seconds}),
+        )
+        return found.x
 
 
 def _made(function: Function, seen: _Seen, bits: Mapping[_Site, int], error: float) -> BitPlan:
