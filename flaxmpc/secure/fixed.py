@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 from flaxmpc.secure.bits import SPARE_BITS, BitPlan, PlanError, followed, known_bits
 from flaxmpc.secure.instructions import Function, Instruction
-from flaxmpc.secure.ring import FRACTION_BITS, from_ring, to_ring, truncate
+from flaxmpc.secure.ring import FRACTION_BITS, by_chance, from_ring, to_ring, truncate
 
 
 class Fixed:
@@ -59,13 +60,18 @@ class Fixed:
 
     def __call__(self, *args: Any) -> Any:
         """Encoded results for encoded arguments. PlanError: the plan is another function's."""
+        return self._results(args, truncate)
+
+    def _results(self, args: tuple[Any, ...], truncate: Callable[[Any, int], Any]) -> Any:
         function, raw = self._function(args)
         with enable_x64(True):  # pyright: ignore[reportCallIssue]
             values: dict[int, tuple[Any, int]] = {
                 place: (to_ring(leaf), self.plan.inputs[place]) for place, leaf in enumerate(jax.tree.leaves(args))
             }
             for each in function.instructions:
-                values[each.out] = self._computed(each, function.number.get(each.out, -1), values, raw[each.out])
+                values[each.out] = self._computed(
+                    each, function.number.get(each.out, -1), values, raw[each.out], truncate
+                )
             outputs = [
                 values[x][0] if isinstance(x, int) else _encoded(x, bits)
                 for x, bits in zip(function.outputs, self.plan.outputs, strict=True)
@@ -73,7 +79,12 @@ class Fixed:
             return jax.tree.unflatten(function.tree, [from_ring(jnp.asarray(x)) for x in outputs])
 
     def _computed(
-        self, each: Instruction, number: int, values: dict[int, tuple[Any, int]], bits: int
+        self,
+        each: Instruction,
+        number: int,
+        values: dict[int, tuple[Any, int]],
+        bits: int,
+        truncate: Callable[[Any, int], Any],
     ) -> tuple[Any, int]:
         """The result of an instruction, and its bits: `bits`, or fewer after a truncation."""
         if each.kind == "shift":
@@ -121,11 +132,20 @@ class Fixed:
         ]
         return jax.tree.unflatten(tree, scaled)
 
-    def clear(self, *args: Any) -> Any:
-        """The results for plain arguments, computed with the plan's bits in the clear."""
+    def clear(self, *args: Any, seed: int | None = None) -> Any:
+        """The results for plain arguments, computed with the plan's bits in the clear.
+
+        Args:
+            seed: if given, what is truncated is rounded up or down by chance, as on the shares of ABY3 and SEMI2K;
+                else to the nearest, as REF2K does.
+        """
         encoded = self.encode(args)
         with enable_x64(True):  # pyright: ignore[reportCallIssue]
-            return self.decode(jax.device_get(jax.jit(self)(*encoded)))
+            return self.decode(jax.device_get(self._clear(encoded, None if seed is None else jax.random.key(seed))))
+
+    @functools.cached_property
+    def _clear(self) -> Callable[[tuple[Any, ...], Any], Any]:
+        return jax.jit(lambda args, key: self._results(args, truncate if key is None else by_chance(key)))
 
 
 def _encoded(known: Any, bits: int) -> np.ndarray:

@@ -28,6 +28,7 @@ _IN_FLOAT32 = 23.0  # bits of an argument
 # Numbers of one sign have so many bits at least. An iteration such as Newton's mends small errors of its start, so they
 # have no effect, but not large ones.
 _RELATIVE = 7.0
+_LARGEST = 4.0  # and so many the largest of all numbers: else a rounding is no small one, whatever its effect seems
 _ROUNDED = 0.4  # standard deviation of a rounding, in units of the last bit: on shares 0.41, in the clear 0.29
 
 # What truncations are weighed by: a party's bytes and the rounds, on a line of 100 Mbit/s and 80 ms.
@@ -91,8 +92,8 @@ def _measured(fn: Callable[..., Any], made: BitPlan, batches: Sequence[tuple[Any
     """The standard deviation of what a plan does to a result, in the clear; inf where a result is not finite."""
     fixed, plain = Fixed(fn, made), jax.jit(fn)
     squares = []
-    for batch in batches:
-        pairs = zip(jax.tree.leaves(fixed.clear(*batch)), jax.tree.leaves(plain(*batch)), strict=True)
+    for number, batch in enumerate(batches):
+        pairs = zip(jax.tree.leaves(fixed.clear(*batch, seed=number)), jax.tree.leaves(plain(*batch)), strict=True)
         squares += [np.square(np.asarray(ours, np.float64) - theirs).ravel() for ours, theirs in pairs]
     found = float(np.sqrt(np.concatenate(squares).mean()))
     return found if math.isfinite(found) else math.inf
@@ -257,6 +258,8 @@ class _Program:
             added = site[0] == "known" and function.steps[site[1]].kind == "sum"  # small beside what it is added to
             if seen.smallest[site] < math.inf and not added:
                 self._at_least(rounded, _Bits({}, _RELATIVE - seen.smallest[site]), number)
+            if not added:
+                self._at_least(rounded, _Bits({}, _LARGEST - seen.sizes[site]), number)
             if seen.effects[site] > 0:
                 self._at_least(rounded, _Bits({0: -1.0}, 0.5 * math.log2(seen.effects[site])), number)
 

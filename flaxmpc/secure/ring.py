@@ -8,8 +8,11 @@ they need `jax.enable_x64`.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
@@ -41,6 +44,20 @@ def truncate(x: Any, bits: int) -> Any:
     """
     assert 0 <= bits <= MOST_DROPPED, bits
     return _TRUNCATE.bind(x, bits=bits) if bits else x
+
+
+def by_chance(key: Any) -> Callable[[Any, int], Any]:
+    """`truncate` in the clear as it is on shares: up or down by chance, with the exact value as the mean."""
+    count = itertools.count()
+
+    def truncated(x: Any, bits: int) -> Any:
+        if not bits:
+            return x
+        random = jax.random.bits(jax.random.fold_in(key, next(count)), x.shape, np.uint32)
+        offset = lax.convert_element_type(random >> np.uint32(32 - bits), np.int64)
+        return lax.shift_right_arithmetic(x + offset, lax.full_like(x, bits))
+
+    return truncated
 
 
 def _to(x: Any) -> Any:

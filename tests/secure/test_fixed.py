@@ -203,3 +203,21 @@ def test_random_functions(ops, seed):
     fixed = planned(function, batches, error=1e-3)
     for args in batches:
         close(fixed.clear(*args), function(*args))
+
+
+def test_a_plans_error_is_that_on_shares(group):
+    """Where roundings by chance have a large effect, as those of numbers below the last bit, the plan says so."""
+    weights, x = RNG.normal(size=(16, 16)).astype(np.float32), RNG.normal(size=(64, 16)).astype(np.float32)
+
+    def function(weights, x):
+        y = 0.01 * x @ weights
+        return (y * y * y + y) @ weights
+
+    fixed = planned(function, [(weights, x)], error=3e-3)
+    on_shares = secure.jit(fixed, parties=group("ABY3", fraction_bits=30))
+    exact = np.asarray(function(weights, x))
+    found, by_chance = fixed.decode(on_shares(*fixed.encode((weights, x)))), fixed.clear(weights, x, seed=7)
+    for ours in (found, by_chance):
+        assert (ours - exact).std() < 1.5 * fixed.plan.error
+    assert fixed.plan.error <= 3e-3
+    np.testing.assert_array_equal(fixed.clear(weights, x, seed=7), by_chance)

@@ -6,7 +6,7 @@ import pytest
 
 from flaxmpc import secure
 from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED, from_ring, to_ring, truncate
+from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED, by_chance, from_ring, to_ring, truncate
 
 X = np.array([0.0, 1.0, -1.0, 0.75, -3.125, 1000.0, -777.75, 2.0**-6], np.float32)
 
@@ -52,3 +52,19 @@ def test_products_of_integers_are_not_truncated_and_cost_half(group):
 def test_more_bits_than_one_truncation_drops_are_none():
     with pytest.raises(AssertionError):
         truncate(np.zeros(1, np.int64), MOST_DROPPED + 1)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 7, MOST_DROPPED])
+def test_by_chance_is_up_or_down_and_right_in_the_mean(bits):
+    exact = np.linspace(-3.0, 3.0, 20_001)
+    with enable_x64(True):  # pyright: ignore[reportCallIssue]
+        x = jax.numpy.asarray(np.rint(exact * 2.0**bits).astype(np.int64))
+        drop = by_chance(jax.random.key(0))
+        once, again = np.asarray(drop(x, bits)), np.asarray(drop(x, bits))
+    whole = np.asarray(x) / 2.0**bits
+    for found in (once, again):
+        assert (np.abs(found - whole) < 1.0).all()
+        assert abs((found - whole).mean()) < 0.02
+    if bits > 1:
+        assert (once != again).any()
+        assert (once - whole).std() == pytest.approx(6.0**-0.5, abs=0.02)
