@@ -20,6 +20,7 @@ def matmul(a: Float[Array, "batch head m k"], b: Float[Array, "batch head k n"])
 _MOST_GROUPS = 24
 
 
+@jax.jit  # one name in a jaxpr for all convolutions together, which a plan of bits takes for one product
 def grouped_conv(
     a: Float[Array, "batch head m k"], b: Float[Array, "batch head k n"]
 ) -> Float[Array, "batch head m n"]:

@@ -139,7 +139,7 @@ class _Step(NamedTuple):
 
 
 class _Trace:
-    """A function's values and equations, those of the functions that it calls in their place.
+    """A function's values and equations, those of the functions that it calls on parameters in their place.
 
     Attributes:
         values: all, by their place.
@@ -185,7 +185,8 @@ class _Trace:
         for eqn in closed.jaxpr.eqns:
             ins = tuple(map(place, eqn.invars))
             within = names + eqn.source_info.name_stack
-            function = called(eqn)
+            of_inputs = ins and all(self.values[place].depends == 2 for place in ins)  # so nothing in it is the owner's
+            function = None if of_inputs else called(eqn)
             outs = self._equation(eqn, ins, within) if function is None else self._inlined(function, ins, within)
             places.update(zip(eqn.outvars, outs, strict=True))
         return [place(atom) for atom in closed.jaxpr.outvars]

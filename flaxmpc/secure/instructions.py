@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,16 +48,43 @@ class Instruction(NamedTuple):
     def apply(self, ins: list[Any]) -> Any:
         """The result, of floating-point numbers or of int64."""
         name = self.eqn.primitive.name
+        if (function := called(self.eqn)) is not None:
+            return _evaluated(function, ins)[0]
         if name in ("div", "mul"):  # a division is a product with the reciprocal, see `Function`
             return ins[0] * ins[1]
         if name == "clamp":  # one comparison, of both ends at once, in place of one after the other
             low, x, high = ins
             below, above = jnp.stack([low - x, x - high]) > 0
             return x + jnp.where(below, low - x, 0) + jnp.where(above, high - x, 0)
-        params = dict(self.eqn.params)
-        if params.get("preferred_element_type") is not None:
-            params["preferred_element_type"] = jnp.result_type(*ins)
-        return bind(self.eqn, ins, params)[0]
+        return _bound(self.eqn, ins)
+
+
+def _bound(eqn: Any, ins: list[Any]) -> Any:
+    params = dict(eqn.params)
+    if params.get("preferred_element_type") is not None:
+        params["preferred_element_type"] = jnp.result_type(*ins)
+    return bind(eqn, ins, params)[0]
+
+
+def _evaluated(closed: ClosedJaxpr, ins: list[Any]) -> list[Any]:
+    """The outputs of what `_is_product`, of floating-point numbers or of int64."""
+    env = dict(zip(closed.jaxpr.invars, ins, strict=True))
+    for eqn in closed.jaxpr.eqns:
+        env[eqn.outvars[0]] = _bound(eqn, [env[atom] for atom in eqn.invars])
+    return [env[atom] for atom in closed.jaxpr.outvars]
+
+
+def _is_product(closed: ClosedJaxpr) -> bool:
+    """Whether a function only moves its two arguments, multiplies them, and moves the products: it is one product."""
+    products: dict[Any, int] = dict.fromkeys(closed.jaxpr.invars, 0)  # how many each value has been through
+    for eqn in closed.jaxpr.eqns:
+        before = {products.get(atom) if not isinstance(atom, Literal) else None for atom in eqn.invars}
+        name = eqn.primitive.name
+        if name not in _MOVES | _PRODUCTS or len(before) != 1 or (name in _PRODUCTS and before != {0}):
+            return False
+        products[eqn.outvars[0]] = (before.pop() or 0) + (name in _PRODUCTS)
+    known = closed.jaxpr.constvars or len(closed.jaxpr.invars) != 2
+    return not known and [products.get(out) for out in closed.jaxpr.outvars] == [1]
 
 
 _MOVES = frozenset(
@@ -116,7 +144,8 @@ class Function:
                     env.update(zip(eqn.outvars, map(np.asarray, bind(eqn, ins)), strict=True))
                 continue
             place = env[eqn.outvars[0]] = len(structs) + len(self.instructions)
-            where = f"{modules(str(eqn.source_info.name_stack))} {eqn.primitive.name}".strip()
+            name = eqn.primitive.name if called(eqn) is None else eqn.params["name"]
+            where = f"{modules(str(eqn.source_info.name_stack))} {name}".strip()
             self.instructions.append(Instruction(*_kind(eqn, ins), place, where))
         self.outputs = [read(atom) for atom in closed.jaxpr.outvars]
         self.steps = [each for each in self.instructions if each.kind in ("sum", "product", "clip")]
@@ -153,7 +182,7 @@ def _kind(eqn: Any, ins: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
         return "move", eqn, ins
     if name in _SUMS and floats:
         return "sum", eqn, ins
-    if name in _PRODUCTS and floats:
+    if (name in _PRODUCTS or called(eqn) is not None) and floats:
         return "product", eqn, ins
     raise refusal(eqn, "a plan of bits is for sums, products, moves and clips by known numbers")
 
@@ -190,7 +219,8 @@ def _written_out(closed: ClosedJaxpr, *args: Any) -> list[Any]:
         name = eqn.primitive.name
         with jax.named_scope(modules(str(eqn.source_info.name_stack)) or "fn"):
             if (function := called(eqn)) is not None:
-                outs = _written_out(function, *ins)
+                one = _is_product(function) and all(isinstance(x, Tracer) for x in ins)
+                outs = bind(eqn, ins) if one else _written_out(function, *ins)
             elif name == "integer_pow" and eqn.params["y"] > 0:
                 outs = [_power(ins[0], eqn.params["y"])]
             else:

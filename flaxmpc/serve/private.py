@@ -211,7 +211,7 @@ class SecureClassifier(Classifier):
     """A sequence classifier that runs on secret shares; its weights stay resident between calls.
 
     Where its folder has a plan of bits, and the parties have `secure.FRACTION_BITS` and one of `plans.FOLLOWED_BY`, it
-    runs as the plan says, one text at a time.
+    runs as the plan says.
 
     Attributes:
         model: as it was trained.
@@ -250,9 +250,7 @@ class SecureClassifier(Classifier):
         return cls(folders.load(folder), parties)
 
     def sizes(self, length: int) -> Sequence[int]:
-        """Any number, as far as memory goes; one where the bits are planned, as a plan is for its products."""
-        if self._fixed is not None:
-            return (1,)
+        """Any number, as far as memory goes."""
         return range(1, max(1, _RUN_TOKENS // length) + 1)
 
     def answer(self, run: TextRun) -> Logits:

@@ -51,6 +51,14 @@ def test_answers_follow_the_plan_and_cost_less(planned, protocol, group):
         assert few.rounds < 0.9 * many.rounds
 
 
+def test_many_texts_of_a_run_follow_the_plan(planned, group):
+    """More heads than one grouped convolution takes: they are still one product."""
+    classifier = SecureClassifier.from_folder(planned[0], group("ABY3", fraction_bits=secure.FRACTION_BITS))
+    found = classifier.classify([f"{TEXTS[number % 3]} {number}" for number in range(26)])
+    assert max(one.difference for one in found.predictions) < 0.1
+    assert found.cost.rounds < 2 * classifier.estimate(16, 1).rounds
+
+
 def test_a_plan_for_other_weights_is_refused(copy, group):
     tensors = load_file(copy / "model.safetensors")
     tensors["classifier.weight"] = tensors["classifier.weight"] * 1.01
