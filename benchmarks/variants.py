@@ -1,6 +1,7 @@
 """The models that are compared: published ones, and ours. Weights are random: the cost does not depend on them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,11 +39,13 @@ class Variant:
         attention, hidden_act: see `BertConfig`.
         folded: run as `private` returns it, with `CHEBYSHEV_PARTS` for its LayerNorms. Else exact LayerNorms, and a
             batched matmul for the heads' products, as a user writes it.
+        planned: as a plan of bits says, too. The LayerNorms' ranges are then where random weights need them.
     """
 
     attention: str
     hidden_act: str
     folded: bool = False
+    planned: bool = False
 
     def config(self, shape: str, num_hidden_layers: int, **fields: Any) -> BertConfig:
         """Of a preset's shape."""
@@ -67,6 +70,7 @@ VARIANTS: Mapping[str, Variant] = {
     # parties and a dealer that have a cheap sine, and sends 526 MB a layer there; SPU's sine alone sends more.
     "secformer": Variant("2quad", "gelu_secformer"),
     "2quad_freediv": Variant("2quad_freediv", "quad", folded=True),
+    "2quad_freediv_planned": Variant("2quad_freediv", "quad", folded=True, planned=True),
     "softmax_freediv": Variant("softmax_freediv", "quad", folded=True),
 }
 BASELINE = "flax_bert"
@@ -78,11 +82,12 @@ SHARED_RECIPROCAL = True
 
 
 class Workload(NamedTuple):
-    """What runs on shares: a function of (weights, *inputs), and those."""
+    """What runs on shares: a function of (weights, *inputs), those, and the fraction bits of the parties."""
 
     function: Callable[..., Any]
     weights: Any
     inputs: tuple[Any, ...]
+    fraction_bits: int = 18
 
     def plain(self) -> Any:
         """The output in the clear."""
@@ -94,6 +99,16 @@ class Workload(NamedTuple):
         return secure.jit(self.function, parties=parties, shared_reciprocal=SHARED_RECIPROCAL).run(
             weights, *self.inputs
         )
+
+    def plan(self) -> secure.BitPlan:
+        """The plan of its bits, from these very weights and inputs."""
+        return secure.plan(self.function, [(self.weights, *self.inputs)])
+
+    def planned(self, plan: secure.BitPlan) -> "Workload":
+        """The same as a plan of bits says."""
+        fixed = secure.Fixed(self.function, plan)
+        weights, *inputs = fixed.encode((self.weights, *self.inputs))
+        return Workload(fixed, weights, tuple(inputs), secure.FRACTION_BITS)
 
 
 def random_params(shapes: Any) -> Any:
@@ -139,6 +154,27 @@ def ours(config: EncoderConfig, *, folded: bool, batch: int, tokens: int) -> Wor
     if client:
         shared = jax.jit(model.apply, static_argnames="method")({"params": client}, *shared, method="embed")
     return Workload(function, weights, jax.device_get((shared, config.mask(jnp.ones((batch, tokens))))))
+
+
+def fitted(config: BertConfig, batch: int, tokens: int) -> BertConfig:
+    """The config with its LayerNorms' ranges moved, in their width, to the variances that random weights make."""
+    exact = dataclasses.replace(config, layer_norm="layer_norm")
+    model = family_of(config.model_type).models[0](exact)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, tokens), np.int32)
+    params = random_params(param_shapes(model))
+
+    def met(params: Any, ids: jax.Array) -> Any:
+        found: Any = model.apply({"params": params}, ids, method="outputs")
+        return found.intermediates.variances
+
+    def moved(part: Any, variances: Any) -> Any:
+        return part.scaled(math.sqrt(float(variances.min() * variances.max()) / (part.low * part.high)))
+
+    layers = [config.layer_norms_of(layer) for layer in range(config.num_hidden_layers)]
+    found = jax.jit(met)(params, ids)
+    return dataclasses.replace(
+        config, layer_norm=[tuple(map(moved, parts, own)) for parts, own in zip(layers, found, strict=True)]
+    )
 
 
 def flax_bert(config: BertConfig, *, client_embeds: bool, batch: int, tokens: int) -> Workload:
@@ -189,4 +225,6 @@ def workload(name: str, shape: str, layers: int, *, batch: int = 1, tokens: int 
         config = preset(shape, num_hidden_layers=layers, **fields)
         return flax_bert(config, client_embeds=name == EMBEDDED, batch=batch, tokens=tokens)
     variant = VARIANTS[name]
-    return ours(variant.config(shape, layers, **fields), folded=variant.folded, batch=batch, tokens=tokens)
+    config = variant.config(shape, layers, **fields)
+    config = fitted(config, batch, tokens) if variant.planned else config
+    return ours(config, folded=variant.folded, batch=batch, tokens=tokens)
