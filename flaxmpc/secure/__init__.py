@@ -7,7 +7,7 @@ import what takes a network: that loads with the first `Cluster`.
 from typing import TYPE_CHECKING, Any
 
 from flaxmpc.secure._spu import SecureError
-from flaxmpc.secure.bits import BitPlan, PlanError
+from flaxmpc.secure.bits import BitPlan, Encoding, PlanError
 from flaxmpc.secure.cache import cache_dir
 from flaxmpc.secure.check import Margins, OverflowRisk, check
 from flaxmpc.secure.cost import Cost, OpCost
@@ -34,6 +34,7 @@ __all__ = [
     "Cluster",
     "Config",
     "Cost",
+    "Encoding",
     "Fixed",
     "Hoisted",
     "InProcess",

@@ -6,8 +6,11 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
+
+import jax
+import numpy as np
 
 from flaxmpc.secure.instructions import Function, Instruction, exact_bits, power_of_two
 from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED
@@ -57,6 +60,77 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How arguments of a function, and its results, are numbers of the ring. It says nothing of what is in between.
+
+    Attributes:
+        inputs: bits of the arguments' leaves.
+        magnitudes: the largest that was seen of each leaf.
+        outputs: bits of the results' leaves.
+    """
+
+    inputs: tuple[int, ...]
+    magnitudes: tuple[float, ...]
+    outputs: tuple[int, ...]
+
+    def encode(self, tree: Any) -> Any:
+        """Arguments as the function takes them.
+
+        Raises:
+            ValueError: a number too far beyond those that the plan was made of.
+            PlanError: more leaves than the function has.
+        """
+        leaves, structure = jax.tree.flatten(tree)
+        if len(leaves) > len(self.inputs):
+            raise PlanError("the plan of bits is another function's: it has fewer arguments")
+        return jax.tree.unflatten(structure, list(map(_encoded, leaves, self.inputs, self.magnitudes)))
+
+    def decode(self, outputs: Any) -> Any:
+        """Results as the function has them, float32. PlanError: they are not as many."""
+        leaves, tree = jax.tree.flatten(outputs)
+        if len(leaves) != len(self.outputs):
+            raise PlanError(f"the plan of bits is for {len(self.outputs)} results, and there are {len(leaves)}")
+        scaled = [
+            (np.asarray(x, np.float64) * 2.0 ** (FRACTION_BITS - bits)).astype(np.float32)
+            for x, bits in zip(leaves, self.outputs, strict=True)
+        ]
+        return jax.tree.unflatten(tree, scaled)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as a JSON value."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Encoding:
+        """From `as_dict`. PlanError: it is none."""
+        try:
+            found = cls(*(tuple(value[field.name]) for field in dataclasses.fields(cls)))
+            _check_numbers((*found.inputs, *found.outputs), found.magnitudes)
+            if len(found.inputs) != len(found.magnitudes):
+                raise ValueError("a leaf has no magnitude")
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"this is no encoding of a plan: {error!r}") from error
+        return found
+
+
+def _encoded(leaf: Any, bits: int, magnitude: float) -> np.ndarray:
+    array, most = np.asarray(leaf, np.float64), magnitude * 2.0**SPARE_BITS
+    if not (np.abs(array) <= most).all():
+        worst = array.flat[np.argmax(np.where(np.isnan(array), np.inf, np.abs(array)))]
+        raise ValueError(f"an argument holds {worst:g}; its plan of bits is for up to {most:.3g}")
+    return (np.rint(array * 2.0**bits) * 2.0**-FRACTION_BITS).astype(np.float32)
+
+
+def _check_numbers(bits: Iterable[Any], sizes: Iterable[Any]) -> None:
+    """ValueError: bits that are no whole numbers, or too many; a magnitude that is negative or not finite."""
+    for number in bits:
+        if type(number) is not int or abs(number) > _MOST_BITS:
+            raise ValueError(f"bits are whole numbers up to {_MOST_BITS}, not {number!r}")
+    if not all(math.isfinite(size) and size >= 0 for size in sizes):
+        raise ValueError("a magnitude is not finite")
+
+
+@dataclasses.dataclass(frozen=True)
 class BitPlan:
     """How many fraction bits every number of a function has.
 
@@ -85,6 +159,10 @@ class BitPlan:
         """The fewest of any step."""
         return min((step.spare_bits for step in self.steps), default=math.inf)
 
+    def encoding(self, start: int = 0) -> Encoding:
+        """How the arguments from leaf `start` on, and the results, are numbers of the ring."""
+        return Encoding(self.inputs[start:], self.magnitudes[start:], self.outputs)
+
     def as_dict(self) -> dict[str, Any]:
         """The same as a JSON value."""
         return dataclasses.asdict(self)
@@ -97,12 +175,8 @@ class BitPlan:
             lists = {name: tuple(value[name]) for name in ("inputs", "magnitudes", "outputs")}
             plan = cls(str(value["fingerprint"]), steps=steps, error=float(value["error"]), **lists)
             some = [bits for step in steps for bits in (step.kept, step.known) if bits is not None]
-            for bits in (*plan.inputs, *plan.outputs, *(step.bits for step in steps), *some):
-                if type(bits) is not int or abs(bits) > _MOST_BITS:
-                    raise ValueError(f"bits are whole numbers up to {_MOST_BITS}, not {bits!r}")
-            sizes = [plan.error, *plan.magnitudes, *(step.magnitude for step in steps)]
-            if not all(math.isfinite(size) and size >= 0 for size in sizes):
-                raise ValueError("a magnitude is not finite")
+            sizes = (plan.error, *plan.magnitudes, *(step.magnitude for step in steps))
+            _check_numbers((*plan.inputs, *plan.outputs, *(step.bits for step in steps), *some), sizes)
             dropped = max((step.bits - step.kept for step in steps if step.kept is not None), default=0)
             if dropped > MOST_DROPPED:
                 raise ValueError(f"{dropped} bits are dropped at once; {MOST_DROPPED} can be")

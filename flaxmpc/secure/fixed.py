@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-from flaxmpc.secure.bits import SPARE_BITS, BitPlan, PlanError, followed, known_bits
+from flaxmpc.secure.bits import BitPlan, PlanError, followed, known_bits
 from flaxmpc.secure.instructions import Function, Instruction
-from flaxmpc.secure.ring import FRACTION_BITS, by_chance, from_ring, to_ring, truncate
+from flaxmpc.secure.ring import by_chance, from_ring, to_ring, truncate
 
 
 class Fixed:
@@ -105,32 +105,12 @@ class Fixed:
         return (ins[0] if each.eqn.primitive.name == "convert_element_type" else each.apply(ins)), bits
 
     def encode(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments as the function takes them. ValueError: a number too far beyond those that the plan was made of."""
-        return self.encode_from(0, args)
-
-    def encode_from(self, start: int, tree: Any) -> Any:
-        """The same of some of the arguments, whose leaves begin with number `start`."""
-        leaves, structure = jax.tree.flatten(tree)
-        return jax.tree.unflatten(structure, list(self._leaves(leaves, start)))
-
-    def _leaves(self, leaves: Sequence[Any], start: int) -> Iterator[np.ndarray]:
-        for number, leaf in enumerate(leaves, start):
-            if number >= len(self.plan.inputs):
-                raise PlanError("the plan of bits is another function's: it has fewer arguments")
-            array, most = np.asarray(leaf, np.float64), self.plan.magnitudes[number] * 2.0**SPARE_BITS
-            if not (np.abs(array) <= most).all():
-                worst = array.flat[np.argmax(np.where(np.isnan(array), np.inf, np.abs(array)))]
-                raise ValueError(f"an argument holds {worst:g}; its plan of bits is for up to {most:.3g}")
-            yield (np.rint(array * 2.0 ** self.plan.inputs[number]) * 2.0**-FRACTION_BITS).astype(np.float32)
+        """Arguments as the function takes them, see `Encoding`."""
+        return self.plan.encoding().encode(args)
 
     def decode(self, outputs: Any) -> Any:
-        """Results as the function has them, float32."""
-        leaves, tree = jax.tree.flatten(outputs)
-        scaled = [
-            (np.asarray(x, np.float64) * 2.0 ** (FRACTION_BITS - bits)).astype(np.float32)
-            for x, bits in zip(leaves, self.plan.outputs, strict=True)
-        ]
-        return jax.tree.unflatten(tree, scaled)
+        """Results as the function has them, see `Encoding`."""
+        return self.plan.encoding().decode(outputs)
 
     def clear(self, *args: Any, seed: int | None = None) -> Any:
         """The results for plain arguments, computed with the plan's bits in the clear.

@@ -70,6 +70,7 @@ class Client:
         tokenizer: Any,
         params: dict[str, Any],
         lengths: Sequence[int] | None = None,
+        encoding: secure.Encoding | None = None,
     ):
         """Takes what a client needs of a model.
 
@@ -78,6 +79,7 @@ class Client:
             tokenizer: a fast tokenizer, see `flaxmpc.models.folder.load_tokenizer`.
             params: the parameters of the embedding, if the client embeds; see `flaxmpc.serve.private.private`.
             lengths: the lengths that texts are padded to; by default `buckets`.
+            encoding: of what is shared and opened, where the model's bits are planned.
 
         Raises:
             ValueError: the model's logits have no meaning, see `flaxmpc.serve.answers.head`.
@@ -86,6 +88,7 @@ class Client:
         self.tokenizer = tokenizer
         self.client_params = params
         self.lengths = sorted(lengths or buckets(self.config.longest))
+        self.encoding = encoding
         self._embed = jax.jit(functools.partial(model.apply, method="embed"))
         head(self.config)
 
@@ -170,7 +173,8 @@ class Client:
             types: HF's token_type_ids of pairs, (batch, token); None: all are 0.
 
         Raises:
-            ValueError: more tokens than `EncoderConfig.longest`, or an id that the model does not have.
+            ValueError: more tokens than `EncoderConfig.longest`, or an id that the model does not have; or numbers
+                beyond what the plan of bits has room for.
         """
         if ids.shape[1] > self.config.longest:
             raise ValueError(f"a text has {ids.shape[1]} tokens; it may have {limit(self.config)}")
@@ -179,7 +183,12 @@ class Client:
         tokens: Any = self._tokens(ids, types)
         if self.config.embedding.client_embeds:
             tokens = self._embed({"params": self.client_params}, *tokens, attention_mask=jnp.asarray(mask))
-        return jax.device_get((tokens, self.config.mask(jnp.asarray(mask))))
+        shared = jax.device_get((tokens, self.config.mask(jnp.asarray(mask))))
+        return shared if self.encoding is None else self.encoding.encode(shared)
+
+    def opened(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What was opened of a run, as the model has it. ValueError: it is something else."""
+        return list(outputs if self.encoding is None else self.encoding.decode(list(outputs)))
 
     def _tokens(self, ids: np.ndarray, types: np.ndarray | None = None) -> tuple[jax.Array, ...]:
         """What the embedding looks up: one array for the words, and one for the types where there are any."""

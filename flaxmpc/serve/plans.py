@@ -31,17 +31,39 @@ def has(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def read(folder: Path, weights: Mapping[str, Any]) -> secure.BitPlan | None:
-    """The plan in a model folder; None if there is none. ValueError: it is broken, or for other weights."""
-    if not has(folder):
-        return None
+def follows(folder: Path, config: secure.Config) -> bool:
+    """Whether parties of this config follow the plan in a model folder.
+
+    Raises:
+        ValueError: they have the fraction bits of plans, but there is none, or their protocol follows none.
+    """
+    if config.fraction_bits != secure.FRACTION_BITS or config.ring != "FM64":
+        return False
+    if config.protocol in FOLLOWED_BY and has(folder):
+        return True
+    why = f"{folder} has none" if config.protocol in FOLLOWED_BY else f"{config.protocol} follows none"
+    raise ValueError(
+        f"{config.fraction_bits} fraction bits in the ring FM64 are for plans of bits (`flaxmpc plan`), and {why}; "
+        "without one a product holds 4 at most: take 18"
+    )
+
+
+def read(folder: Path, weights: Mapping[str, Any] | None) -> secure.BitPlan:
+    """The plan in a model folder.
+
+    Args:
+        weights: folded, which the plan must be for; None where they are not at hand.
+
+    Raises:
+        ValueError: it is broken, or for other weights.
+    """
     path, mend = folder / FILE, "make it again with `flaxmpc plan`, or delete it"
     value = files.read_object(path, _BYTES, folder, mend=mend)
     try:
         found = secure.BitPlan.from_dict(value.get("plan"))
     except secure.PlanError as error:
         raise ValueError(f"{path}: {error}: {mend}") from error
-    if value.get("weights") != digest(weights):
+    if weights is not None and value.get("weights") != digest(weights):
         raise ValueError(f"{path} was made for other weights than the folder's: {mend}")
     return found
 

@@ -118,16 +118,14 @@ def private_classifier(loaded: folders.LoadedModel, config: secure.Config, metho
     return private(sequence_classifier(loaded.model, loaded.folder), loaded.params, config, method)
 
 
-def plan(model: WithHead, config: secure.Config) -> tuple[secure.Hoisted, dict[str, Any], secure.Planned]:
-    """What programs are compiled from where a model's weights are not at hand.
+def without_weights(model: WithHead, config: secure.Config) -> Private:
+    """A model in two where its weights are not at hand: what runs on shares gives `logits_and_size`.
 
-    Returns:
-        What runs on shares, which gives `logits_and_size`; zeros in place of the client's params; and what its weights
-        will be.
+    Its `client_params` are zeros, and its weights jax.ShapeDtypeStruct.
     """
-    _, client_params, function, weights = private(model, param_shapes(model), config, logits_and_size)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), client_params)
-    return function, zeros, secure.Planned(weights)
+    found = private(model, param_shapes(model), config, logits_and_size)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), found.client_params)
+    return found._replace(client_params=zeros)
 
 
 def check(
@@ -215,7 +213,7 @@ class SecureClassifier(Classifier):
 
     Attributes:
         model: as it was trained.
-        function: what runs on shares: (weights, *what the client shares) -> logits.
+        function: what runs on shares: (weights, *what the client shares) -> logits, and with a plan their size.
         weights: resident.
     """
 
@@ -227,20 +225,19 @@ class SecureClassifier(Classifier):
             parties: who computes.
 
         Raises:
-            ValueError: the model is no sequence classifier, or its logits have no meaning, or its plan is broken.
+            ValueError: the model is no sequence classifier, or its logits have no meaning, or its plan is broken; or
+                the parties' fraction bits are for plans alone, see `plans.follows`.
         """
-        config = parties.config
-        follows = config.protocol in plans.FOLLOWED_BY and config.fraction_bits == secure.FRACTION_BITS
-        planned = follows and plans.has(loaded.folder)
+        planned = plans.follows(loaded.folder, parties.config)
         method = logits_and_size if planned else "from_embeddings"
         self.model, client_params, self.function, weights = private_classifier(loaded, parties.config, method)
-        super().__init__(self.model, loaded.tokenizer, client_params)
+        plan = plans.read(loaded.folder, weights) if planned else None
+        encoding = None if plan is None else plan.encoding(len(weights))
+        super().__init__(self.model, loaded.tokenizer, client_params, encoding=encoding)
         self._params = loaded.params
-        self._fixed: secure.Fixed | None = None
-        self._num_weights = len(weights)
-        if planned and (plan := plans.read(loaded.folder, weights)) is not None:
-            self.function = self._fixed = secure.Fixed(self.function, plan)
-            weights = self._fixed.encode_from(0, weights)
+        if plan is not None:
+            self.function = secure.Fixed(self.function, plan)
+            weights = plan.encoding().encode(weights)
         self._secure = secure.jit(self.function, parties=parties)
         self.weights = parties.put(weights)
         self._apply = jax.jit(self.model.apply)
@@ -258,9 +255,8 @@ class SecureClassifier(Classifier):
 
     def logits(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> Logits:
         """The logits of encoded texts or pairs, see `share`; those in the clear are of the model as trained."""
-        secret, cost = self._secure.run(self.weights, *self._encoded(self.share(ids, mask, types)))
-        if self._fixed is not None:
-            secret, _ = self._fixed.decode(secret)
+        outputs, cost = self._secure.run(self.weights, *self.share(ids, mask, types))
+        secret, *_ = self.opened(jax.tree.leaves(outputs))
         words, *kinds = self._tokens(ids, types)
         return Logits(secret, np.asarray(self._apply({"params": self._params}, words, mask, *kinds)), cost)
 
@@ -275,8 +271,4 @@ class SecureClassifier(Classifier):
         if batch_size < 1:
             raise ValueError(f"a run has at least one text, not {batch_size}")
         ids = np.zeros((batch_size, self.bucket(num_tokens)), np.int32)
-        return self._secure.estimate(self.weights, *self._encoded(self.share(ids, np.ones_like(ids))))
-
-    def _encoded(self, shared: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What a client shares, as the function takes it. ValueError: beyond what the plan of bits has room for."""
-        return shared if self._fixed is None else self._fixed.encode_from(self._num_weights, shared)
+        return self._secure.estimate(self.weights, *self.share(ids, np.ones_like(ids)))

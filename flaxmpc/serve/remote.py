@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from flaxmpc import secure
+from flaxmpc import files, secure
 from flaxmpc.data.batches import Text
 from flaxmpc.errors import brief
 from flaxmpc.models import folder as folders
@@ -26,9 +26,10 @@ from flaxmpc.secure import cache
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.programs import Approved, compile_program
+from flaxmpc.serve import plans
 from flaxmpc.serve.answers import Inference
 from flaxmpc.serve.classify import Classifier, Client, TextRun, buckets, limit
-from flaxmpc.serve.private import logits_and_size, plan, private_classifier, sequence_classifier
+from flaxmpc.serve.private import logits_and_size, private_classifier, sequence_classifier, without_weights
 
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy.cluster import Limits
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 _SIZE_TOLERANCE = 0.5
 
 _TABLE = "embeddings.safetensors"
-_BUNDLE_FILES = frozenset(("config.json", *TOKENIZER_FILES, _TABLE))
+_ENCODING = "encoding.json"
+_BUNDLE_FILES = frozenset(("config.json", *TOKENIZER_FILES, _TABLE, _ENCODING))
 
 
 def put(
@@ -70,12 +72,13 @@ def put(
     sizes = _sizes(loaded.model.config, lengths, batches)
     name = name or loaded.folder.resolve().name
     m.check_name(name)  # before minutes of compiling and sending
+    planned = plans.follows(loaded.folder, parties.config)
     model, client_params, function, weights = private_classifier(loaded, parties.config, logits_and_size)
-    client = Client(model, loaded.tokenizer, client_params)
-    resident = parties.put(weights)
-    parties.publish(
-        name, resident, _programs(client, function, resident, parties.cluster, sizes), _bundle(client, model)
-    )
+    plan = plans.read(loaded.folder, weights) if planned else None
+    client = _client(model, loaded.tokenizer, client_params, plan, len(weights))
+    resident = parties.put(weights if plan is None else plan.encoding().encode(weights))
+    programs = _programs(client, _as_planned(function, plan), resident, parties.cluster, sizes)
+    parties.publish(name, resident, programs, _bundle(client, model))
     return parties.find(name)[1]
 
 
@@ -111,10 +114,23 @@ def approve(
     folder = Path(folder)
     trained = sequence_classifier(folders.read_model(folder), folder)
     sizes = _sizes(trained.config, lengths, batches)
-    function, client_params, weights = plan(trained, cluster.config)
-    programs = _programs(Client(trained, None, client_params), function, weights, cluster, sizes)
+    planned = plans.follows(folder, cluster.config)
+    model, client_params, function, weights = without_weights(trained, cluster.config)
+    plan = plans.read(folder, None) if planned else None
+    client = _client(model, None, client_params, plan, len(weights))
+    programs = _programs(client, _as_planned(function, plan), secure.Planned(weights), cluster, sizes)
     approved.add(name or folder.resolve().name, programs)
     return programs
+
+
+def _client(
+    model: WithHead, tokenizer: Any, params: dict[str, Any], plan: secure.BitPlan | None, num_weights: int
+) -> Client:
+    return Client(model, tokenizer, params, encoding=None if plan is None else plan.encoding(num_weights))
+
+
+def _as_planned(function: secure.Hoisted, plan: secure.BitPlan | None) -> Callable[..., Any]:
+    return function if plan is None else secure.Fixed(function, plan)
 
 
 def _sizes(config: EncoderConfig, lengths: Sequence[int] | None, batches: Sequence[int]) -> list[tuple[int, int]]:
@@ -132,7 +148,7 @@ def _sizes(config: EncoderConfig, lengths: Sequence[int] | None, batches: Sequen
 
 def _programs(
     client: Client,
-    function: secure.Hoisted,
+    function: Callable[..., Any],
     weights: secure.Planned,
     cluster: ClusterFile,
     sizes: Sequence[tuple[int, int]],
@@ -152,6 +168,8 @@ def _bundle(client: Client, model: WithHead) -> bytes:
         folder = Path(directory)
         save_tokenizer(client.tokenizer, folder)
         (folder / "config.json").write_text(json.dumps(folders.described(model)), "utf-8")
+        if client.encoding is not None:  # not the plan itself, which says how large the model's numbers are
+            (folder / _ENCODING).write_text(json.dumps(client.encoding.as_dict()), "utf-8")
         if client.client_params:
             write_params(folder / _TABLE, client.client_params)
         return msgspec.msgpack.encode({name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))})
@@ -182,11 +200,19 @@ def _unpack(bundle: bytes, folder: Path) -> None:
 
 
 class _Bundle(NamedTuple):
-    """What a client needs of a model: the model, the embedding's parameters (if it embeds) and the tokenizer."""
+    """What a client needs of a model.
+
+    Attributes:
+        model: the model.
+        params: the embedding's, if the client embeds.
+        tokenizer: the model's.
+        encoding: of what it shares and opens, where the model's bits are planned.
+    """
 
     model: WithHead
     params: dict[str, Any]
     tokenizer: Any
+    encoding: secure.Encoding | None
 
     @classmethod
     def read(cls, bundle: bytes) -> _Bundle:
@@ -206,10 +232,15 @@ class _Bundle(NamedTuple):
                 if model.config.embedding.client_embeds:
                     table, _ = without_embeddings(model, param_shapes(model))
                     params = read_params(folder / _TABLE, table)
-                return cls(model, params, folders.load_tokenizer(folder))
+                return cls(model, params, folders.load_tokenizer(folder), _read_encoding(folder / _ENCODING))
             except (ValueError, OSError) as error:
                 reason = " ".join(str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "it").split())
                 raise ValueError(f"the model's bundle: {reason}") from error
+
+
+def _read_encoding(path: Path) -> secure.Encoding | None:
+    """Reads how numbers are encoded, if the bundle says it. ValueError: it does, but not as it should."""
+    return secure.Encoding.from_dict(files.read_object(path)) if path.is_file() else None
 
 
 T = TypeVar("T")
@@ -257,8 +288,8 @@ class RemoteClassifier(Classifier):
             self._sizes[program.length] = sorted({*self._sizes.get(program.length, ()), program.batch})
         if not self._sizes:
             raise ValueError(f"model {self.name!r} has no program: the owner puts it again with `flaxmpc put`")
-        model_, params, tokenizer = _Bundle.read(_fetched(self.parties, self.name, self.model))
-        super().__init__(model_, tokenizer, params, list(self._sizes))
+        bundle = _Bundle.read(_fetched(self.parties, self.name, self.model))
+        super().__init__(bundle.model, bundle.tokenizer, bundle.params, list(self._sizes), bundle.encoding)
         _check_shares(self.model.programs, self.config, self.parties.cluster.limits)
         self._loaded = self.model.hash
 
@@ -283,7 +314,7 @@ class RemoteClassifier(Classifier):
                 f"program {name} gives {shapes}, not logits of {self.config.num_labels} labels and the size: "
                 "the owner puts the model again with `flaxmpc put`"
             )
-        logits, size = outputs
+        logits, size = self.opened(outputs)
         diverged = np.abs(size - 1) > _SIZE_TOLERANCE
         return np.where(diverged[:, None], np.nan, logits), None, cost
 

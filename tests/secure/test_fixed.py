@@ -87,8 +87,8 @@ def test_a_smaller_error_takes_more_truncations_and_is_kept():
 def test_resident_weights_are_encoded_by_themselves(group):
     fixed = planned(layer, error=ERROR)
     parties = group("ABY3", fraction_bits=30)
-    weights = parties.put(fixed.encode_from(0, PARAMS))
-    x = fixed.encode_from(len(PARAMS), BATCHES[0][1])
+    weights = parties.put(fixed.plan.encoding().encode(PARAMS))
+    x = fixed.plan.encoding(len(PARAMS)).encode(BATCHES[0][1])
     close(fixed.decode(secure.jit(fixed, parties=parties)(weights, x)), layer(*BATCHES[0]))
 
 

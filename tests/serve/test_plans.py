@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from flaxmpc import secure
 from flaxmpc.cli.main import main
 from flaxmpc.models import folder as folders
-from flaxmpc.serve import plans
+from flaxmpc.serve import plans, remote
 from flaxmpc.serve.private import SecureClassifier, plan_bits
 
 TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
@@ -124,6 +125,54 @@ def test_bad_options_are_refused(copy, options, said, capsys):
 
 def test_a_text_far_from_those_of_the_plan_is_refused(planned, group):
     classifier = SecureClassifier.from_folder(planned[0], group("REF2K", fraction_bits=secure.FRACTION_BITS))
-    shared, mask = classifier.share(np.array([[2, 9, 3]]), np.ones((1, 3), int))
+    classifier.client_params = jax.tree.map(lambda leaf: 50 * leaf, classifier.client_params)
     with pytest.raises(ValueError, match=r"an argument holds .*; its plan of bits is for up to"):
-        classifier._encoded((np.asarray(shared) * 50, mask))
+        classifier.share(np.array([[2, 9, 3]]), np.ones((1, 3), int))
+
+
+def test_parties_on_hosts_follow_the_plan(planned, copy, running, tmp_path, group, monkeypatch):
+    """Programs that were approved from the config and the plan, without the weights."""
+    monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path / "cache"))
+    changes = [
+        ("fraction_bits = 18", "fraction_bits = 30"),
+        ("max_batch_rows = 8", "max_batch_rows = 2"),
+        ('# programs = "programs.txt"', 'programs = "programs.txt"'),
+    ]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in ("config.json", plans.FILE):
+        shutil.copy(planned[0] / file, bare / file)
+    local = SecureClassifier.from_folder(planned[0], group("ABY3", fraction_bits=secure.FRACTION_BITS))
+    (copy / plans.FILE).unlink()
+    with running(tmp_path / "c", changes=changes) as parties:
+        remote.approve(bare, parties.cluster, lengths=(16,), batches=(1, 2))
+        with parties.connect() as owner:
+            remote.put(folders.load(planned[0]), owner, name="tiny", lengths=(16,), batches=(1, 2))
+            with pytest.raises(ValueError, match=r"30 fraction bits .* are for plans of bits .*copy has none"):
+                remote.put(folders.load(copy), owner, name="other", lengths=(16,))
+        with parties.connect("client") as client:
+            classifier = remote.RemoteClassifier(client, "tiny")
+            predictions, _ = classifier.classify(TEXTS)
+    expected = local.classify(TEXTS).predictions
+    for ours, theirs in zip(predictions, expected, strict=True):
+        np.testing.assert_allclose(ours.logits, theirs.logits, atol=0.05)
+    few = local.estimate(16, 1)
+    alone = next(each.cost for each in predictions[::-1] if each.cost)
+    assert alone.bytes_sent <= 1.01 * few.bytes_sent
+    # The client learns how its own numbers and the answer are encoded, and nothing of what is in between.
+    assert classifier.encoding is not None
+    shared = classifier.share(np.zeros((1, 16), int), np.ones((1, 16), int))
+    assert len(classifier.encoding.inputs) == len(jax.tree.leaves(shared))
+    assert len(classifier.encoding.outputs) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [({"protocol": "REF2K"}, "has none"), ({"protocol": "SEMI2K"}, "SEMI2K follows none")],
+)
+def test_fraction_bits_of_plans_without_a_plan_are_refused(copy, settings, why, group):
+    """Their products would overflow without a word."""
+    if "none" in why and settings["protocol"] == "REF2K":
+        (copy / plans.FILE).unlink()
+    with pytest.raises(ValueError, match=f"30 fraction bits in the ring FM64 are for plans of bits.*{why}"):
+        SecureClassifier.from_folder(copy, group(**settings, fraction_bits=secure.FRACTION_BITS))

@@ -286,7 +286,7 @@ def contents(loaded):
 def test_a_bundle_holds_what_a_client_needs_and_nothing_else(loaded, contents):
     """Of what stands in the folder, or in the fields of its files."""
     assert contents.keys() == {"config.json", "embeddings.safetensors", *TOKENIZER_FILES}
-    model, params, tokenizer = remote._Bundle.read(msgspec.msgpack.encode(contents))
+    model, params, tokenizer, _ = remote._Bundle.read(msgspec.msgpack.encode(contents))
     assert tokenizer(TEXTS)["input_ids"] == loaded.tokenizer(TEXTS)["input_ids"]
     assert model.config.id2label == ("negative", "positive")
     assert set(load(contents["embeddings.safetensors"])) == {
@@ -419,6 +419,11 @@ def test_a_client_refuses_a_hostile_bundle_in_one_line_and_little_memory(content
         "type": ({"embeddings.safetensors": table.replace(b'"F32"', b'"I32"')}, "is i32; weights are float32"),
         "missing": ({"tokenizer.json": None}, "it has no tokenizer"),
         "no table": ({"embeddings.safetensors": None}, "embeddings.safetensors does not exist"),
+        "encoding": (
+            {"encoding.json": {"inputs": [10**9], "magnitudes": [1.0], "outputs": []}},
+            "no encoding of a plan",
+        ),
+        "no encoding": ({"encoding.json": b"[]"}, "encoding.json holds no JSON object"),
         "elsewhere": ({"../evil": b""}, "it holds a file '../evil'"),
         "good": ({}, [4]),
     }
