@@ -144,7 +144,7 @@ def test_parties_on_hosts_follow_the_plan(planned, copy, running, tmp_path, grou
         shutil.copy(planned[0] / file, bare / file)
     local = SecureClassifier.from_folder(planned[0], group("ABY3", fraction_bits=secure.FRACTION_BITS))
     (copy / plans.FILE).unlink()
-    with running(tmp_path / "c", changes=changes) as parties:
+    with running(tmp_path / "c", timeout=30, changes=changes) as parties:
         remote.approve(bare, parties.cluster, lengths=(16,), batches=(1, 2))
         with parties.connect() as owner:
             remote.put(folders.load(planned[0]), owner, name="tiny", lengths=(16,), batches=(1, 2))
