@@ -107,7 +107,7 @@ def test_a_folded_base_layer_is_within_its_bytes_and_rounds(load):
             record = records[description] = measure()
             print(f"{description}: {record['bytes_sent_total'] / 1e6:.1f} MB, {record['rounds']:.0f} rounds")
     assert records["ABY3 2quad_freediv_chebyshev"]["bytes_sent_total"] <= 105e6
-    assert records["ABY3 2quad_freediv_chebyshev"]["rounds"] <= 85
+    assert records["ABY3 2quad_freediv_chebyshev"]["rounds"] <= 67
     assert records["SEMI2K 2quad_freediv_folded"]["rounds"] <= 150
     assert records["SEMI2K 2quad_freediv_folded"]["bytes_sent_total"] <= 205e6
     assert records["SEMI2K 2quad_freediv_folded warm"]["bytes_sent_total"] <= 72e6
@@ -289,6 +289,7 @@ def test_training_is_compared_block_by_block(load, tmp_path):
     assert (tmp_path / "train_speed-jax1-torch2-2cores.json").is_file()
 
 
+@pytest.mark.slow  # two minutes of training
 def test_training_steps_are_those_of_fit(load):
     """A side of the comparison that needs no PyTorch: the loss falls on a batch that is seen again."""
     train_speed = load("train_speed")

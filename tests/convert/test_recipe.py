@@ -48,6 +48,7 @@ def sst2(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # two minutes; tests/cli/test_convert.py goes the same way by the command
 def test_glue_goes_from_an_encoder_to_a_measured_student(sst2, tmp_path, write_classifier, monkeypatch):
     encoder = write_classifier(
         tmp_path / "encoder", attention="softmax", hidden_act="gelu", max_position_embeddings=128
