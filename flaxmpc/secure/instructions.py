@@ -219,7 +219,8 @@ def _written_out(closed: ClosedJaxpr, *args: Any) -> list[Any]:
         name = eqn.primitive.name
         with jax.named_scope(modules(str(eqn.source_info.name_stack)) or "fn"):
             if (function := called(eqn)) is not None:
-                one = _is_product(function) and all(isinstance(x, Tracer) for x in ins)
+                jitted = name in ("pjit", "jit") and all(isinstance(x, Tracer) for x in ins)
+                one = jitted and _is_product(function)
                 outs = bind(eqn, ins) if one else _written_out(function, *ins)
             elif name == "integer_pow" and eqn.params["y"] > 0:
                 outs = [_power(ins[0], eqn.params["y"])]

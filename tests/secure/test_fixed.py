@@ -205,6 +205,29 @@ def test_random_functions(ops, seed):
         close(fixed.clear(*args), function(*args))
 
 
+def with_own_slope(function):
+    made = jax.custom_jvp(function)
+    made.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
+    return made
+
+
+@pytest.mark.parametrize("within", [jax.jit, jax.remat, with_own_slope, lambda f: jax.jit(jax.remat(f))])
+def test_a_product_may_be_a_function_of_its_own(within):
+    """A jitted one is one step, however many products it is made of; what is no single product is taken apart."""
+    product = within(lambda a, b: jnp.concatenate([a @ b, 2.0 * a @ b]))
+    many = jax.jit(lambda a, b: jnp.concatenate([a[i : i + 1] @ b for i in range(len(a))]))
+    square = jax.jit(lambda a, b: (a @ b) * (a @ b))
+
+    def function(weights, x):
+        return product(x, weights) @ weights + square(many(x, weights), weights).sum(0)
+
+    weights = RNG.normal(size=(6, 6)).astype(np.float32) / 3
+    fixed = planned(function, [(weights, RNG.normal(size=(3, 6)).astype(np.float32))], error=ERROR)
+    for rows in (3, 7):  # the same steps for more rows
+        x = np.linspace(-1.0, 1.0, 6 * rows, dtype=np.float32).reshape(rows, 6)
+        close(fixed.clear(weights, x), function(weights, x))
+
+
 def test_a_plans_error_is_that_on_shares(group):
     """Where roundings by chance have a large effect, as those of numbers below the last bit, the plan says so."""
     weights, x = RNG.normal(size=(16, 16)).astype(np.float32), RNG.normal(size=(64, 16)).astype(np.float32)
