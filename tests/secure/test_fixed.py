@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.ad_checkpoint import checkpoint  # pyright: ignore[reportPrivateImportUsage]
 
 from flaxmpc import secure
 from flaxmpc.secure.bits import SPARE_BITS
@@ -211,7 +212,7 @@ def with_own_slope(function):
     return made
 
 
-@pytest.mark.parametrize("within", [jax.jit, jax.remat, with_own_slope, lambda f: jax.jit(jax.remat(f))])
+@pytest.mark.parametrize("within", [jax.jit, checkpoint, with_own_slope, lambda f: jax.jit(checkpoint(f))])
 def test_a_product_may_be_a_function_of_its_own(within):
     """A jitted one is one step, however many products it is made of; what is no single product is taken apart."""
     product = within(lambda a, b: jnp.concatenate([a @ b, 2.0 * a @ b]))
