@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -11,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from flaxmpc import secure
 from flaxmpc.cli.main import main
 from flaxmpc.models import folder as folders
+from flaxmpc.secure.deploy.local import write_local
 from flaxmpc.serve import plans, remote
-from flaxmpc.serve.private import SecureClassifier, plan_bits
+from flaxmpc.serve.private import SecureClassifier, logits_and_size, plan_bits, private_classifier
 
 TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
 CHEBYSHEV = {"name": "layer_norm_chebyshev", "low": 0.2, "high": 40.0, "depth": 5}
@@ -131,21 +133,14 @@ def test_a_text_far_from_those_of_the_plan_is_refused(planned, group):
 
 
 def test_parties_on_hosts_follow_the_plan(planned, copy, running, tmp_path, group, monkeypatch):
-    """Programs that were approved from the config and the plan, without the weights."""
     monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path / "cache"))
     changes = [
         ("fraction_bits = 18", "fraction_bits = 30"),
         ("max_batch_rows = 8", "max_batch_rows = 2"),
-        ('# programs = "programs.txt"', 'programs = "programs.txt"'),
     ]
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in ("config.json", plans.FILE):
-        shutil.copy(planned[0] / file, bare / file)
     local = SecureClassifier.from_folder(planned[0], group("ABY3", fraction_bits=secure.FRACTION_BITS))
     (copy / plans.FILE).unlink()
     with running(tmp_path / "c", timeout=30, changes=changes) as parties:
-        remote.approve(bare, parties.cluster, lengths=(16,), batches=(1, 2))
         with parties.connect() as owner:
             remote.put(folders.load(planned[0]), owner, name="tiny", lengths=(16,), batches=(1, 2))
             with pytest.raises(ValueError, match=r"30 fraction bits .* are for plans of bits .*copy has none"):
@@ -164,6 +159,27 @@ def test_parties_on_hosts_follow_the_plan(planned, copy, running, tmp_path, grou
     shared = classifier.share(np.zeros((1, 16), int), np.ones((1, 16), int))
     assert len(classifier.encoding.inputs) == len(jax.tree.leaves(shared))
     assert len(classifier.encoding.outputs) == 2
+
+
+def test_programs_of_a_plan_are_approved_without_the_weights(planned, tmp_path, group, monkeypatch):
+    """From the config and the plan alone they are those that the owner puts."""
+    monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path / "cache"))
+    loaded, parties = folders.load(planned[0]), group("ABY3", fraction_bits=secure.FRACTION_BITS)
+    written = write_local(tmp_path / "c")
+    limits = msgspec.structs.replace(written.limits, max_batch_rows=2)
+    cluster = msgspec.structs.replace(
+        written, programs="programs.txt", limits=limits, fraction_bits=secure.FRACTION_BITS
+    )
+    model, client_params, function, weights = private_classifier(loaded, parties.config, logits_and_size)
+    plan = plans.read(planned[0], weights)
+    client = remote._client(model, loaded.tokenizer, client_params, plan, len(weights))
+    resident = parties.put(plan.encoding().encode(weights))
+    put = remote._programs(client, remote._as_planned(function, plan), resident, cluster, [(1, 16)])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in ("config.json", plans.FILE):
+        shutil.copy(planned[0] / file, bare / file)
+    assert remote.approve(bare, cluster, lengths=(16,)) == put
 
 
 @pytest.mark.parametrize(
