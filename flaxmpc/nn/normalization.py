@@ -177,9 +177,9 @@ class Chebyshev(_Divides):
     depth: int = 6
 
     def __post_init__(self):
-        if not 0.0 < self.low < self.high:
-            raise ValueError(f"{self.name} needs 0 < low < high, not low={self.low}, high={self.high}")
-        if not 1 <= self.depth <= _DEEPEST:
+        if not 0.0 < self.low < self.high < math.inf:
+            raise ValueError(f"{self.name} needs 0 < low < high, both finite, not low={self.low}, high={self.high}")
+        if self.depth not in range(1, _DEEPEST + 1):
             raise ValueError(f"{self.name} needs a depth of 1 to {_DEEPEST}, not {self.depth}")
 
     def inverse_root(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
