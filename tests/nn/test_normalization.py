@@ -161,7 +161,17 @@ def test_calibrated_refuses_a_range_too_wide():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"low": 0.0}, {"low": -1.0}, {"low": 2.0, "high": 2.0}, {"depth": 0}, {"depth": 8}, {"high": math.nan}]
+    "fields",
+    [
+        {"low": 0.0},
+        {"low": -1.0},
+        {"low": 2.0, "high": 2.0},
+        {"depth": 0},
+        {"depth": 8},
+        {"high": math.nan},
+        {"high": math.inf},
+        {"depth": 2.5},
+    ],
 )
 def test_bad_fields_are_refused(fields):
     with pytest.raises(ValueError, match="layer_norm_chebyshev needs"):
