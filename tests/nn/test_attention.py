@@ -464,6 +464,18 @@ def test_bounded_exponentials_compare_with_bits(group):
     assert found["softmax_freediv"][1] < 30
 
 
+@pytest.mark.parametrize(
+    ("shape", "convolutions"),
+    [((1, 12, 16, 32, 16), 1), ((1, 12, 128, 64, 128), 2), ((1, 12, 512, 64, 512), 6), ((2, 13, 8, 4, 8), 2)],
+)
+def test_a_grouped_convolution_has_only_so_much_work(shape, convolutions):
+    batch, heads, m, k, n = shape
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(batch, heads, m, k)), rng.normal(size=(batch, heads, k, n))
+    np.testing.assert_allclose(grouped_conv(a, b), a @ b, rtol=0, atol=1e-4)
+    assert str(jax.make_jaxpr(grouped_conv)(a, b)).count("conv_general_dilated[") == convolutions
+
+
 def test_grouped_conv_takes_fewer_rounds_for_many_heads(group):
     a, b = np.ones((1, 12, 4, 4), np.float32), np.ones((1, 12, 4, 4), np.float32)
     rounds = [secure.jit(product, parties=group("ABY3")).run(a, b).cost.rounds for product in (matmul, grouped_conv)]
