@@ -145,7 +145,7 @@ def ours(config: EncoderConfig, *, folded: bool, batch: int, tokens: int) -> Wor
     model = family_of(config.model_type).models[0](config)
     params = random_params(param_shapes(model))
     if folded:
-        _, client, function, weights = private(model, params, secure.Config())
+        _, client, function, weights, _ = private(model, params, secure.Config())
     else:
         client, weights = without_embeddings(model, params) if config.embedding.client_embeds else ({}, params)
         function = as_written(model)

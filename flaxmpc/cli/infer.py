@@ -59,14 +59,9 @@ class Runtime(FixedPoint):
 
     def start(self, folder: Path) -> Any:
         """The parties for a model. Where it has a plan of bits, their fraction bits are by default those of plans."""
-        from flaxmpc import secure
         from flaxmpc.serve import plans
 
-        given = self.given()
-        follows = given.get("protocol", "ABY3") in plans.FOLLOWED_BY and given.get("ring", "FM64") == "FM64"
-        if follows and plans.has(folder):
-            given.setdefault("fraction_bits", secure.FRACTION_BITS)
-        return secure.InProcess(**given)
+        return plans.parties(folder, **self.given())
 
 
 def _name(folder: Path) -> str:
@@ -314,8 +309,8 @@ def plan(
 
         given = texts.of_file(file) if file is not None else _movie_sentences()
         some = given.texts[:sentences]
-        with console(stderr=True).status(f"looking at {len(some)} text(s) in the clear"), _says_where(given):
-            tried = private.plan_bits(folders.load(folder), some, error=error)
+        with console(stderr=True).status(f"planning from {len(some)} text(s)") as status, _says_where(given):
+            tried = private.plan_bits(folders.load(folder), some, error=error, progress=status.update)
     if json_:
         print(json.dumps({"model": _name(folder), **tried._asdict(), "plan": tried.plan.as_dict()}, allow_nan=False))
         return

@@ -92,18 +92,19 @@ _ROWS = {
     "stage1_": "after stage 1",
     "stage2_": "after stage 2",
     "": "**as stored, in the clear**",
-    "ref2k_": "as stored, REF2K (FM64, 18 fraction bits), {} rows",
-    "aby3_": "as stored, ABY3, three parties, {} rows",
+    "ref2k_": "as stored, REF2K (FM64, {bits}), {rows} rows",
+    "aby3_": "as stored, ABY3, three parties ({bits}), {rows} rows",
 }
 
 
 def _measured(results: Mapping[str, Any]) -> Iterable[list[str]]:
     names = _names(results)
+    bits = "bits as planned" if results.get("planned") else "18 fraction bits"
     for prefix, label in _ROWS.items():
         if prefix + names[0] not in results:
             continue
         rows = f"{results.get(prefix + 'sentences', 0):,}"
-        yield [label.format(rows), *(f"{100 * results[prefix + name]:.1f} %" for name in names)]
+        yield [label.format(rows=rows, bits=bits), *(f"{100 * results[prefix + name]:.1f} %" for name in names)]
 
 
 def _compared(results: Mapping[str, Any]) -> Iterable[str]:

@@ -21,6 +21,7 @@ from flaxmpc.files import claimed
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.config import MOST_POSITIONS
+from flaxmpc.serve import plans
 from flaxmpc.serve.classify import Client, buckets
 from flaxmpc.serve.private import SecureClassifier, check_encoded
 from flaxmpc.training import metrics
@@ -53,7 +54,7 @@ def evaluate(
     First in the clear, at every length: a bucket in which a logit is not finite, and those above it, are not for this
     model. Its config.json gets the longest below as `model_max_length`, at which texts are cut from there on. Then in
     REF2K, the fixed-point arithmetic that the secure protocols compute in, fast enough for a whole test set, and in
-    ABY3, three parties.
+    ABY3, three parties; both by the plan of bits, if the folder has one.
 
     Args:
         folder: the folder that `convert` wrote.
@@ -83,12 +84,14 @@ def evaluate(
             if not len(rows):
                 continue
             split = task.test[rows]
-            classifier = SecureClassifier(loaded, secure.InProcess(protocol))
+            parties = plans.parties(folder, protocol)
+            classifier = SecureClassifier(loaded, parties)
             secret, plain, cost = secure_logits(classifier, split, batch_size, protocol)
             figures = {"sentences": len(rows), **metrics.evaluate(task.metrics, secret, split.labels)}
             figures["agreement"] = metrics.agreement(secret, plain)
             figures["max_logit_difference"] = _largest_difference(secret, plain)
             results |= {f"{protocol.lower()}_{name}": value for name, value in figures.items()}
+            results["planned"] = plans.follows(folder, parties.config)
             results |= {"versions": cost.versions, "machine": cost.machine, "date": cost.date}
             if protocol == "REF2K":
                 for record in results["lengths"]:

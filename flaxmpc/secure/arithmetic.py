@@ -22,11 +22,12 @@ class Arithmetic:
     """Of the ring of a config. Operands are traced values, or arrays that are known while compiling.
 
     Attributes:
+        config: the config.
         integer: the type whose numbers are those of the ring, as far as JAX has one.
     """
 
     def __init__(self, config: Config):
-        self._fraction_bits = config.fraction_bits
+        self.config = config
         self._ring_bits = RING_BITS[config.ring]
         self.integer: Any = np.int64 if self._ring_bits > 32 else np.int32
         self._wide = False
@@ -95,7 +96,7 @@ class Arithmetic:
     def encoded(self, x: Any) -> Any:
         """The integer that encodes a float: x 2^fraction_bits. Within `integers`."""
         if not isinstance(x, Tracer):
-            return np.rint(np.asarray(x, np.float64) * 2.0**self._fraction_bits).astype(self.integer)
+            return np.rint(np.asarray(x, np.float64) * 2.0**self.config.fraction_bits).astype(self.integer)
         # On shares this changes the type alone; of a constant XLA would take the bits of the float.
         return self._to_ring(lax.bitcast_convert_type(x, np.int32))
 

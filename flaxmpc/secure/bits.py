@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from flaxmpc.secure.instructions import Function, Instruction, exact_bits, power_of_two
-from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED
+from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED, Integers, integers
 
 SPARE_BITS = 2.0
 """By how many bits every number may grow beyond what was seen, before it leaves the ring."""
@@ -91,7 +91,7 @@ class Encoding:
         if len(leaves) != len(self.outputs):
             raise PlanError(f"the plan of bits is for {len(self.outputs)} results, and there are {len(leaves)}")
         scaled = [
-            (np.asarray(x, np.float64) * 2.0 ** (FRACTION_BITS - bits)).astype(np.float32)
+            (np.asarray(x, np.float64) * 2.0**-bits).astype(np.float32)
             for x, bits in zip(leaves, self.outputs, strict=True)
         ]
         return jax.tree.unflatten(tree, scaled)
@@ -113,12 +113,12 @@ class Encoding:
         return found
 
 
-def _encoded(leaf: Any, bits: int, magnitude: float) -> np.ndarray:
+def _encoded(leaf: Any, bits: int, magnitude: float) -> Integers:
     array, most = np.asarray(leaf, np.float64), magnitude * 2.0**SPARE_BITS
     if not (np.abs(array) <= most).all():
         worst = array.flat[np.argmax(np.where(np.isnan(array), np.inf, np.abs(array)))]
         raise ValueError(f"an argument holds {worst:g}; its plan of bits is for up to {most:.3g}")
-    return (np.rint(array * 2.0**bits) * 2.0**-FRACTION_BITS).astype(np.float32)
+    return integers(np.rint(array * 2.0**bits))
 
 
 def _check_numbers(bits: Iterable[Any], sizes: Iterable[Any]) -> None:

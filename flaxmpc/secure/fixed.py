@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 from flaxmpc.secure.bits import BitPlan, PlanError, followed, known_bits
 from flaxmpc.secure.instructions import Function, Instruction
-from flaxmpc.secure.ring import by_chance, from_ring, to_ring, truncate
+from flaxmpc.secure.ring import by_chance, truncate
 
 
 class Fixed:
@@ -64,45 +63,40 @@ class Fixed:
 
     def _results(self, args: tuple[Any, ...], truncate: Callable[[Any, int], Any]) -> Any:
         function, raw = self._function(args)
+        if any(getattr(leaf, "dtype", None) != np.int64 for leaf in jax.tree.leaves(args)):
+            raise TypeError("arguments of a function with a plan of bits are int64, as `encode` makes them")
         with enable_x64(True):  # pyright: ignore[reportCallIssue]
             values: dict[int, tuple[Any, int]] = {
-                place: (to_ring(leaf), self.plan.inputs[place]) for place, leaf in enumerate(jax.tree.leaves(args))
+                place: (leaf, self.plan.inputs[place]) for place, leaf in enumerate(jax.tree.leaves(args))
             }
             for each in function.instructions:
-                values[each.out] = self._computed(
-                    each, function.number.get(each.out, -1), values, raw[each.out], truncate
-                )
+                out, bits, kept = self._computed(each, function, values, raw[each.out]), raw[each.out], None
+                if each.kind == "product":
+                    kept = self.plan.steps[function.number[each.out]].kept
+                kept = bits if kept is None else min(bits, kept)
+                values[each.out] = truncate(out, bits - kept), kept
             outputs = [
                 values[x][0] if isinstance(x, int) else _encoded(x, bits)
                 for x, bits in zip(function.outputs, self.plan.outputs, strict=True)
             ]
-            return jax.tree.unflatten(function.tree, [from_ring(jnp.asarray(x)) for x in outputs])
+            return jax.tree.unflatten(function.tree, [jnp.asarray(x) for x in outputs])
 
-    def _computed(
-        self,
-        each: Instruction,
-        number: int,
-        values: dict[int, tuple[Any, int]],
-        bits: int,
-        truncate: Callable[[Any, int], Any],
-    ) -> tuple[Any, int]:
-        """The result of an instruction, and its bits: `bits`, or fewer after a truncation."""
+    def _computed(self, each: Instruction, function: Function, values: dict[int, tuple[Any, int]], bits: int) -> Any:
+        """The result of an instruction, with `bits`, from values with their bits."""
         if each.kind == "shift":
             x, _ = values[each.ins[0]]
-            return (-x if np.asarray(each.known).flat[0] < 0 else x), bits
+            return -x if np.asarray(each.known).flat[0] < 0 else x
         if each.kind == "product":
-            step = self.plan.steps[number]
-            out = each.apply(
-                [values[x][0] if isinstance(x, int) else _encoded(x, known_bits(each, step.known)) for x in each.ins]
+            known = self.plan.steps[function.number[each.out]].known
+            return each.apply(
+                [values[x][0] if isinstance(x, int) else _encoded(x, known_bits(each, known)) for x in each.ins]
             )
-            kept = bits if step.kept is None else min(bits, step.kept)
-            return truncate(out, bits - kept), kept
         choice = each.ins[0] if each.eqn.primitive.name == "select_n" else None
         ins = [
             _raised(*values[x], bits) if isinstance(x, int) else x if x is choice else _encoded(x, bits)
             for x in each.ins
         ]
-        return (ins[0] if each.eqn.primitive.name == "convert_element_type" else each.apply(ins)), bits
+        return ins[0] if each.eqn.primitive.name == "convert_element_type" else each.apply(ins)
 
     def encode(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments as the function takes them, see `Encoding`."""
@@ -121,11 +115,8 @@ class Fixed:
         """
         encoded = self.encode(args)
         with enable_x64(True):  # pyright: ignore[reportCallIssue]
-            return self.decode(jax.device_get(self._clear(encoded, None if seed is None else jax.random.key(seed))))
-
-    @functools.cached_property
-    def _clear(self) -> Callable[[tuple[Any, ...], Any], Any]:
-        return jax.jit(lambda args, key: self._results(args, truncate if key is None else by_chance(key)))
+            found = self._results(encoded, truncate if seed is None else by_chance(jax.random.key(seed)))
+        return self.decode(jax.device_get(found))
 
 
 def _encoded(known: Any, bits: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-from flaxmpc.secure.jaxpr import bind, called, modules, refusal
+from flaxmpc.secure.jaxpr import bind, called, modules, names, refusal
 
 
 class Instruction(NamedTuple):
@@ -87,21 +87,11 @@ def _is_product(closed: ClosedJaxpr) -> bool:
     return not known and [products.get(out) for out in closed.jaxpr.outvars] == [1]
 
 
-_MOVES = frozenset(
-    [
-        "broadcast_in_dim",
-        "concatenate",
-        "convert_element_type",
-        "copy",
-        "expand_dims",
-        "pad",
-        "reshape",
-        "rev",
-        "select_n",
-        "slice",
-        "squeeze",
-        "transpose",
-    ]
+_MOVES = names(
+    """
+    broadcast_in_dim concatenate convert_element_type copy expand_dims pad reshape rev select_n slice squeeze
+    transpose
+    """
 )
 _SUMS = frozenset(["add", "add_any", "neg", "reduce_sum", "sub"])
 _PRODUCTS = frozenset(["conv_general_dilated", "dot_general", "mul"])
@@ -144,7 +134,7 @@ class Function:
                     env.update(zip(eqn.outvars, map(np.asarray, bind(eqn, ins)), strict=True))
                 continue
             place = env[eqn.outvars[0]] = len(structs) + len(self.instructions)
-            name = eqn.primitive.name if called(eqn) is None else eqn.params["name"]
+            name = eqn.primitive.name if called(eqn) is None else "product"  # however it is computed
             where = f"{modules(str(eqn.source_info.name_stack))} {name}".strip()
             self.instructions.append(Instruction(*_kind(eqn, ins), place, where))
         self.outputs = [read(atom) for atom in closed.jaxpr.outvars]

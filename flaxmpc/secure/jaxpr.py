@@ -29,6 +29,11 @@ _CALLS = {
 }
 
 
+def names(text: str) -> frozenset[str]:
+    """The names of primitives in a text, with spaces between them."""
+    return frozenset(text.split())
+
+
 def called(eqn: Any) -> ClosedJaxpr | None:
     """The function that an equation calls on its operands, once and as it is; None if it does something else."""
     jaxpr = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))

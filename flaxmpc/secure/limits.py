@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxmpc.secure.jaxpr import names
 from flaxmpc.secure.protocol import Config
 
 
@@ -224,50 +225,19 @@ _LIMITS: dict[str, Callable[[Operation], _Quantities]] = {
 }
 
 # What only moves values, or picks some.
-_MOVES = frozenset(
-    [
-        "broadcast_in_dim",
-        "concatenate",
-        "copy",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "gather",
-        "pad",
-        "reduce_max",
-        "reduce_min",
-        "reshape",
-        "rev",
-        "select_n",
-        "slice",
-        "sort",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    ]
+_MOVES = names(
+    """
+    broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice gather pad reduce_max reduce_min reshape
+    rev select_n slice sort squeeze stop_gradient transpose
+    """
 )
 
 # What fixed point computes as it is: sums, choices, and what makes whole numbers.
-_EXACT = _MOVES | frozenset(
-    [
-        "abs",
-        "add",
-        "add_any",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "cummax",
-        "cummin",
-        "cumsum",
-        "floor",
-        "max",
-        "min",
-        "neg",
-        "reduce_sum",
-        "rem",
-        "round",
-        "sign",
-        "sub",
-    ]
+_EXACT = _MOVES | names(
+    """
+    abs add add_any ceil clamp convert_element_type cummax cummin cumsum floor max min neg reduce_sum rem round sign
+    sub
+    """
 )
 _WHOLE = frozenset(["ceil", "floor", "round", "sign"])
 

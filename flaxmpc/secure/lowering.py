@@ -49,23 +49,19 @@ def lower(fn: Callable[..., Any], structs: Sequence[Any], config: Config) -> tup
     Raises:
         SecureError: an operation that SPU cannot compute; names it, and the user's line.
     """
-    traced = jax.jit(fn, keep_unused=True).trace(*structs)
     rewriting = _Rewriting(config)
+    wide = any(leaf.dtype == np.int64 for leaf in jax.tree.leaves(structs))  # see `flaxmpc.secure.ring.Integers`
+    with rewriting.arithmetic.x64(wide):
+        traced = jax.jit(fn, keep_unused=True).trace(*structs)
     flat = jax.jit(functools.partial(rewriting.evaluate, traced.jaxpr), keep_unused=True)
     try:
-        with rewriting.arithmetic.x64(_is_wide(traced.jaxpr)):
+        with rewriting.arithmetic.x64():
             again = flat.trace(*jax.tree.leaves(structs))
     except SecureError as error:  # JAX adds lines to what is raised while it traces
         raise SecureError(*error.args) from None
     with rewriting.arithmetic.x64():
         # For no device in particular: no code of one processor alone.
         return again.lower(lowering_platforms=("interpreter",)), traced.out_info
-
-
-def _is_wide(closed: ClosedJaxpr) -> bool:
-    """Whether something in a function has 64 bits, though its arguments have 32: see `flaxmpc.secure.ring`."""
-    wide = (np.dtype(np.int64), np.dtype(np.float64))
-    return any(getattr(var.aval, "dtype", None) in wide for eqn in closed.jaxpr.eqns for var in eqn.outvars)
 
 
 class _Known:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from flaxmpc.secure.jaxpr import called, modules, source
+from flaxmpc.secure.jaxpr import called, modules, names, source
 from flaxmpc.secure.limits import Operation, exact, quantities
 from flaxmpc.secure.protocol import Config
 
@@ -61,40 +61,11 @@ _MOVING = frozenset(
 )
 
 # Element i of the result depends on element i of the operands alone.
-_ELEMENTWISE = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "neg",
-        "abs",
-        "sign",
-        "max",
-        "min",
-        "integer_pow",
-        "square",
-        "pow",
-        "exp",
-        "exp2",
-        "expm1",
-        "log",
-        "log1p",
-        "logistic",
-        "tanh",
-        "erf",
-        "rsqrt",
-        "sqrt",
-        "sin",
-        "cos",
-        "floor",
-        "ceil",
-        "round",
-        "convert_element_type",
-        "copy",
-        "select_n",
-        "clamp",
-    ]
+_ELEMENTWISE = names(
+    """
+    add sub mul div neg abs sign max min integer_pow square pow exp exp2 expm1 log log1p logistic tanh erf rsqrt
+    sqrt sin cos floor ceil round convert_element_type copy select_n clamp
+    """
 )
 
 # A small whole number made of comparisons stays one, without a rounding error, through these.

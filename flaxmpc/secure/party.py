@@ -21,6 +21,7 @@ from flaxmpc.secure._spu import SecureError, leave_working_directory, load_spu, 
 from flaxmpc.secure.aside import aside, check_no_interrupted, on_each
 from flaxmpc.secure.cost import Profile
 from flaxmpc.secure.protocol import Config
+from flaxmpc.secure.ring import Integers
 
 T = TypeVar("T")
 
@@ -153,7 +154,7 @@ class Parties(abc.ABC):
         # Made first, so that an interruption half-way frees what was stored.
         resident = Resident(self, session, names, jax.tree.unflatten(treedef, structs), visibility)
         for name, array in zip(names, arrays, strict=True):
-            self.store(name, self._io.make_shares(array, spu.parse_visibility(f"VIS_{visibility.upper()}")))
+            self.store(name, self._io.make_shares(np.asarray(array), spu.parse_visibility(f"VIS_{visibility.upper()}")))
         return resident
 
     def open(self, name: str) -> np.ndarray:
@@ -323,7 +324,7 @@ def check_visibility(visibility: Any) -> None:
 
 
 def to_arrays(tree: Any, config: Config, name: str = "value") -> Any:
-    """The pytree `tree` with numpy leaves of JAX's dtypes (float64 becomes float32 unless x64 is on).
+    """The pytree `tree` with numpy leaves of JAX's dtypes (float64 becomes float32 unless x64 is on), or `Integers`.
 
     Raises:
         ValueError: a leaf is not finite, beyond the range of the encoding, or an integer beyond its dtype: SPU would
@@ -336,6 +337,8 @@ def to_arrays(tree: Any, config: Config, name: str = "value") -> Any:
         where = name + jax.tree_util.keystr(path)
         if isinstance(leaf, Resident):
             raise TypeError(f"{where} is resident: resident values take the place of a whole argument")
+        if isinstance(leaf, Integers):
+            return leaf
         array = np.asarray(leaf)
         kind = array.dtype.kind
         if not (kind in "biu" or (kind == "f" and array.dtype.itemsize in (4, 8))):

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.secure.bits import RING, SPARE_BITS, TRUNCATED, BitPlan, PlanError, Step, carried, followed, log2
+from flaxmpc.secure.bits import RING, SPARE_BITS, TRUNCATED, BitPlan, PlanError, Step, carried, followed
 from flaxmpc.secure.fixed import Fixed
-from flaxmpc.secure.instructions import Function, Instruction, exact_bits
+from flaxmpc.secure.instructions import Instruction, exact_bits
+from flaxmpc.secure.observed import Observed, Site, rounds_known
 from flaxmpc.secure.ring import MOST_DROPPED
 
 _IN_FLOAT32 = 23.0  # bits of an argument
@@ -36,56 +35,53 @@ _SECONDS_PER_BYTE, _SECONDS_PER_ROUND = 8 / 100e6, 0.04
 _TRUNCATION_BYTES, _TRUNCATION_ROUNDS = 28 / 3, 5 / 3
 
 
-def plan(fn: Callable[..., Any], batches: Iterable[tuple[Any, ...]], *, error: float = 0.02) -> BitPlan:
+def plan(
+    fn: Callable[..., Any],
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    error: float = 0.02,
+    progress: Callable[[str], object] = lambda _: None,
+) -> BitPlan:
     """Plans the bits of a function from data.
 
     As few products are truncated as the error allows; the dearest are left out first. The plan is tried on some of the
-    batches, in the clear, and made again with a smaller error in mind until it keeps to the one that is asked for.
+    batches, in the clear, and made again with another error in mind until it comes near the one that is asked for.
 
     Args:
         fn: any JAX function of pytrees of floats, made of sums, products, moves, clips and tanh.
         batches: tuples of its arguments. For those of the most numbers the truncations are chosen.
         error: the standard deviation of a result that all roundings together may make, over the batches tried.
+        progress: is told every plan that was tried; such as `print`.
 
     Raises:
         SecureError: an operation that is none of those, by its name.
         PlanError: no plan keeps to the error; or there is no batch, or one of another structure.
     """
-    functions: dict[Any, tuple[Function, Callable[[list[Any]], _Seen]]] = {}
-    seen: list[_Seen] = []
-    tried: list[tuple[Any, ...]] = []
-    for batch in batches:
-        if len(tried) < _TRIED:
-            tried.append(tuple(batch))
-        leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(batch)]
-        key = tuple(leaf.shape for leaf in leaves)
-        if key not in functions:
-            function = Function(fn, batch)
-            functions[key] = function, _looking(function)
-        seen.append(functions[key][1](leaves))
-    if not seen:
-        raise PlanError("there is no batch to plan the bits from")
-    every = [function for function, _ in functions.values()]
-    largest = max(every, key=lambda function: function.numbers)
-    if any(function.fingerprint != largest.fingerprint for function in every):
-        raise PlanError("for arguments of other shapes the function computes otherwise: it has no plan for all")
-    program = _Program(largest, together := _Seen.largest(seen))
-    aim, found = error, math.inf
-    for _ in range(_AGAIN):
+    seen = Observed.of(fn, map(tuple, batches))
+    program = _Program(seen)
+    aim, found, best = error, math.inf, None
+    for number in range(_TRIES):
         truncated = program.cheapest(aim / (_ROUNDED * math.sqrt(len(program.sites))))
         if truncated is None:
             break
-        made = _made(largest, together, *program.bits(truncated))
-        found = _measured(fn, made, tried)
-        if found <= error:
-            return dataclasses.replace(made, error=found)
-        aim *= min(0.7, error / found)
-    reached = "" if math.isinf(found) else f": the last one's is {found:.2g}"
-    raise PlanError(f"the numbers are too large for a plan of bits with an error of {error:g}{reached}")
+        made = _made(seen, *program.bits(truncated))
+        found = _measured(fn, made, seen.batches)
+        made = dataclasses.replace(made, error=found)
+        progress(f"plan {number + 1} of up to {_TRIES}: {made}")
+        if found <= error and (best is None or made.truncations < best.truncations):
+            best = made
+        if _NEAR * error <= found <= error:
+            break
+        aim *= min(max(_AIMED * error / found, 0.3), 2.0)
+    if best is None:
+        reached = "" if math.isinf(found) else f": the last one's is {found:.2g}"
+        raise PlanError(f"the numbers are too large for a plan of bits with an error of {error:g}{reached}")
+    return best
 
 
-_TRIED, _AGAIN = 8, 6
-_SOLVING = 20.0  # seconds for the choice of truncations, which then is near the best one
+# How often a plan is tried; the part of the error that is near enough to it, and that is aimed for.
+_TRIES, _NEAR, _AIMED = 6, 0.7, 0.9
+_GAP, _SOLVING = 0.05, 20.0  # how far the choice of truncations may be from the best one; after how many seconds more
 
 
 def _measured(fn: Callable[..., Any], made: BitPlan, batches: Sequence[tuple[Any, ...]]) -> float:
@@ -97,114 +93,6 @@ def _measured(fn: Callable[..., Any], made: BitPlan, batches: Sequence[tuple[Any
         squares += [np.square(np.asarray(ours, np.float64) - theirs).ravel() for ours, theirs in pairs]
     found = float(np.sqrt(np.concatenate(squares).mean()))
     return found if math.isfinite(found) else math.inf
-
-
-# ------------------------------------------------------------------------------------------------ what data says
-
-# What is rounded: an argument's leaf ("input"), a step's result ("step"), or known numbers in a step ("known"). What a
-# clip compares ("clip") only has a size.
-_Site = tuple[str, int]
-_DIRECTIONS = 4
-
-
-class _Seen(NamedTuple):
-    """What data says.
-
-    Attributes:
-        sizes: log2 of the largest magnitude at each site.
-        smallest: log2 of the smallest, where all numbers have one sign, or of a thousandth of the largest; else inf.
-        outputs: the same of the results.
-        effects: the mean square of what moves in a result, if every number at the site moves by one, at random.
-    """
-
-    sizes: dict[_Site, float]
-    smallest: dict[_Site, float]
-    outputs: list[float]
-    effects: dict[_Site, float]
-
-    @classmethod
-    def largest(cls, every: Sequence[_Seen]) -> _Seen:
-        first = every[0]
-        return cls(
-            {site: max(each.sizes[site] for each in every) for site in first.sizes},
-            {site: min(each.smallest[site] for each in every) for site in first.smallest},
-            [max(sizes) for sizes in zip(*(each.outputs for each in every), strict=True)],
-            {site: max(each.effects[site] for each in every) for site in first.effects},
-        )
-
-
-def _rounds_known(step: Instruction) -> bool:
-    """Whether a step has known numbers that are rounded."""
-    return step.known is not None and step.kind != "clip" and exact_bits(step.known) is None
-
-
-def _looking(function: Function) -> Callable[[list[Any]], _Seen]:
-    """Compiles what looks at the numbers of one batch."""
-
-    def run(inputs: list[Any], moved: Mapping[_Site, Any]) -> tuple[list[Any], dict[_Site, Any]]:
-        """The results, where the sites are moved, and the values at the sites."""
-        values: dict[_Site, Any] = {}
-
-        def met(kind: str, number: int, value: Any) -> Any:
-            values[kind, number] = value
-            return value + moved[kind, number] if (kind, number) in moved else value
-
-        found = {place: met("input", place, x) for place, x in enumerate(inputs)}
-        for each in function.instructions:
-            number = function.number.get(each.out)
-            ins = [found[x] if isinstance(x, int) else jnp.asarray(x) for x in each.ins]
-            if number is not None and _rounds_known(each):
-                place = next(i for i, x in enumerate(each.ins) if not isinstance(x, int))
-                ins[place] = met("known", number, ins[place])
-            elif number is not None and each.kind == "clip":
-                widest = functools.reduce(jnp.maximum, [jnp.abs(x).max(initial=0.0) for x in ins])
-                values["clip", number] = 2.0 * widest  # of the differences that are compared
-            out = each.apply(ins)
-            found[each.out] = out if number is None else met("step", number, out)
-        return [found[x] if isinstance(x, int) else jnp.asarray(x, jnp.float32) for x in function.outputs], values
-
-    def look(inputs: list[Any], key: Any) -> Any:
-        outputs, values = run(inputs, {})
-        sizes = {site: jnp.abs(value).max(initial=0.0) for site, value in values.items()}
-        smallest = {site: _smallest(value) for site, value in values.items()}
-        zeros = {site: jnp.zeros_like(value) for site, value in values.items() if site[0] != "clip"}
-        _, back = jax.vjp(lambda moved: run(inputs, moved)[0], zeros)
-
-        def add(total: dict[_Site, Any], one: Any) -> tuple[dict[_Site, Any], None]:
-            keys = jax.random.split(one, len(outputs))
-            signs = [jax.random.rademacher(k, out.shape, out.dtype) for k, out in zip(keys, outputs, strict=True)]
-            (slopes,) = back(signs)
-            return {site: total[site] + jnp.square(slopes[site]).sum() for site in total}, None
-
-        none = {site: jnp.zeros(()) for site in zeros}
-        total, _ = jax.lax.scan(add, none, jax.random.split(key, _DIRECTIONS))
-        count = _DIRECTIONS * sum(out.size for out in outputs)
-        effects = {site: effect / count for site, effect in total.items()}
-        return sizes, smallest, [jnp.abs(out).max(initial=0.0) for out in outputs], effects
-
-    structs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in function.inputs]
-    key = jax.random.key(0)
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
-    compiled = jax.jit(look).lower(structs, key).compile(options)
-
-    def seen(inputs: list[Any]) -> _Seen:
-        sizes, smallest, outputs, effects = jax.device_get(compiled(inputs, key))
-        if not np.isfinite([*sizes.values(), *outputs, *effects.values()]).all():
-            raise PlanError("a number of the function is not finite on a batch")
-        floats = {site: float(effect) for site, effect in effects.items()}
-        small = {site: math.inf if math.isinf(size) else log2(size) for site, size in smallest.items()}
-        large = {site: log2(size) for site, size in sizes.items()}
-        return _Seen(large, small, [log2(size) for size in outputs], floats)
-
-    return seen
-
-
-def _smallest(value: Any) -> Any:
-    """See `_Seen`."""
-    low, high = value.min(initial=jnp.inf), value.max(initial=-jnp.inf)
-    size = jnp.abs(value)
-    one_sign = (low > 0) | (high < 0)
-    return jnp.where(one_sign, jnp.maximum(size.min(initial=jnp.inf), size.max(initial=0.0) / 1024), jnp.inf)
 
 
 # ------------------------------------------------------------------------------------------------------- the bits
@@ -239,12 +127,13 @@ class _Program:
     truncated, and 0 where not.
     """
 
-    def __init__(self, function: Function, seen: _Seen):
+    def __init__(self, seen: Observed):
+        function = seen.function
         self._function, self._seen = function, seen
         self._rows: list[tuple[Mapping[int, float], float]] = []  # a sum of factors x variables, and its bound
         self._bounds: list[tuple[float, float]] = [(_LEAST, _MOST)]
         self._truncated: dict[int, int] = {}  # the variable of a product, by its number
-        self.sites: dict[_Site, _Bits] = {}
+        self.sites: dict[Site, _Bits] = {}
         inputs = [
             self._new(("input", place), _IN_FLOAT32 - seen.sizes["input", place])
             for place in range(len(function.inputs))
@@ -263,7 +152,7 @@ class _Program:
             if seen.effects[site] > 0:
                 self._at_least(rounded, _Bits({0: -1.0}, 0.5 * math.log2(seen.effects[site])), number)
 
-    def _new(self, site: _Site | None = None, most: float = 2 * RING) -> _Bits:
+    def _new(self, site: Site | None = None, most: float = 2 * RING) -> _Bits:
         self._bounds.append((-30.0, most))
         made = _Bits({len(self._bounds) - 1: 1.0})
         if site is not None:
@@ -287,7 +176,7 @@ class _Program:
                 self._at_least(together, bits)
         if each.kind == "clip":
             self._at_most(together, RING - SPARE_BITS - self._seen.sizes["clip", number])
-        if each.kind == "sum" and _rounds_known(each):
+        if each.kind == "sum" and rounds_known(each):
             self.sites["known", number] = together
         return together
 
@@ -315,7 +204,7 @@ class _Program:
         found = self._solved(cost, {0: math.log2(effect)}, _SOLVING)
         return None if found is None else frozenset(n for n, v in self._truncated.items() if found[v] > 0.5)
 
-    def bits(self, truncated: frozenset[int]) -> tuple[dict[_Site, int], float]:
+    def bits(self, truncated: frozenset[int]) -> tuple[dict[Site, int], float]:
         """Whole bits of what is rounded, and the error that they make."""
         cost = np.full(len(self._bounds), -1e-4)  # beside the largest effect, the others are to be small
         cost[0] = 1.0
@@ -347,12 +236,13 @@ class _Program:
             constraints=scipy.optimize.LinearConstraint(matrix, -np.inf, [bound for _, bound in self._rows]),  # pyright: ignore[reportArgumentType]
             bounds=scipy.optimize.Bounds(low, high),
             integrality=whole,
-            options={"mip_rel_gap": 0.02} | ({} if seconds is None else {"time_limit": seconds}),
+            options={"mip_rel_gap": _GAP} | ({} if seconds is None else {"time_limit": seconds}),
         )
         return found.x
 
 
-def _made(function: Function, seen: _Seen, bits: Mapping[_Site, int], error: float) -> BitPlan:
+def _made(seen: Observed, bits: Mapping[Site, int], error: float) -> BitPlan:
+    function = seen.function
     inputs = tuple(bits["input", place] for place in range(len(function.inputs)))
     kept = [bits.get(("step", number)) for number in range(len(function.steps))]
     known = [bits.get(("known", n)) if step.kind == "product" else None for n, step in enumerate(function.steps)]

@@ -1,9 +1,8 @@
-"""Numbers as the ring has them: fixed point whose bits the caller keeps account of.
+"""Numbers as the ring has them: integers whose fraction bits the caller keeps account of.
 
 SPU truncates after every product of fixed-point numbers, which takes more than half of the bytes. Products of integers
-it leaves as they are. So `to_ring` gives the integer that encodes a number, products and sums are those of integers,
-and `truncate` drops bits where the caller wants it. All three mean the same in the clear as on shares; in the clear
-they need `jax.enable_x64`.
+it leaves as they are. So `integers` are shared, products and sums are those of integers, and `truncate` drops bits
+where the caller wants it. It means the same in the clear as on shares; in the clear it needs `jax.enable_x64`.
 """
 
 from __future__ import annotations
@@ -27,14 +26,13 @@ MOST_DROPPED = 28
 """Bits that one truncation drops: a smaller factor than 2^-28 SPU takes for a very small one, and overflows."""
 
 
-def to_ring(x: Any) -> Any:
-    """x 2^FRACTION_BITS as int64, of float32. On shares this changes the type alone."""
-    return _TO.bind(x)
+class Integers(np.ndarray):
+    """int64 numbers of the ring. Shared they stay int64, where JAX without x64 makes other ones int32."""
 
 
-def from_ring(x: Any) -> Any:
-    """The inverse: x 2^-FRACTION_BITS as float32, of int64."""
-    return _FROM.bind(x)
+def integers(x: Any) -> Integers:
+    """Whole numbers as numbers of the ring."""
+    return np.asarray(x, np.int64).view(Integers)
 
 
 def truncate(x: Any, bits: int) -> Any:
@@ -60,44 +58,18 @@ def by_chance(key: Any) -> Callable[[Any, int], Any]:
     return truncated
 
 
-def _to(x: Any) -> Any:
-    return lax.convert_element_type(lax.round(lax.convert_element_type(x, np.float64) * _one(), _NEAREST), np.int64)
-
-
-def _from(x: Any) -> Any:
-    return lax.convert_element_type(lax.convert_element_type(x, np.float64) / _one(), np.float32)
-
-
 def _truncate(x: Any, *, bits: int) -> Any:
     return lax.shift_right_arithmetic(x + np.int64(1 << (bits - 1)), lax.full_like(x, bits))
 
 
-_NEAREST = lax.RoundingMethod.TO_NEAREST_EVEN
+_TRUNCATE = Primitive("truncate")
+_TRUNCATE.def_impl(_truncate)
+_TRUNCATE.def_abstract_eval(lambda aval, **_: aval.update(weak_type=False))
+mlir.register_lowering(_TRUNCATE, mlir.lower_fun(_truncate, multiple_results=False))
 
 
-def _one() -> np.float64:
-    return np.float64(2.0**FRACTION_BITS)
-
-
-def _primitive(name: str, clear: Any, dtype: Any) -> Primitive:
-    made = Primitive(name)
-    made.def_impl(clear)
-    made.def_abstract_eval(lambda aval, **_: aval.update(dtype=np.dtype(dtype), weak_type=False))
-    mlir.register_lowering(made, mlir.lower_fun(clear, multiple_results=False))
-    return made
-
-
-_TO = _primitive("to_ring", _to, np.int64)
-_FROM = _primitive("from_ring", _from, np.float32)
-_TRUNCATE = _primitive("truncate", _truncate, np.int64)
-
-
-def on_shares(name: str, x: Any, bits: int = 0) -> Any:
-    """The same three as SPU has them, where float64 and int64 are two names of a number in its ring."""
+def truncated_on_shares(x: Any, bits: int) -> Any:
+    """`truncate` as SPU has it, where float64 and int64 are two names of a number in its ring."""
     with enable_x64(True):  # pyright: ignore[reportCallIssue]
-        if name == "to_ring":
-            return lax.bitcast_convert_type(lax.convert_element_type(x, np.float64), np.int64)
         number = lax.bitcast_convert_type(x, np.float64)
-        if name == "truncate":
-            return lax.bitcast_convert_type(number * np.float64(2.0**-bits), np.int64)
-        return lax.convert_element_type(number, np.float32)
+        return lax.bitcast_convert_type(number * np.float64(2.0**-bits), np.int64)

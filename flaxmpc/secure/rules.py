@@ -11,8 +11,8 @@ from jax import lax
 from jax.core import DropVar
 
 from flaxmpc.secure.arithmetic import Arithmetic, wraps
-from flaxmpc.secure.jaxpr import bind, refusal
-from flaxmpc.secure.ring import on_shares
+from flaxmpc.secure.jaxpr import bind, names, refusal
+from flaxmpc.secure.ring import FRACTION_BITS, truncated_on_shares
 
 
 class Operands(NamedTuple):
@@ -33,49 +33,13 @@ class Operands(NamedTuple):
 
 
 # Operations whose results are within the type when their operands are. What is not here is wrapped.
-_CLOSED = frozenset(
-    [
-        "and",
-        "argmax",
-        "argmin",
-        "broadcast_in_dim",
-        "clamp",
-        "concatenate",
-        "cond",
-        "convert_element_type",
-        "copy",
-        "cummax",
-        "cummin",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "gather",
-        "iota",
-        "max",
-        "min",
-        "or",
-        "pad",
-        "reduce_and",
-        "reduce_max",
-        "reduce_min",
-        "reduce_or",
-        "reduce_xor",
-        "rem",
-        "reshape",
-        "rev",
-        "scan",
-        "select_n",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "slice",
-        "sort",
-        "squeeze",
-        "stop_gradient",
-        "top_k",
-        "transpose",
-        "while",
-        "xor",
-    ]
+_CLOSED = names(
+    """
+    and argmax argmin broadcast_in_dim clamp concatenate cond convert_element_type copy cummax cummin dynamic_slice
+    dynamic_update_slice gather iota max min or pad reduce_and reduce_max reduce_min reduce_or reduce_xor rem
+    reshape rev scan select_n shift_right_arithmetic shift_right_logical sign slice sort squeeze stop_gradient top_k
+    transpose while xor
+    """
 )
 
 
@@ -225,10 +189,12 @@ def _convolution(eqn: Any, ins: Operands) -> list[Any]:
     return wrapped(eqn, outs or bind(eqn, ins.values), ins.arithmetic)
 
 
-def _ring(eqn: Any, ins: Operands) -> list[Any]:
-    """See `flaxmpc.secure.ring`."""
+def _truncate(eqn: Any, ins: Operands) -> list[Any]:
+    config = ins.arithmetic.config
+    if (config.ring, config.fraction_bits) != ("FM64", FRACTION_BITS):
+        raise refusal(eqn, f"a plan of bits is for parties with {FRACTION_BITS} fraction bits in the ring FM64")
     with ins.arithmetic.integers():
-        return [on_shares(eqn.primitive.name, ins.values[0], **eqn.params)]
+        return [truncated_on_shares(ins.values[0], **eqn.params)]
 
 
 def _tan(eqn: Any, ins: Operands) -> list[Any]:
@@ -258,9 +224,7 @@ RULES: Mapping[str, Callable[[Any, Operands], list[Any]]] = {
     "sort": _sort,
     "tan": _tan,
     "top_k": _top_k,
-    "to_ring": _ring,
-    "from_ring": _ring,
-    "truncate": _ring,
+    "truncate": _truncate,
 }
 """(equation, operands) -> results; others are left as they are, or in `refused.REFUSED`."""
 

@@ -10,8 +10,8 @@ import numpy as np
 from flaxmpc import files, secure
 
 FILE = "bits.json"
-FOLLOWED_BY = ("ABY3", "REF2K")
-"""The protocols that run the products which a plan is made of, see `flaxmpc.serve.private.product_for`."""
+FOLLOWED_BY = ("ABY3", "REF2K", "SEMI2K")
+"""The protocols whose truncations are those that a plan is tried with."""
 
 _BYTES = 16 << 20
 
@@ -46,6 +46,18 @@ def follows(folder: Path, config: secure.Config) -> bool:
         f"{config.fraction_bits} fraction bits in the ring FM64 are for plans of bits (`flaxmpc plan`), and {why}; "
         "without one a product holds 4 at most: take 18"
     )
+
+
+def parties(folder: Path, protocol: str = "ABY3", **options: Any) -> secure.InProcess:
+    """Parties for the model in a folder: where it has a plan that they can follow, with the plans' fraction bits.
+
+    Args:
+        folder: the model's.
+        protocol, options: see `secure.InProcess`; fraction bits that are given stay as they are.
+    """
+    if has(folder) and protocol in FOLLOWED_BY and options.get("ring", "FM64") == "FM64":
+        options.setdefault("fraction_bits", secure.FRACTION_BITS)
+    return secure.InProcess(protocol, **options)
 
 
 def read(folder: Path, weights: Mapping[str, Any] | None) -> secure.BitPlan:

@@ -1,6 +1,6 @@
 """Texts classified on secret shares: where the models meet the secure runtime."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +40,27 @@ class Private(NamedTuple):
         client_params: the embedding's, where the client embeds; else nothing.
         function: (weights, what the client shares, mask) -> what was asked for, the logits.
         weights: secret numpy arrays by name; jax.ShapeDtypeStruct where the parameters are.
+        encoding: of what the client shares and of what is opened, where the function follows a plan of bits.
     """
 
     model: Any
     client_params: dict[str, Any]
-    function: secure.Hoisted
+    function: Callable[..., Any]
     weights: dict[str, Any]
+    encoding: secure.Encoding | None = None
+
+    def client(self, tokenizer: Any) -> Client:
+        """Who makes and shares what the function takes."""
+        return Client(self.model, tokenizer, self.client_params, encoding=self.encoding)
+
+    def planned(self, plan: secure.BitPlan) -> "Private":
+        """The same by a plan of bits."""
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in self.weights.values()):
+            weights = {name: jax.ShapeDtypeStruct(leaf.shape, np.int64) for name, leaf in self.weights.items()}
+        else:
+            weights = plan.encoding().encode(self.weights)
+        encoding = plan.encoding(len(self.weights))
+        return self._replace(function=secure.Fixed(self.function, plan), weights=weights, encoding=encoding)
 
 
 def private(model: Any, params: dict[str, Any], config: secure.Config, method: Any = "from_embeddings") -> Private:
@@ -114,18 +129,27 @@ def sequence_classifier(model: Any, folder: Path) -> WithHead:
 
 
 def private_classifier(loaded: folders.LoadedModel, config: secure.Config, method: Any = "from_embeddings") -> Private:
-    """`private` of a loaded model. ValueError: it is no sequence classifier."""
-    return private(sequence_classifier(loaded.model, loaded.folder), loaded.params, config, method)
+    """`private` of a loaded model. Where the parties follow a plan of bits it is by that, and `logits_and_size`.
 
-
-def without_weights(model: WithHead, config: secure.Config) -> Private:
-    """A model in two where its weights are not at hand: what runs on shares gives `logits_and_size`.
-
-    Its `client_params` are zeros, and its weights jax.ShapeDtypeStruct.
+    Raises:
+        ValueError: it is no sequence classifier; its plan is broken, or the fraction bits are for plans alone, see
+            `plans.follows`.
     """
+    model, planned = sequence_classifier(loaded.model, loaded.folder), plans.follows(loaded.folder, config)
+    found = private(model, loaded.params, config, logits_and_size if planned else method)
+    return found.planned(plans.read(loaded.folder, found.weights)) if planned else found
+
+
+def without_weights(folder: Path, config: secure.Config) -> Private:
+    """A folder's model in two where its weights are not at hand: what runs on shares gives `logits_and_size`.
+
+    Its `client_params` are zeros, and its weights jax.ShapeDtypeStruct. ValueError: as of `private_classifier`.
+    """
+    model, planned = sequence_classifier(folders.read_model(folder), folder), plans.follows(folder, config)
     found = private(model, param_shapes(model), config, logits_and_size)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), found.client_params)
-    return found._replace(client_params=zeros)
+    found = found._replace(client_params=zeros)
+    return found.planned(plans.read(folder, None)) if planned else found
 
 
 def check(
@@ -158,11 +182,11 @@ def check_encoded(
     Raises:
         ValueError: see `secure.check`; or the model is no sequence classifier.
     """
-    model, client_params, function, weights = private_classifier(loaded, secure.Config())
-    client = Client(model, loaded.tokenizer, client_params)
-    weights = jax.device_put(weights)
+    found = private_classifier(loaded, secure.Config())
+    client = found.client(loaded.tokenizer)
+    weights = jax.device_put(found.weights)
     inputs = ((weights, *client.share(*run)) for run in runs)
-    return secure.check(function, inputs, ring=ring, fraction_bits=fraction_bits)
+    return secure.check(found.function, inputs, ring=ring, fraction_bits=fraction_bits)
 
 
 class Trial(NamedTuple):
@@ -181,22 +205,40 @@ class Trial(NamedTuple):
     texts: int
 
 
-def plan_bits(loaded: folders.LoadedModel, texts: Sequence[Text], *, error: float = 0.02) -> Trial:
+def plan_bits(
+    loaded: folders.LoadedModel,
+    texts: Sequence[Text],
+    *,
+    error: float = 0.02,
+    progress: Callable[[str], object] = lambda _: None,
+) -> Trial:
     """Plans a classifier's bits from texts, keeps the plan in its folder, and tries it in the clear.
+
+    Args:
+        loaded: the model, see `flaxmpc.models.folder.load`.
+        texts: such as the model is for: its numbers are as large as theirs.
+        error: see `secure.plan`.
+        progress: is told what is done next, for minutes; such as `print`.
 
     Raises:
         ValueError: no text, or one that the model does not take; no plan has the error, see `secure.plan`.
         SecureError: a part of the model has more than sums and products, such as a division; names it.
     """
-    model, client_params, function, weights = private_classifier(loaded, secure.Config(), logits_and_size)
-    client = Client(model, loaded.tokenizer, client_params)
+    found = private_classifier(loaded, secure.Config(), logits_and_size)
+    client = found.client(loaded.tokenizer)
     encoded = client.encode(texts)
     runs = [client.run(encoded, [place], 1) for place in range(len(texts))]
     shared = [client.share(run.ids, run.mask, run.types) for run in runs]
-    plan = secure.plan(function, ((weights, *each) for each in shared), error=error)
-    fixed, plain = secure.Fixed(function, plan), jax.jit(function)
-    logits = [(fixed.clear(weights, *each)[0], np.asarray(plain(weights, *each)[0])) for each in shared]
-    plans.write(loaded.folder, weights, plan)
+
+    def batches(doing: str) -> Iterator[tuple[Any, ...]]:
+        for number, each in enumerate(shared, 1):
+            progress(f"{doing} text {number} of {len(shared)}, in the clear")
+            yield found.weights, *each
+
+    plan = secure.plan(found.function, batches("looking at"), error=error, progress=progress)
+    fixed, plain = secure.Fixed(found.function, plan), jax.jit(found.function)
+    logits = [(fixed.clear(*each)[0], np.asarray(plain(*each)[0])) for each in batches("trying the plan on")]
+    plans.write(loaded.folder, found.weights, plan)
     return Trial(
         plan,
         max(float(np.abs(ours - theirs).max()) for ours, theirs in logits),
@@ -228,18 +270,11 @@ class SecureClassifier(Classifier):
             ValueError: the model is no sequence classifier, or its logits have no meaning, or its plan is broken; or
                 the parties' fraction bits are for plans alone, see `plans.follows`.
         """
-        planned = plans.follows(loaded.folder, parties.config)
-        method = logits_and_size if planned else "from_embeddings"
-        self.model, client_params, self.function, weights = private_classifier(loaded, parties.config, method)
-        plan = plans.read(loaded.folder, weights) if planned else None
-        encoding = None if plan is None else plan.encoding(len(weights))
-        super().__init__(self.model, loaded.tokenizer, client_params, encoding=encoding)
-        self._params = loaded.params
-        if plan is not None:
-            self.function = secure.Fixed(self.function, plan)
-            weights = plan.encoding().encode(weights)
+        found = private_classifier(loaded, parties.config)
+        super().__init__(found.model, loaded.tokenizer, found.client_params, encoding=found.encoding)
+        self.model, self.function, self._params = found.model, found.function, loaded.params
         self._secure = secure.jit(self.function, parties=parties)
-        self.weights = parties.put(weights)
+        self.weights = parties.put(found.weights)
         self._apply = jax.jit(self.model.apply)
 
     @classmethod

@@ -26,10 +26,9 @@ from flaxmpc.secure import cache
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.programs import Approved, compile_program
-from flaxmpc.serve import plans
 from flaxmpc.serve.answers import Inference
 from flaxmpc.serve.classify import Classifier, Client, TextRun, buckets, limit
-from flaxmpc.serve.private import logits_and_size, private_classifier, sequence_classifier, without_weights
+from flaxmpc.serve.private import logits_and_size, private_classifier, without_weights
 
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy.cluster import Limits
@@ -72,13 +71,11 @@ def put(
     sizes = _sizes(loaded.model.config, lengths, batches)
     name = name or loaded.folder.resolve().name
     m.check_name(name)  # before minutes of compiling and sending
-    planned = plans.follows(loaded.folder, parties.config)
-    model, client_params, function, weights = private_classifier(loaded, parties.config, logits_and_size)
-    plan = plans.read(loaded.folder, weights) if planned else None
-    client = _client(model, loaded.tokenizer, client_params, plan, len(weights))
-    resident = parties.put(weights if plan is None else plan.encoding().encode(weights))
-    programs = _programs(client, _as_planned(function, plan), resident, parties.cluster, sizes)
-    parties.publish(name, resident, programs, _bundle(client, model))
+    found = private_classifier(loaded, parties.config, logits_and_size)
+    client = found.client(loaded.tokenizer)
+    resident = parties.put(found.weights)
+    programs = _programs(client, found.function, resident, parties.cluster, sizes)
+    parties.publish(name, resident, programs, _bundle(client, found.model))
     return parties.find(name)[1]
 
 
@@ -112,25 +109,11 @@ def approve(
             'programs = "programs.txt" above its first [table]; the party then takes no others'
         )
     folder = Path(folder)
-    trained = sequence_classifier(folders.read_model(folder), folder)
-    sizes = _sizes(trained.config, lengths, batches)
-    planned = plans.follows(folder, cluster.config)
-    model, client_params, function, weights = without_weights(trained, cluster.config)
-    plan = plans.read(folder, None) if planned else None
-    client = _client(model, None, client_params, plan, len(weights))
-    programs = _programs(client, _as_planned(function, plan), secure.Planned(weights), cluster, sizes)
+    sizes = _sizes(folders.read_model(folder).config, lengths, batches)
+    found = without_weights(folder, cluster.config)
+    programs = _programs(found.client(None), found.function, secure.Planned(found.weights), cluster, sizes)
     approved.add(name or folder.resolve().name, programs)
     return programs
-
-
-def _client(
-    model: WithHead, tokenizer: Any, params: dict[str, Any], plan: secure.BitPlan | None, num_weights: int
-) -> Client:
-    return Client(model, tokenizer, params, encoding=None if plan is None else plan.encoding(num_weights))
-
-
-def _as_planned(function: secure.Hoisted, plan: secure.BitPlan | None) -> Callable[..., Any]:
-    return function if plan is None else secure.Fixed(function, plan)
 
 
 def _sizes(config: EncoderConfig, lengths: Sequence[int] | None, batches: Sequence[int]) -> list[tuple[int, int]]:

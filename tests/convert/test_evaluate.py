@@ -10,6 +10,7 @@ from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.convert.runs import resolve
 from flaxmpc.models import folder as folders
 from flaxmpc.models.folder import read_config
+from flaxmpc.serve.private import plan_bits
 
 
 @pytest.fixture
@@ -82,3 +83,22 @@ def test_a_recipe_that_convert_did_not_write_is_refused(fields, message, tmp_pat
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match=message):
         evaluate(tmp_path)
+
+
+def test_a_model_with_a_plan_of_bits_is_measured_by_it(write_classifier, tmp_path):
+    norm = {"name": "layer_norm_chebyshev", "low": 0.2, "high": 40.0, "depth": 5}
+    folder = write_classifier(tmp_path / "model", layer_norm=norm, num_hidden_layers=1)
+    texts = [f"{mood} film {i}" for i in range(24) for mood in ("good", "bad")]
+    rows = [f"{text},{int(text.startswith('good'))}" for text in texts]
+    (tmp_path / "data.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
+    config = Conversion(folder, str(tmp_path / "data.csv"), folder, max_length=16)
+    (folder / "recipe.json").write_text(json.dumps(resolve(config)))
+    (folder / "results.json").write_text(json.dumps({"test_sentences": 8, "accuracy": 0.5}))
+    without = evaluate(folder, ref2k_sentences=2, aby3_sentences=0)
+    assert without["planned"] is False
+    plan_bits(folders.load(folder), texts[:3])
+    planned = evaluate(folder, ref2k_sentences=2, aby3_sentences=0)
+    assert planned["planned"] is True
+    assert 0 < planned["ref2k_max_logit_difference"] < 0.1
+    assert planned["ref2k_max_logit_difference"] != without["ref2k_max_logit_difference"]
+    assert "REF2K (FM64, bits as planned), 2 rows" in (folder / "README.md").read_text()

@@ -339,7 +339,7 @@ def test_every_attention_in_every_family_is_the_same_on_shares(family, attention
             flat[path] = flat[path] + 2.0  # where no score is positive nothing is left to divide by
     params = unflatten(flat)
     plain = np.asarray(applied(model, params, ids, mask))
-    _, client, function, weights = private(model, params, secure.Config())
+    _, client, function, weights, _ = private(model, params, secure.Config())
     embeddings = applied(model, client, ids, method="embed")
     shared = jax.device_get((embeddings, model.config.mask(mask)))
     tolerance = max(1.0, np.abs(plain).max())
@@ -352,7 +352,7 @@ def test_every_attention_in_every_family_is_the_same_on_shares(family, attention
 @pytest.mark.parametrize("embedding", ["public", "secret"])
 def test_weights_are_the_same_for_every_length(family, embedding):
     model, params, _ = case(family.models[0].__name__, attention="2quad_freediv", embedding=embedding)
-    _, client, function, weights = private(model, params, secure.Config())
+    _, client, function, weights, _ = private(model, params, secure.Config())
     part, config = model.config.embedding, model.config
     for length in (1, 3, config.num_positions):
         ids = jnp.full((2, length), 5, jnp.int32)

@@ -245,3 +245,13 @@ def test_a_plans_error_is_that_on_shares(group):
         assert (ours - exact).std() < 1.5 * fixed.plan.error
     assert fixed.plan.error <= 3e-3
     np.testing.assert_array_equal(fixed.clear(weights, x, seed=7), by_chance)
+
+
+def test_the_plan_of_the_fewest_truncations_within_the_error_is_taken():
+    told: list[str] = []
+    plan = secure.plan(everything, BATCHES, error=3e-3, progress=told.append)
+    tries = [re.fullmatch(r"plan (\d) of up to 6: (\d+) truncations, .* error (\S+)", line) for line in told]
+    assert [int(found[1]) for found in tries if found] == list(range(1, len(told) + 1))
+    kept = [int(found[2]) for found in tries if found and float(found[3]) <= 3e-3]
+    assert plan.truncations == min(kept)
+    assert plan.error <= 3e-3

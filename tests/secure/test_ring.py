@@ -6,7 +6,7 @@ import pytest
 
 from flaxmpc import secure
 from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED, by_chance, from_ring, to_ring, truncate
+from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED, by_chance, integers, truncate
 
 X = np.array([0.0, 1.0, -1.0, 0.75, -3.125, 1000.0, -777.75, 2.0**-6], np.float32)
 
@@ -23,30 +23,43 @@ def wide(function):
 @pytest.mark.parametrize("bits", [1, 12, MOST_DROPPED])
 def test_truncation_divides_and_rounds(protocol, bits, group):
     def halved(x):
-        return from_ring(truncate(to_ring(x) * np.int64(2**4), bits))
+        return truncate(x * np.int64(2**4), bits)
 
     parties = group(protocol, fraction_bits=FRACTION_BITS)
-    x = X if bits > 1 else X / 2**14  # x 2^29 is to fit
-    expected = x.astype(np.float64) * 2.0 ** (4 - bits)
-    clear = wide(jax.jit(halved))(x)
-    shared = secure.jit(wide(halved), parties=parties)(x)
+    whole = np.rint(X * 2.0 ** (30 if bits > 1 else 16)).astype(np.int64)  # truncated by one bit x 2^29 is to fit
+    clear = wide(jax.jit(halved))(whole)
+    shared = secure.jit(halved, parties=parties)(integers(whole))
+    assert shared.dtype == np.int64
     for found in (clear, shared):
-        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1.1 * 2.0**-FRACTION_BITS)
+        np.testing.assert_allclose(found, whole * 2.0 ** (4 - bits), rtol=0, atol=1.1)
 
 
 def test_products_of_integers_are_not_truncated_and_cost_half(group):
-    def product(x):
-        number = to_ring(x)
-        return from_ring(truncate(number * number, 28))
-
     parties = group("ABY3", fraction_bits=FRACTION_BITS)
-    x = np.arange(-50, 50).astype(np.float32) * 2.0**-16
-    ours = secure.jit(wide(product), parties=parties).run(x)
-    np.testing.assert_allclose(ours.output, x.astype(np.float64) ** 2 * 4, atol=1e-8)
+    x = integers(np.arange(-50, 50) * 2**14)
+    ours = secure.jit(lambda x: truncate(x * x, 28), parties=parties).run(x)
+    np.testing.assert_allclose(ours.output, np.asarray(x) ** 2 / 2.0**28, atol=1.1)
     assert ours.cost.bytes_sent == 100 * (24 + 28)
-    untouched = secure.jit(wide(lambda x: from_ring(to_ring(x) * to_ring(x))), parties=parties).run(x)
+    untouched = secure.jit(lambda x: x * x, parties=parties).run(x)
     assert untouched.cost.bytes_sent == 100 * 24
-    np.testing.assert_allclose(untouched.output, x.astype(np.float64) ** 2 * 2**30, rtol=1e-5)
+    np.testing.assert_array_equal(untouched.output, np.asarray(x) ** 2)
+
+
+@pytest.mark.parametrize("settings", [{"fraction_bits": 18}, {"ring": "FM128", "fraction_bits": 30}, {"ring": "FM32"}])
+def test_other_parties_are_refused(settings, group):
+    """A truncation is by a factor that has the fraction bits of plans: with others it would be off."""
+    parties = group("REF2K", **{"fraction_bits": 8, **settings})
+    with pytest.raises(secure.SecureError, match=r"30 fraction bits in the ring FM64|int64 has numbers that"):
+        secure.jit(lambda x: truncate(x, 3), parties=parties)(integers([8]))
+
+
+def test_only_numbers_of_the_ring_stay_int64(group):
+    """Other integers are JAX's int32, and none is cut off silently."""
+    double = secure.jit(lambda x: x + x, parties=group("REF2K", fraction_bits=FRACTION_BITS))
+    assert double(np.array([5])).dtype == np.int32
+    assert double(integers([2**40])).tolist() == [2**41]
+    with pytest.raises(ValueError, match="holds 1099511627776, which is beyond int32"):
+        double(np.array([2**40]))
 
 
 def test_more_bits_than_one_truncation_drops_are_none():

@@ -78,7 +78,7 @@ def lazily(model, params, ids=IDS, mask=MASK, types=None, config=CONFIG):
         client = params
         function, weights = secure.hoist(on_shares, params, *shared_of(model, params, ids, mask, types))
     else:
-        _, client, function, weights = private(model, params, config)
+        _, client, function, weights, _ = private(model, params, config)
     head = np.asarray(jax.jit(function)(weights, *shared_of(model, client, ids, mask, types)))
     return (head if head.ndim == 2 else head[mask > 0]), weights
 
@@ -132,7 +132,7 @@ def test_products_are_grouped_or_one_by_one_as_the_protocol_has_it(attention):
     for protocol, grouped in (("ABY3", True), ("SEMI2K", False)):
         found, _ = lazily(model, params, config=secure.Config(protocol=protocol))
         np.testing.assert_allclose(found, plain, atol=1e-4)
-        function, weights = private(model, params, secure.Config(protocol=protocol))[2:]
+        function, weights = private(model, params, secure.Config(protocol=protocol))[2:4]
         text = jax.jit(function).lower(weights, *shared_of(model, params, IDS, MASK)).as_text()
         assert ("convolution" in text) == grouped
 
@@ -212,7 +212,7 @@ def test_folding_leaves_what_it_was_given():
 def test_the_weights_are_the_same_for_every_length(attention, embedding):
     model = model_of(attention=attention, embedding=embedding)
     params = random_params(model)
-    _, client, function, weights = private(model, params, CONFIG)
+    _, client, function, weights, _ = private(model, params, CONFIG)
     planned = private(model, param_shapes(model), CONFIG).weights
     assert jax.tree.map(jnp.shape, weights) == jax.tree.map(lambda leaf: leaf.shape, planned)
     encode = model.config.embedding.encode
@@ -274,7 +274,7 @@ def test_a_foreign_part_is_the_same_function_on_a_lazy_state_and_on_shares(field
     params = random_params(model)
     params["bert"]["embeddings"]["word_embeddings"] *= 0.3
     assert_the_same_function(model, params)
-    _, client, function, weights = private(model, params, CONFIG, logits_and_size)
+    _, client, function, weights, _ = private(model, params, CONFIG, logits_and_size)
     logits, size = secure.jit(function, parties=group("ABY3"))(
         weights, *shared_of(model, client, jnp.asarray(IDS), MASK)
     )
@@ -300,7 +300,7 @@ def layer(group):
     embeddings = np.random.default_rng(1).normal(size=(1, 8, 32)).astype(np.float32)
     found = {}
     mask = jax.device_get(model.config.mask(jnp.ones((1, 8))))
-    _, _, function, weights = private(model, params, secure.Config())
+    _, _, function, weights, _ = private(model, params, secure.Config())
 
     def as_written(params, embeddings, mask):
         return model.apply({"params": params}, embeddings, mask, method="from_embeddings")
