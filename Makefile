@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3 python; do \
 LOCKED := --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes
 
 # Two processes: most tests of parties wait, most others compute.
-TOGETHER := --numprocesses 2 --dist loadfile
+TOGETHER := --numprocesses 2 --dist loadfile --durations 15
 
 .PHONY: help setup demo test test-slow test-next wheel-test lint lock audit bench bench-layer bench-peers
 

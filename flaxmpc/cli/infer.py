@@ -51,11 +51,13 @@ class Runtime(FixedPoint):
     """How the secret computation runs.
 
     Attributes:
+        network: the line between parties that the program is for: on a fast one it takes less work, in more rounds.
         protocol: ABY3: three parties, at most one corrupt. CHEETAH: two parties, no helper, slow. SEMI2K: two parties,
             hides nothing from the first: for measurement only. REF2K: one party, no secrecy: the arithmetic alone.
     """
 
     protocol: Annotated[str | None, _or("ABY3", "ABY3|SEMI2K|CHEETAH|REF2K")] = None
+    network: Annotated[str | None, _or("wan", "wan|lan")] = None
 
     def start(self, folder: Path) -> Any:
         """The parties for a model. Where it has a plan of bits, their fraction bits are by default those of plans."""

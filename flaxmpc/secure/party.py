@@ -227,9 +227,10 @@ class InProcess(Parties):
         ring: str = "FM64",
         fraction_bits: int = 18,
         exp_mode: str = "taylor",
+        network: str = "wan",
     ):
         """Starts the parties. Arguments and errors: see Config."""
-        super().__init__(Config(protocol, ring, fraction_bits, exp_mode))
+        super().__init__(Config(protocol, ring, fraction_bits, exp_mode, network))
         self._lock = threading.Lock()
         self._use(self._start)
 

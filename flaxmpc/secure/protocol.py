@@ -78,6 +78,8 @@ PROTOCOLS = MappingProxyType(
 # How SPU computes an exponential, and its own name for that.
 EXP_MODES = MappingProxyType({"taylor": "EXP_TAYLOR", "pade": "EXP_PADE"})
 
+NETWORKS = ("wan", "lan")
+
 RING_BITS = MappingProxyType({"FM32": 32, "FM64": 64, "FM128": 128})
 
 
@@ -99,16 +101,18 @@ class Config:
         exp_mode: how exponentials are computed. "taylor": (1 + x/256)^256, off by x^2/512 of the value, and by anything
             below -512. "pade": by the bits of x log2 e, off by 1e-4 of the value and right for any negative x, at four
             times the bytes and three times the rounds (ABY3).
+        network: the line between the parties that products are arranged for: "wan", a slow one, or "lan".
 
     Raises:
-        ValueError: an unknown protocol, ring or exp_mode, or fraction bits that leave a product of two small numbers
-            no room in the ring.
+        ValueError: an unknown protocol, ring, exp_mode or network, or fraction bits that leave a product of two small
+            numbers no room in the ring.
     """
 
     protocol: str = "ABY3"
     ring: str = "FM64"
     fraction_bits: int = 18
     exp_mode: str = "taylor"
+    network: str = "wan"
 
     def __post_init__(self):
         get_protocol(self.protocol)
@@ -116,6 +120,8 @@ class Config:
             raise unknown("ring", self.ring, RING_BITS)
         if self.exp_mode not in EXP_MODES:
             raise unknown("exp_mode", self.exp_mode, EXP_MODES)
+        if self.network not in NETWORKS:
+            raise unknown("network", self.network, NETWORKS)
         # A product carries twice the fraction bits until it is truncated; SPU would return garbage without a word.
         most = RING_BITS[self.ring] // 2 - 2
         if not 1 <= self.fraction_bits <= most:
@@ -133,8 +139,8 @@ class Config:
 
     @property
     def grouped_products(self) -> bool:
-        """See Protocol."""
-        return get_protocol(self.protocol).grouped_products
+        """Whether many small products are grouped, see Protocol: on a fast line one by one they take less work."""
+        return get_protocol(self.protocol).grouped_products and self.network == "wan"
 
     @property
     def limit(self) -> float:

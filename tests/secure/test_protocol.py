@@ -27,6 +27,8 @@ def test_unknown_protocol_names_the_closest():
 def test_unknown_ring_and_useless_fraction_bits():
     with pytest.raises(ValueError, match=r"unknown ring 'FM63'.*Did you mean 'FM64'\?"):
         secure.Config(ring="FM63")
+    with pytest.raises(ValueError, match=r"unknown network 'wam'\. Did you mean 'wan'"):
+        secure.Config(network="wam")
     with pytest.raises(ValueError, match=r"fraction_bits must be in 1\.\.30 with ring FM64, not 31"):
         secure.Config(fraction_bits=31)
     with pytest.raises(ValueError, match=r"fraction_bits must be in 1\.\.14 with ring FM32, not 18"):

@@ -124,15 +124,15 @@ def test_every_normalisation(attention, layer_norm):
 
 
 @pytest.mark.parametrize("attention", ["2quad_freediv", "softmax"])
-def test_products_are_grouped_or_one_by_one_as_the_protocol_has_it(attention):
+def test_products_are_grouped_or_one_by_one_as_protocol_and_network_have_it(attention):
     model = model_of(attention=attention)
     params = random_params(model)
-    assert [secure.Config(protocol=name).grouped_products for name in ("ABY3", "SEMI2K")] == [True, False]
     plain = output(model, params)
-    for protocol, grouped in (("ABY3", True), ("SEMI2K", False)):
-        found, _ = lazily(model, params, config=secure.Config(protocol=protocol))
+    for protocol, network, grouped in (("ABY3", "wan", True), ("ABY3", "lan", False), ("SEMI2K", "wan", False)):
+        config = secure.Config(protocol, network=network)
+        found, _ = lazily(model, params, config=config)
         np.testing.assert_allclose(found, plain, atol=1e-4)
-        function, weights = private(model, params, secure.Config(protocol=protocol))[2:4]
+        function, weights = private(model, params, config)[2:4]
         text = jax.jit(function).lower(weights, *shared_of(model, params, IDS, MASK)).as_text()
         assert ("convolution" in text) == grouped
 

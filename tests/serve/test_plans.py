@@ -55,6 +55,15 @@ def test_answers_follow_the_plan_and_cost_less(planned, protocol, bytes_left, gr
         assert few.rounds < 0.9 * many.rounds
 
 
+def test_products_one_by_one_follow_the_plan_too(planned, group):
+    """On a fast line the heads are multiplied one by one: the same answers, bytes and plan, in more rounds."""
+    settings = [{"fraction_bits": secure.FRACTION_BITS, "network": network} for network in ("wan", "lan")]
+    pair = [SecureClassifier.from_folder(planned[0], group("ABY3", **each)) for each in settings]
+    wan, lan = (classifier.estimate(16, 1) for classifier in pair)
+    assert lan.rounds > wan.rounds
+    assert max(one.difference for one in pair[1].classify(TEXTS).predictions) < 0.05
+
+
 def test_many_texts_of_a_run_follow_the_plan(planned, group):
     """More heads than one grouped convolution takes: they are still one product."""
     classifier = SecureClassifier.from_folder(planned[0], group("ABY3", fraction_bits=secure.FRACTION_BITS))

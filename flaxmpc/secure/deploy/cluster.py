@@ -105,7 +105,7 @@ class ClusterFile(_Table, frozen=True):
     """The content of a cluster.toml. File names in it are relative to it.
 
     Attributes:
-        protocol, ring, fraction_bits, exp_mode: settings of the secure computation, as Config has them.
+        protocol, ring, fraction_bits, exp_mode, network: settings of the secure computation, as Config has them.
         ca: file of the authority's certificate, which signed every certificate.
         party: the computing hosts, by rank.
         owner, client: identities, where they are at hand.
@@ -125,6 +125,7 @@ class ClusterFile(_Table, frozen=True):
     ring: str = "FM64"
     fraction_bits: int = 18
     exp_mode: str = "taylor"
+    network: str = "wan"
     owner: Identity | None = None
     client: Identity | None = None
     models: tuple[str, ...] | None = None
@@ -200,7 +201,7 @@ class ClusterFile(_Table, frozen=True):
     @property
     def config(self) -> Config:
         """The settings of the secure computation."""
-        return Config(self.protocol, self.ring, self.fraction_bits, self.exp_mode)
+        return Config(self.protocol, self.ring, self.fraction_bits, self.exp_mode, self.network)
 
     def file(self, name: str) -> Path:
         """The path of a file that cluster.toml names."""

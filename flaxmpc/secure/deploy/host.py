@@ -4,6 +4,7 @@ Who may call which stands in `flaxmpc.secure.deploy.server`; what is asked of a 
 method that returns nothing answers `Empty`. The host's worker, a child process, holds SPU.
 """
 
+import dataclasses
 import functools
 import threading
 import time
@@ -52,7 +53,7 @@ class Host:
             if not (allow_insecure_dealer or cluster.allow_insecure_dealer):
                 raise ValueError(f"SEMI2K: {meaning} To run it all the same: --allow-insecure-dealer")
             self.log("insecure_dealer", meaning=meaning)
-        settings = {name: str(getattr(cluster, name)) for name in ("protocol", "ring", "fraction_bits", "exp_mode")}
+        settings = {name: str(value) for name, value in dataclasses.asdict(cluster.config).items()}
         self._facts = {**settings, "parties": str(len(cluster.party)), **versions()}
         certificates.check_party(cluster, rank)
         self.metrics = monitor.Metrics(self.state, self._counts)
