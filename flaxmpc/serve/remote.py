@@ -48,6 +48,7 @@ def put(
     name: str | None = None,
     lengths: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
+    unnoticed_divergence: bool = False,
 ) -> m.PublicModel:
     """Shares a model's weights among the parties, with programs for each length and batch.
 
@@ -60,18 +61,26 @@ def put(
         name: the model's name for clients; by default the folder's.
         lengths: the lengths that texts are padded to, of `classify.buckets`; by default those up to 64.
         batches: the numbers of texts that a request may have.
+        unnoticed_divergence: whether a model with a plan of bits may be put. Its numbers leave the ring where it
+            diverges, and what is opened then looks like an answer for one in ten of such texts.
 
     Returns:
         What the parties say of it.
 
     Raises:
-        ValueError: no sequence classifier, a length that is none of its buckets, or a name that a model can't have.
+        ValueError: a plan of bits, unless it may be put; no sequence classifier, a length that is none of its buckets,
+            or a name that a model can't have.
         secure.SecureError: a party refuses, or can't be reached.
     """
     sizes = _sizes(loaded.model.config, lengths, batches)
     name = name or loaded.folder.resolve().name
     m.check_name(name)  # before minutes of compiling and sending
     found = private_classifier(loaded, parties.config, logits_and_size)
+    if found.encoding is not None and not unnoticed_divergence:
+        raise ValueError(
+            f"{loaded.folder} would run by its plan of bits: on a text unlike those that the plan was made of, a "
+            "client may get a wrong answer that nobody notices. Take 18 fraction_bits, or allow it (--unnoticed-divergence)"
+        )
     client = found.client(loaded.tokenizer)
     resident = parties.put(found.weights)
     programs = _programs(client, found.function, resident, parties.cluster, sizes)
