@@ -79,7 +79,8 @@ def put(
     if found.encoding is not None and not unnoticed_divergence:
         raise ValueError(
             f"{loaded.folder} would run by its plan of bits: on a text unlike those that the plan was made of, a "
-            "client may get a wrong answer that nobody notices. Take 18 fraction_bits, or allow it (--unnoticed-divergence)"
+            "client may get a wrong answer that nobody notices. Take 18 fraction_bits, or allow it "
+            "(--unnoticed-divergence)"
         )
     client = found.client(loaded.tokenizer)
     resident = parties.put(found.weights)
