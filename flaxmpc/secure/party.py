@@ -21,7 +21,7 @@ from flaxmpc.secure._spu import SecureError, leave_working_directory, load_spu, 
 from flaxmpc.secure.aside import aside, check_no_interrupted, on_each
 from flaxmpc.secure.cost import Profile
 from flaxmpc.secure.protocol import Config
-from flaxmpc.secure.ring import Integers
+from flaxmpc.secure.ring import Integers, integers
 
 T = TypeVar("T")
 
@@ -339,7 +339,7 @@ def to_arrays(tree: Any, config: Config, name: str = "value") -> Any:
         if isinstance(leaf, Resident):
             raise TypeError(f"{where} is resident: resident values take the place of a whole argument")
         if isinstance(leaf, Integers):
-            return leaf
+            return integers(leaf)
         array = np.asarray(leaf)
         kind = array.dtype.kind
         if not (kind in "biu" or (kind == "f" and array.dtype.itemsize in (4, 8))):

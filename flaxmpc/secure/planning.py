@@ -56,7 +56,10 @@ def plan(
     Raises:
         SecureError: an operation that is none of those, by its name.
         PlanError: no plan keeps to the error; or there is no batch, or one of another structure.
+        ValueError: an error that is not positive and finite.
     """
+    if not 0 < error < math.inf:
+        raise ValueError(f"the error of a plan must be positive and finite, not {error:g}")
     seen = Observed.of(fn, map(tuple, batches))
     program = _Program(seen)
     aim, found, best = error, math.inf, None

@@ -31,8 +31,12 @@ class Integers(np.ndarray):
 
 
 def integers(x: Any) -> Integers:
-    """Whole numbers as numbers of the ring."""
-    return np.asarray(x, np.int64).view(Integers)
+    """Whole numbers as numbers of the ring. ValueError: one that is not whole, or beyond 2^62."""
+    array = np.asarray(x)
+    wrong = ~((np.abs(array) <= 2.0**62) & (array == np.rint(array)))
+    if wrong.any():
+        raise ValueError(f"numbers of the ring are whole and up to 2^62, not {array[wrong].flat[0]:g}")
+    return array.astype(np.int64).view(Integers)
 
 
 def truncate(x: Any, bits: int) -> Any:

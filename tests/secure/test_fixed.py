@@ -170,6 +170,12 @@ def test_what_is_no_sum_or_product_is_refused_by_name(function, named):
 def test_numbers_without_room_have_no_plan():
     with pytest.raises(secure.PlanError, match="too large for a plan of bits with an error of 1e-12"):
         secure.plan(layer, BATCHES, error=1e-12)
+    for error in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be positive and finite, not"):
+            secure.plan(layer, BATCHES, error=error)
+    huge = secure.Encoding((200,), (8.0,), (20,))
+    with pytest.raises(ValueError, match="whole and up to 2"):
+        huge.encode(np.ones(3, np.float32))
     with pytest.raises(secure.PlanError, match="no batch"):
         secure.plan(layer, [])
     with pytest.raises(secure.PlanError, match="not finite"):

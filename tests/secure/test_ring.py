@@ -6,7 +6,7 @@ import pytest
 
 from flaxmpc import secure
 from flaxmpc.secure.arithmetic import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED, by_chance, integers, truncate
+from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED, Integers, by_chance, integers, truncate
 
 X = np.array([0.0, 1.0, -1.0, 0.75, -3.125, 1000.0, -777.75, 2.0**-6], np.float32)
 
@@ -60,6 +60,15 @@ def test_only_numbers_of_the_ring_stay_int64(group):
     assert double(integers([2**40])).tolist() == [2**41]
     with pytest.raises(ValueError, match="holds 1099511627776, which is beyond int32"):
         double(np.array([2**40]))
+
+
+@pytest.mark.parametrize("wrong", [1.5, np.nan, np.inf, 2.0**63, -1e30])
+def test_what_is_no_number_of_the_ring_is_refused(wrong, group):
+    """Cast to int64 it would be another number without a word."""
+    with pytest.raises(ValueError, match="whole and up to 2\\^62, not"):
+        integers(np.array([1.0, wrong]))
+    with pytest.raises(ValueError, match="whole and up to 2\\^62, not"):
+        group("REF2K", fraction_bits=FRACTION_BITS).put(np.array([wrong]).view(Integers))
 
 
 def test_more_bits_than_one_truncation_drops_are_none():
