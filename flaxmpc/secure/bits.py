@@ -15,8 +15,11 @@ import numpy as np
 from flaxmpc.secure.instructions import Function, Instruction, exact_bits, power_of_two
 from flaxmpc.secure.ring import FRACTION_BITS, MOST_DROPPED, Integers, integers
 
-SPARE_BITS = 2.0
-"""By how many bits every number may grow beyond what was seen, before it leaves the ring."""
+SPARE_BITS = 10.0
+"""By how many bits every number may grow beyond what was seen, before it leaves the ring.
+
+What leaves the ring comes back anywhere in it: with 10 bits one time in hundreds as large as what was seen.
+"""
 
 RING = 62.0
 """Bits of a number that is truncated, opened or compared, the fraction bits included."""

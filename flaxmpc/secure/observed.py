@@ -20,6 +20,7 @@ clip compares ("clip") only has a size."""
 
 _DIRECTIONS = 4
 _TRIED = 8
+_RANGE = 10.0  # log2 of the largest magnitude over the smallest that counts
 
 
 class Observed(NamedTuple):
@@ -28,9 +29,10 @@ class Observed(NamedTuple):
     Attributes:
         function: for those batches for which it computes the most numbers.
         sizes: log2 of the largest magnitude at each site.
-        smallest: log2 of the smallest, where all numbers have one sign, or of a thousandth of the largest; else inf.
+        smallest: log2 of the smallest where all numbers have one sign, at least the largest's less `_RANGE`; else inf.
         outputs: log2 of the largest magnitude of each result.
-        effects: the mean square of what moves in a result, if every number at the site moves by one, at random.
+        effects: the mean square of what moves in the result that moves most, if every number at the site moves by one,
+            at random.
         batches: some of them, to try a plan on.
     """
 
@@ -69,11 +71,12 @@ class Observed(NamedTuple):
             raise PlanError("there is no batch to plan the bits from")
         if any(function.fingerprint != largest.fingerprint for function in functions.values()):
             raise PlanError("for arguments of other shapes the function computes otherwise: it has no plan for all")
-        sizes, smallest, outputs = zip(*extents, strict=True)
+        large, small, outputs = zip(*extents, strict=True)
+        sizes = {site: max(each[site] for each in large) for site in large[0]}
         return cls(
             largest,
-            {site: max(each[site] for each in sizes) for site in sizes[0]},
-            {site: min(each[site] for each in smallest) for site in smallest[0]},
+            sizes,
+            {site: max(sizes[site] - _RANGE, min(each[site] for each in small)) for site in sizes},
             [max(each) for each in zip(*outputs, strict=True)],
             _effects(largest, longest),
             first,
@@ -112,7 +115,7 @@ def _extent(value: Any) -> tuple[Any, Any]:
     size = jnp.abs(value)
     largest = size.max(initial=0.0)
     one_sign = (value.min(initial=jnp.inf) > 0) | (value.max(initial=-jnp.inf) < 0)
-    return largest, jnp.where(one_sign, jnp.maximum(size.min(initial=jnp.inf), largest / 1024), jnp.inf)
+    return largest, jnp.where(one_sign, size.min(initial=jnp.inf), jnp.inf)
 
 
 def _extents(function: Function, batch: tuple[Any, ...]) -> tuple[dict[Site, float], dict[Site, float], list[float]]:
@@ -149,16 +152,21 @@ def _effects(function: Function, batches: list[tuple[Any, ...]]) -> dict[Site, f
         outputs = _run(function, inputs, at)
         _, back = jax.vjp(functools.partial(moved, inputs), zeros)
 
-        def add(total: dict[Site, Any], one: Any) -> tuple[dict[Site, Any], None]:
-            keys = jax.random.split(one, len(outputs))
-            signs = [jax.random.rademacher(k, out.shape, out.dtype) for k, out in zip(keys, outputs, strict=True)]
-            (slopes,) = back(signs)
-            return {site: total[site] + jnp.square(slopes[site]).sum() for site in total}, None
+        def look_at(result: int) -> dict[Site, Any]:
+            """Of one result's numbers."""
 
-        none = {site: jnp.zeros(()) for site in zeros}
-        total, _ = jax.lax.scan(add, none, jax.random.split(key, _DIRECTIONS))
-        count = _DIRECTIONS * sum(out.size for out in outputs)
-        return {site: effect / count for site, effect in total.items()}
+            def add(total: dict[Site, Any], one: Any) -> tuple[dict[Site, Any], None]:
+                signs = [jnp.zeros_like(out) for out in outputs]
+                signs[result] = jax.random.rademacher(one, outputs[result].shape, outputs[result].dtype)
+                (slopes,) = back(signs)
+                return {site: total[site] + jnp.square(slopes[site]).sum() for site in total}, None
+
+            none = {site: jnp.zeros(()) for site in zeros}
+            total, _ = jax.lax.scan(add, none, jax.random.split(jax.random.fold_in(key, result), _DIRECTIONS))
+            return {site: effect / (_DIRECTIONS * outputs[result].size) for site, effect in total.items()}
+
+        effects = map(look_at, range(len(outputs)))
+        return functools.reduce(functools.partial(jax.tree.map, jnp.maximum), effects)
 
     structs = [jax.ShapeDtypeStruct(shape, np.float32) for shape in function.inputs]
     options: dict[str, Any] = {"xla_backend_optimization_level": 0}  # compiling takes longer than running

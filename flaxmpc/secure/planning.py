@@ -28,6 +28,7 @@ _IN_FLOAT32 = 23.0  # bits of an argument
 # have no effect, but not large ones.
 _RELATIVE = 7.0
 _LARGEST = 4.0  # and so many the largest of all numbers: else a rounding is no small one, whatever its effect seems
+_RESULT_ROOM = 20.0  # bits that results have beside those seen: then what tells that one is wrong is told
 _ROUNDED = 0.4  # standard deviation of a rounding, in units of the last bit: on shares 0.41, in the clear 0.29
 
 # What truncations are weighed by: a party's bytes and the rounds, on a line of 100 Mbit/s and 80 ms.
@@ -88,13 +89,14 @@ _GAP, _SOLVING = 0.05, 20.0  # how far the choice of truncations may be from the
 
 
 def _measured(fn: Callable[..., Any], made: BitPlan, batches: Sequence[tuple[Any, ...]]) -> float:
-    """The standard deviation of what a plan does to a result, in the clear; inf where a result is not finite."""
+    """The standard deviation of what a plan does to the worst result, in the clear; inf where one is not finite."""
     fixed, plain = Fixed(fn, made), jax.jit(fn)
-    squares = []
+    squares = collections.defaultdict(list)
     for number, batch in enumerate(batches):
         pairs = zip(jax.tree.leaves(fixed.clear(*batch, seed=number)), jax.tree.leaves(plain(*batch)), strict=True)
-        squares += [np.square(np.asarray(ours, np.float64) - theirs).ravel() for ours, theirs in pairs]
-    found = float(np.sqrt(np.concatenate(squares).mean()))
+        for result, (ours, theirs) in enumerate(pairs):
+            squares[result].append(np.square(np.asarray(ours, np.float64) - theirs).ravel())
+    found = max(float(np.sqrt(np.concatenate(each).mean())) for each in squares.values())
     return found if math.isfinite(found) else math.inf
 
 
@@ -144,7 +146,7 @@ class _Program:
         bits = carried(function, inputs, self._product, self._together)
         for place, size in zip(function.outputs, seen.outputs, strict=True):
             if isinstance(place, int):
-                self._at_most(bits[place], RING - SPARE_BITS - size)
+                self._at_most(bits[place], RING - _RESULT_ROOM - size)
         for site, rounded in self.sites.items():
             number = site[1] if site[0] == "step" else None
             added = site[0] == "known" and function.steps[site[1]].kind == "sum"  # small beside what it is added to
@@ -209,7 +211,7 @@ class _Program:
 
     def bits(self, truncated: frozenset[int]) -> tuple[dict[Site, int], float]:
         """Whole bits of what is rounded, and the error that they make."""
-        cost = np.full(len(self._bounds), -1e-4)  # beside the largest effect, the others are to be small
+        cost = np.full(len(self._bounds), 1e-4)  # what has no more bits than it needs has room beside them
         cost[0] = 1.0
         found = self._solved(cost, {v: float(n in truncated) for n, v in self._truncated.items()})
         assert found is not None, "that is what the truncations were chosen for"

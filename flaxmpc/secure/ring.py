@@ -57,13 +57,19 @@ def by_chance(key: Any) -> Callable[[Any, int], Any]:
             return x
         random = jax.random.bits(jax.random.fold_in(key, next(count)), x.shape, np.uint32)
         offset = lax.convert_element_type(random >> np.uint32(32 - bits), np.int64)
-        return lax.shift_right_arithmetic(x + offset, lax.full_like(x, bits))
+        return _dropped(x + offset, bits)
 
     return truncated
 
 
 def _truncate(x: Any, *, bits: int) -> Any:
-    return lax.shift_right_arithmetic(x + np.int64(1 << (bits - 1)), lax.full_like(x, bits))
+    return _dropped(x + np.int64(1 << (bits - 1)), bits)
+
+
+def _dropped(x: Any, bits: int) -> Any:
+    """x / 2^bits, rounded down. What is too large for SPU, which multiplies first, is as wrong as there."""
+    x = lax.shift_left(x, lax.full_like(x, FRACTION_BITS - bits))
+    return lax.shift_right_arithmetic(x, lax.full_like(x, FRACTION_BITS))
 
 
 _TRUNCATE = Primitive("truncate")

@@ -103,8 +103,8 @@ def test_numbers_may_grow_by_the_spare_bits_and_beyond_they_are_refused(group):
     params, x = BATCHES[0]
     grown = x * 2.0 ** (SPARE_BITS / 2)  # squared in the layer
     on_shares = secure.jit(fixed, parties=group("ABY3", fraction_bits=30))
-    close(fixed.decode(on_shares(*fixed.encode((params, grown)))), layer(params, grown), 4 * ERROR)
-    for bad in (x * 16, np.full_like(x, np.nan), np.full_like(x, -np.inf)):
+    close(fixed.decode(on_shares(*fixed.encode((params, grown)))), layer(params, grown), 2.0**SPARE_BITS * ERROR)
+    for bad in (x * 2048, np.full_like(x, np.nan), np.full_like(x, -np.inf)):
         with pytest.raises(ValueError, match=r"an argument holds .*; its plan of bits is for up to"):
             fixed.encode((params, bad))
 
