@@ -20,6 +20,25 @@ from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import EXACT, InverseRoot, Normalization, Ranged, centred, variance
 from flaxmpc.nn.product import Product
 
+DIVISIONS = "divisions"
+"""The Flax collection of the `Division` that every lazy normalisation makes, where it is mutable."""
+
+
+class Division(NamedTuple):
+    """A division by a deviation: variance root^2 is 1, or a^2 where the result has a unit.
+
+    What diverges, or leaves the ring, makes other numbers of it, wherever it goes from there.
+
+    Attributes:
+        variance: of what was divided, (batch, token, 1).
+        root: its inverse root, as it was computed; alike.
+        unit: the result's, or None.
+    """
+
+    variance: Array
+    root: Array
+    unit: Unit | None
+
 
 class Dense(nn.Module):
     """x W + b.
@@ -98,6 +117,7 @@ class Norm(nn.Module):
         part: Any = self.part.scaled(factor) if isinstance(self.part, Ranged) else self.part
         variance = square_mean_by_product(c, product) + self.epsilon * factor
         root = part.inverse_root(variance, None if into is None else into.scale, unit)
+        self.sow(DIVISIONS, "division", Division(variance, root, into))
         return Lazy((c * root,), (scale / size(c.shape[-1]),), bias, into, product)
 
 

@@ -13,12 +13,16 @@ from flaxmpc.data.batches import Text
 from flaxmpc.models import folder as folders
 from flaxmpc.models.base import WithHead, defer, param_shapes, without_embeddings
 from flaxmpc.models.config import EncoderConfig
-from flaxmpc.nn.lazy import Lazy, square_mean_by_product
+from flaxmpc.nn.layers import DIVISIONS, Division
 from flaxmpc.nn.mask import Mask
-from flaxmpc.nn.normalization import InverseRoot
 from flaxmpc.nn.product import Product, grouped_conv, matmul
 from flaxmpc.serve import plans
 from flaxmpc.serve.classify import Classifier, Client, TextRun, limit
+
+# Of `_deviation`: its factor, which is no power of two, so that a plan of bits can truncate there; and from where on an
+# answer is none, as a normalisation is off by 0.7.
+_FACTOR = 0.625
+_MOST_DEVIATION = 0.5 * _FACTOR**6
 
 # Tokens of a run, padding included: memory grows with them.
 _RUN_TOKENS = 1024
@@ -63,7 +67,7 @@ class Private(NamedTuple):
         return self._replace(function=secure.Fixed(self.function, plan), weights=weights, encoding=encoding)
 
 
-def private(model: Any, params: dict[str, Any], config: secure.Config, method: Any = "from_embeddings") -> Private:
+def private(model: Any, params: dict[str, Any], config: secure.Config, *, checked: bool = False) -> Private:
     """Folds a model: it runs on a lazy state, and what depends on weights alone is computed here, in float64.
 
     With a public embedding the client shares embeddings (batch, token, hidden), else one-hot tokens.
@@ -71,7 +75,7 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, method: A
     Args:
         model, params: a trained model; with jax.ShapeDtypeStruct leaves, what its programs are compiled from.
         config: of the parties: a protocol computes many small products one by one or grouped.
-        method: of the model, from a lazy state of the embeddings and the mask to the output.
+        checked: whether it also gives how far it is from normalising, see `_deviation`.
     """
     own: EncoderConfig = model.config
     embeds = own.embedding.client_embeds
@@ -83,7 +87,11 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, method: A
             # A state with a unit is 0 at padding.
             needed = mask.tokens if own.score_degree is None else None
             shared = model.apply({"params": params}, *shared, attention_mask=needed, method="embed")
-        return model.apply({"params": params}, defer(own, shared, mask, product), mask, method=method)
+        state = defer(own, shared, mask, product)
+        if not checked:
+            return model.apply({"params": params}, state, mask, method="from_embeddings")
+        logits, made = model.apply({"params": params}, state, mask, method="from_embeddings", mutable=[DIVISIONS])
+        return logits, _deviation(made.get(DIVISIONS, {}), mask)
 
     function, weights = secure.hoist(on_shares, secret_params, *_example(own), dtype="float64")
     return Private(model, client_params, function, weights)
@@ -105,20 +113,32 @@ def _example(config: EncoderConfig) -> tuple[Any, Mask]:
     return tuple(jax.eval_shape(lambda ids, n=n: config.embedding.encode(ids, n), ids) for n in sizes), mask
 
 
-def logits_and_size(model: Any, embeddings: Lazy, mask: Mask) -> tuple[jax.Array, jax.Array]:
-    """A method of a sequence classifier for `private`: its logits, and the size of what they read.
+def _deviation(divisions: Any, mask: Mask) -> jax.Array:
+    """How far a model's normalisations are from normalising, (text,): the squares of how far each `Division` is off.
 
-    Fixed point has no NaN: where a model diverges, what is opened looks like any other logits. But its last LayerNorm
-    then leaves a state whose size (text,) is not 1 but thousands. It is one number a text, opened to its client. What
-    divides by no deviation does not diverge, and has no size: 1.
+    Fixed point has no NaN: where a model diverges, or a number leaves the ring, what is opened looks like any other
+    logits. But then a normalisation leaves a state of another size than 1. It is one number a text, opened to its
+    client.
     """
-    hidden: Lazy = model.encode(embeddings, mask).hidden
-    (state,) = hidden.arrays
-    config: EncoderConfig = model.config
-    parts = [part for layer in range(config.num_hidden_layers) for part in config.layer_norms_of(layer)]
-    size = square_mean_by_product(state[:, 0])[:, 0]
-    divides = all(isinstance(part, InverseRoot) for part in parts[-1:])
-    return model.head(hidden, True), size if divides else jnp.ones_like(size)
+    made: list[Division] = jax.tree.leaves(divisions, is_leaf=lambda node: isinstance(node, Division))
+    if not made:
+        return jnp.zeros(mask.tokens.shape[0])
+    found = []
+    for variance, root, unit in made:
+        tokens = variance.shape[1]
+        ones = jnp.ones_like(variance), mask.tokens[:, :tokens][..., None]
+        found.append((variance, root, *(ones if unit is None else (unit.scale, unit.inverse_square))))
+    # Side by side, as one product takes as many rounds as many.
+    variance, root, scale, weight = (jnp.concatenate(each, 1)[..., 0] for each in zip(*found, strict=True))
+    factors = np.asarray([_FACTOR, _FACTOR, _FACTOR**1.5], np.float32)[:, None, None]
+    variance, *others = jnp.stack([variance, root, scale]) * factors
+    square, size = jnp.square(jnp.stack(others))
+    return jnp.square((variance * square - size) * weight).sum(-1)
+
+
+def answered(logits: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """The opened logits (text, label), NaN where the model diverged, see `_deviation`."""
+    return np.where((np.abs(deviation) < _MOST_DEVIATION)[:, None], logits, np.nan)
 
 
 def sequence_classifier(model: Any, folder: Path) -> WithHead:
@@ -128,25 +148,25 @@ def sequence_classifier(model: Any, folder: Path) -> WithHead:
     return model
 
 
-def private_classifier(loaded: folders.LoadedModel, config: secure.Config, method: Any = "from_embeddings") -> Private:
-    """`private` of a loaded model. Where the parties follow a plan of bits it is by that, and `logits_and_size`.
+def private_classifier(loaded: folders.LoadedModel, config: secure.Config, *, checked: bool = False) -> Private:
+    """`private` of a loaded model. Where the parties follow a plan of bits it is by that, and checked.
 
     Raises:
         ValueError: it is no sequence classifier; its plan is broken, or the fraction bits are for plans alone, see
             `plans.follows`.
     """
     model, planned = sequence_classifier(loaded.model, loaded.folder), plans.follows(loaded.folder, config)
-    found = private(model, loaded.params, config, logits_and_size if planned else method)
+    found = private(model, loaded.params, config, checked=checked or planned)
     return found.planned(plans.read(loaded.folder, found.weights)) if planned else found
 
 
 def without_weights(folder: Path, config: secure.Config) -> Private:
-    """A folder's model in two where its weights are not at hand: what runs on shares gives `logits_and_size`.
+    """A folder's model in two where its weights are not at hand: what runs on shares is checked.
 
     Its `client_params` are zeros, and its weights jax.ShapeDtypeStruct. ValueError: as of `private_classifier`.
     """
     model, planned = sequence_classifier(folders.read_model(folder), folder), plans.follows(folder, config)
-    found = private(model, param_shapes(model), config, logits_and_size)
+    found = private(model, param_shapes(model), config, checked=True)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), found.client_params)
     found = found._replace(client_params=zeros)
     return found.planned(plans.read(folder, None)) if planned else found
@@ -224,7 +244,7 @@ def plan_bits(
         ValueError: no text, or one that the model does not take; no plan has the error, see `secure.plan`.
         SecureError: a part of the model has more than sums and products, such as a division; names it.
     """
-    found = private_classifier(loaded, secure.Config(), logits_and_size)
+    found = private_classifier(loaded, secure.Config(), checked=True)
     client = found.client(loaded.tokenizer)
     encoded = client.encode(texts)
     runs = [client.run(encoded, [place], 1) for place in range(len(texts))]
@@ -255,7 +275,7 @@ class SecureClassifier(Classifier):
 
     Attributes:
         model: as it was trained.
-        function: what runs on shares: (weights, *what the client shares) -> logits, and with a plan their size.
+        function: what runs on shares: (weights, *what the client shares) -> logits, and with a plan the deviation.
         weights: resident.
     """
 
@@ -291,7 +311,8 @@ class SecureClassifier(Classifier):
     def logits(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> Logits:
         """The logits of encoded texts or pairs, see `share`; those in the clear are of the model as trained."""
         outputs, cost = self._secure.run(self.weights, *self.share(ids, mask, types))
-        secret, *_ = self.opened(jax.tree.leaves(outputs))
+        secret, *deviation = self.opened(jax.tree.leaves(outputs))
+        secret = answered(secret, *deviation) if deviation else secret
         words, *kinds = self._tokens(ids, types)
         return Logits(secret, np.asarray(self._apply({"params": self._params}, words, mask, *kinds)), cost)
 

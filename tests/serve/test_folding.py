@@ -21,7 +21,7 @@ from flaxmpc.models.bert import ARCHITECTURES, BertConfig, BertForMaskedLM, Bert
 from flaxmpc.nn.attention import ATTENTION, scalars_of
 from flaxmpc.nn.normalization import NORMALIZATIONS, Chebyshev
 from flaxmpc.nn.product import grouped_conv
-from flaxmpc.serve.private import logits_and_size, private
+from flaxmpc.serve.private import private
 
 TINY = BertConfig(
     vocab_size=40,
@@ -274,12 +274,12 @@ def test_a_foreign_part_is_the_same_function_on_a_lazy_state_and_on_shares(field
     params = random_params(model)
     params["bert"]["embeddings"]["word_embeddings"] *= 0.3
     assert_the_same_function(model, params)
-    _, client, function, weights, _ = private(model, params, CONFIG, logits_and_size)
-    logits, size = secure.jit(function, parties=group("ABY3"))(
+    _, client, function, weights, _ = private(model, params, CONFIG, checked=True)
+    logits, deviation = secure.jit(function, parties=group("ABY3"))(
         weights, *shared_of(model, client, jnp.asarray(IDS), MASK)
     )
     np.testing.assert_allclose(logits, output(model, params), atol=0.02)
-    np.testing.assert_allclose(size, 1.0, atol=0.02)
+    np.testing.assert_allclose(deviation, 0.0, atol=0.02)
 
 
 def test_a_foreign_attention_stands_beside_ours_in_one_layer():

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 from flaxmpc import secure
 from flaxmpc.cli.main import main
 from flaxmpc.models import folder as folders
+from flaxmpc.models import zoo
 from flaxmpc.secure.deploy.local import write_local
 from flaxmpc.serve import plans, remote
-from flaxmpc.serve.private import SecureClassifier, plan_bits, private_classifier
+from flaxmpc.serve.private import SecureClassifier, answered, plan_bits, private_classifier
 
 TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
 CHEBYSHEV = {"name": "layer_norm_chebyshev", "low": 0.2, "high": 40.0, "depth": 5}
@@ -40,9 +42,12 @@ def test_a_plan_says_what_it_does_in_the_clear(planned):
     assert trial.plan.error <= 0.01
 
 
-@pytest.mark.parametrize(("protocol", "bytes_left"), [("REF2K", None), ("ABY3", 0.8), ("SEMI2K", 0.95)])
+@pytest.mark.parametrize(("protocol", "bytes_left"), [("REF2K", None), ("ABY3", 0.85), ("SEMI2K", 0.95)])
 def test_answers_follow_the_plan_and_cost_less(planned, protocol, bytes_left, group):
-    """SEMI2K: in later runs, whose weights are opened already; a truncation sends nothing there."""
+    """SEMI2K: in later runs, whose weights are opened already; a truncation sends nothing there.
+
+    What tells a divergence comes with a plan alone, and is a tenth of what a model of one layer of 16 features sends.
+    """
     with_plan = SecureClassifier.from_folder(planned[0], group(protocol, fraction_bits=secure.FRACTION_BITS))
     usual = SecureClassifier.from_folder(planned[0], group(protocol))
     ours, theirs = with_plan.classify(TEXTS), usual.classify(TEXTS)
@@ -93,7 +98,7 @@ def test_a_plan_of_too_little_room_is_refused(copy, group):
     step = next(step for step in value["plan"]["steps"] if step["kept"] is not None)
     step["magnitude"] *= 2.0**50
     (copy / plans.FILE).write_text(json.dumps(value))
-    with pytest.raises(ValueError, match="bits to spare in this plan; 2 are needed"):
+    with pytest.raises(ValueError, match="bits to spare in this plan; 10 are needed"):
         SecureClassifier.from_folder(copy, group("REF2K", fraction_bits=secure.FRACTION_BITS))
 
 
@@ -117,7 +122,7 @@ def test_the_commands_make_a_plan_and_follow_it(copy, capsys, tmp_path):
     assert secure.BitPlan.from_dict(made["plan"]).error <= 0.01
     main(["cost", str(copy), "--tokens", "8", "--json"])
     after = json.loads(capsys.readouterr().out)
-    assert after["bytes_sent"] < 0.8 * before["bytes_sent"]
+    assert after["bytes_sent"] < 0.85 * before["bytes_sent"]
     main(["cost", str(copy), "--tokens", "8", "--fraction-bits", "18", "--json"])
     assert json.loads(capsys.readouterr().out)["bytes_sent"] == before["bytes_sent"]
     main(["cost", str(copy), "--tokens", "8", "--protocol", "SEMI2K", "--json"])
@@ -137,9 +142,27 @@ def test_bad_options_are_refused(copy, options, said, capsys):
 
 def test_a_text_far_from_those_of_the_plan_is_refused(planned, group):
     classifier = SecureClassifier.from_folder(planned[0], group("REF2K", fraction_bits=secure.FRACTION_BITS))
-    classifier.client_params = jax.tree.map(lambda leaf: 50 * leaf, classifier.client_params)
+    classifier.client_params = jax.tree.map(lambda leaf: 5000 * leaf, classifier.client_params)
     with pytest.raises(ValueError, match=r"an argument holds .*; its plan of bits is for up to"):
         classifier.share(np.array([[2, 9, 3]]), np.ones((1, 3), int))
+
+
+@pytest.mark.parametrize("fraction_bits", [18, secure.FRACTION_BITS])
+def test_an_answer_to_one_word_many_times_is_right_or_none(fraction_bits, group):
+    """The shipped model diverges on most of these. What is opened then looks like other logits."""
+    loaded, parties = folders.load(zoo.find(zoo.DEFAULT)), group("REF2K", fraction_bits=fraction_bits)
+    found = private_classifier(loaded, parties.config, checked=True)
+    client, run, weights = found.client(loaded.tokenizer), secure.jit(found.function, parties=parties), found.weights
+    words = "capture amazing raft preferred lids chris concerned art weeks blindly feel obstacle boring fun"
+    texts, weights = [" ".join([word] * 10) for word in words.split()], parties.put(weights)
+    encoded, none = client.encode(texts), 0
+    for place in range(len(texts)):
+        one = client.run(encoded, [place], 1)
+        logits = answered(*client.opened(jax.tree.leaves(run(weights, *client.share(one.ids, one.mask, one.types)))))
+        plain = found.model.apply({"params": loaded.params}, jnp.asarray(one.ids), jnp.asarray(one.mask))
+        none += bool(np.isnan(logits).all())
+        assert np.isnan(logits).all() or np.abs(logits - plain).max() < 0.3
+    assert len(texts) / 2 < none < len(texts)
 
 
 def test_parties_on_hosts_follow_the_plan(planned, copy, running, tmp_path, group, monkeypatch):

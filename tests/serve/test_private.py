@@ -11,7 +11,7 @@ from flaxmpc import secure
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.bert import BertForMaskedLM
-from flaxmpc.serve.private import SecureClassifier, logits_and_size, private_classifier
+from flaxmpc.serve.private import SecureClassifier, answered, private_classifier
 
 # Of 3 to 18 tokens, so in two buckets.
 TEXTS = [
@@ -245,11 +245,11 @@ def test_the_zoos_default_is_right_about_the_demo_in_time(group):
 
 @pytest.mark.parametrize("factor", [1.0, 1.5, 3.0])
 def test_a_text_beyond_the_calibrated_ranges_is_right_or_known_to_be_wrong(factor, group):
-    """Where variances leave their ranges the polynomials diverge so fast that the opened size tells."""
+    """Where variances leave their ranges the polynomials diverge so fast that the opened deviation tells."""
     loaded = folders.load(zoo.find(zoo.DEFAULT))
     exact = loaded.model.clone(config=dataclasses.replace(loaded.model.config, layer_norm="layer_norm"))
     client = SecureClassifier(loaded, group("REF2K"))
-    pair = [private_classifier(loaded._replace(model=model), secure.Config(), logits_and_size)
+    pair = [private_classifier(loaded._replace(model=model), secure.Config(), checked=True)
             for model in (loaded.model, exact)]  # fmt: skip
     ours, theirs = (functools.partial(jax.jit(each.function), each.weights) for each in pair)
     encoded, wrong = client.encode(TEXTS * 2), 0
@@ -258,8 +258,8 @@ def test_a_text_beyond_the_calibrated_ranges_is_right_or_known_to_be_wrong(facto
         states, mask = client.share(run.ids, run.mask, run.types)
         states = np.array(states)
         states[:, 1 if place < len(TEXTS) else slice(None)] *= factor  # one token's, or all
-        (logits, size), (expected, _) = ours(states, mask), theirs(states, mask)
-        refused = not np.isfinite(logits).all() or abs(float(size[0]) - 1.0) > 0.5
+        (logits, deviation), (expected, _) = ours(states, mask), theirs(states, mask)
+        refused = not np.isfinite(answered(np.asarray(logits), np.asarray(deviation))).all()
         wrong += refused
         assert refused or np.abs(logits - expected).max() < 0.3
     assert (wrong > 0) == (factor > 1)

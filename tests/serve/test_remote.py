@@ -25,7 +25,7 @@ from flaxmpc.secure.deploy.cluster import Limits
 from flaxmpc.secure.deploy.local import write_local
 from flaxmpc.serve import remote
 from flaxmpc.serve.classify import Client
-from flaxmpc.serve.private import SecureClassifier, logits_and_size, private_classifier
+from flaxmpc.serve.private import SecureClassifier, private_classifier
 
 TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
 
@@ -146,10 +146,10 @@ def test_a_model_that_is_put_anew_is_followed(parties, loaded, expected, monkeyp
 def test_outputs_that_are_not_those_of_a_classifier_are_refused(parties, monkeypatch):
     with parties.connect("client") as client:
         classifier = remote.RemoteClassifier(client, "tiny")
-        for outputs in ([np.zeros((1, 2))], [np.zeros((1, 3)), np.ones(1)], [np.zeros((2, 2)), np.ones(2)]):
+        for outputs in ([np.zeros((1, 2))], [np.zeros((1, 3)), np.zeros(1)], [np.zeros((2, 2)), np.zeros(2)]):
             monkeypatch.setattr(client, "infer", lambda *_, outputs=outputs: (outputs, None))
             with pytest.raises(
-                ValueError, match=r"program 1x16 gives .* not logits of 2 labels and the size: the owner"
+                ValueError, match=r"program 1x16 gives .* not logits of 2 labels and the deviation: the owner"
             ):
                 classifier.classify(TEXTS[:1])
 
@@ -472,7 +472,7 @@ def test_programs_are_approved_without_the_weights(changes, group, write_classif
     written = write_local(tmp_path / "c")
     limits = msgspec.structs.replace(written.limits, max_batch_rows=1 if changes else 2)
     cluster = msgspec.structs.replace(written, programs="programs.txt", limits=limits)
-    found = private_classifier(loaded, cluster.config, logits_and_size)
+    found = private_classifier(loaded, cluster.config, checked=True)
     resident = group("ABY3").put(found.weights)
     put = remote._programs(found.client(loaded.tokenizer), found.function, resident, cluster, [(1, 16)])
     (tmp_path / "film").mkdir()
