@@ -152,6 +152,7 @@ def test_a_program_that_swaps_requests_swaps_none_of_two_clients(parties, owner,
         thread.join()
     for number, found in answers.items():
         np.testing.assert_allclose(found, [(X + number) * 3 + 1] * 20, atol=1e-3)
+    np.testing.assert_allclose(ask(client, X), X * 3 + 1, atol=1e-3)  # alone
     assert {run["requests"] for run in parties.events(0, "run")[seen:]} == {1, 2}
     publish(owner)
 
