@@ -29,8 +29,12 @@ from flaxmpc.convert import card
 from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.recipe import make, minilm_l6, with_epochs
+from flaxmpc.data.batches import movie_sentences
+from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
+from flaxmpc.serve import plans
+from flaxmpc.serve.private import plan_bits
 from flaxmpc.training.fit import Schedule
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +104,7 @@ def _publish(name: str, out: Path) -> None:
         files.write_json(folder / "runs" / f"{variant}.json", record)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    weights = ("model.safetensors", *TOKENIZER_FILES) if entry in SHIPPED else ()
+    weights = ("model.safetensors", plans.FILE, *TOKENIZER_FILES) if entry in SHIPPED else ()
     for file in ("config.json", "recipe.json", "results.json", *weights):
         if (out / file).is_file():
             shutil.copy(out / file, folder / file)
@@ -130,6 +134,9 @@ def main(
         make(with_epochs(config, epochs))
         return
     make(config)
+    if name in SHIPPED:
+        plan_bits(folders.load(config.out), movie_sentences()["validation"]["sentence"][:100], error=0.008)
+        make(config)  # measures again, by the plan
     _publish(name, config.out)
 
 

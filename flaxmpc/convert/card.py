@@ -156,8 +156,8 @@ def _lengths(results: Mapping[str, Any], config: EncoderConfig) -> Iterable[str]
         yield f"Beyond {config.longest} tokens it diverges, so it was not measured further and is not for longer texts."
     if any(record["repeated_finite"] < record["repeated"] for record in records):
         yield (
-            "On a word repeated to the end of a bucket it diverges too: `infer` in one process says so; on a cluster, "
-            "where nobody computes in the clear, such an answer is arbitrary."
+            "On a word repeated to the end of a bucket it diverges too. Such a text has no answer: `infer` in one "
+            "process compares with the clear, and on a cluster the program returns how far its normalisations are off."
         )
 
 
