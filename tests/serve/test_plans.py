@@ -24,8 +24,9 @@ CHEBYSHEV = {"name": "layer_norm_chebyshev", "low": 0.2, "high": 40.0, "depth": 
 
 @pytest.fixture(scope="module")
 def planned(write_classifier, tmp_path_factory):
-    """A model folder with a plan, and what planning said."""
-    folder = write_classifier(tmp_path_factory.mktemp("planned"), layer_norm=CHEBYSHEV, num_hidden_layers=1)
+    """A model folder with a plan, and what planning said. Its layer is no smaller beside its norms than usual ones."""
+    shape = {"num_hidden_layers": 1, "intermediate_size": 128}
+    folder = write_classifier(tmp_path_factory.mktemp("planned"), layer_norm=CHEBYSHEV, **shape)
     return folder, plan_bits(folders.load(folder), TEXTS, error=0.01)
 
 
@@ -42,12 +43,9 @@ def test_a_plan_says_what_it_does_in_the_clear(planned):
     assert trial.plan.error <= 0.01
 
 
-@pytest.mark.parametrize(("protocol", "bytes_left"), [("REF2K", None), ("ABY3", 0.85), ("SEMI2K", 0.95)])
+@pytest.mark.parametrize(("protocol", "bytes_left"), [("REF2K", None), ("ABY3", 0.8), ("SEMI2K", 0.95)])
 def test_answers_follow_the_plan_and_cost_less(planned, protocol, bytes_left, group):
-    """SEMI2K: in later runs, whose weights are opened already; a truncation sends nothing there.
-
-    What tells a divergence comes with a plan alone, and is a tenth of what a model of one layer of 16 features sends.
-    """
+    """SEMI2K: in later runs, whose weights are opened already; a truncation sends nothing there."""
     with_plan = SecureClassifier.from_folder(planned[0], group(protocol, fraction_bits=secure.FRACTION_BITS))
     usual = SecureClassifier.from_folder(planned[0], group(protocol))
     ours, theirs = with_plan.classify(TEXTS), usual.classify(TEXTS)
@@ -122,7 +120,7 @@ def test_the_commands_make_a_plan_and_follow_it(copy, capsys, tmp_path):
     assert secure.BitPlan.from_dict(made["plan"]).error <= 0.01
     main(["cost", str(copy), "--tokens", "8", "--json"])
     after = json.loads(capsys.readouterr().out)
-    assert after["bytes_sent"] < 0.85 * before["bytes_sent"]
+    assert after["bytes_sent"] < 0.8 * before["bytes_sent"]
     main(["cost", str(copy), "--tokens", "8", "--fraction-bits", "18", "--json"])
     assert json.loads(capsys.readouterr().out)["bytes_sent"] == before["bytes_sent"]
     main(["cost", str(copy), "--tokens", "8", "--protocol", "SEMI2K", "--json"])
