@@ -41,7 +41,7 @@ class FineTuning:
         text_columns: the data's columns of text, one, or two for pairs; by default the usual names.
         label_column: the data's column of labels.
         seed: the seed of the head, the order of the sentences, and dropout.
-        runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
+        runs: the folder of checkpoints and metrics; by default OUT.run, beside OUT.
     """
 
     encoder: Path
@@ -90,7 +90,7 @@ class Conversion:
         text_columns: the data's columns of text, one, or two for pairs; by default the usual names.
         label_column: the data's column of labels.
         seed: the seed of the order of the sentences.
-        runs: where checkpoints and metrics go; by default OUT.run, beside OUT.
+        runs: the folder of checkpoints and metrics; by default OUT.run, beside OUT.
         notes: Markdown for the card: what was tried.
     """
 

@@ -77,7 +77,8 @@ class WithHead(nn.Module):
         """Ids (batch, token) -> embeddings. A mode of embedding whose lookup takes one-hot rows is given those.
 
         Args:
-            attention_mask: where a part is right on some inputs only, so that padding may not be left as it is.
+            attention_mask: HF's, (batch, token); needed where a part is right on some inputs only, so that padding may
+                not be left as it is.
         """
         return self.encoder.embed(input_ids, token_type_ids, attention_mask, deterministic=deterministic)
 
@@ -165,9 +166,9 @@ class Family:
         """A family of the same encoder, heads and names of weights, which HF has under another name.
 
         Args:
-            model_type: HF's.
+            model_type: HF's name of the family.
             name: what HF's classes are called, where this family's have its own name.
-            **defaults: of the config's fields, those that differ.
+            **defaults: the config's fields that differ.
         """
         own = self.config.__name__.removesuffix("Config")
 

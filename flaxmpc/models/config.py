@@ -167,19 +167,20 @@ class EncoderConfig:
 
     Attributes:
         model_type: HF's name of the family.
-        hf_fields: for HF's names of fields that are others than these, the field.
-        whole_numbers: of the fields that the family has beside these, those that are, with the least and the most.
+        hf_fields: the fields whose names are others than HF's, by HF's names.
+        whole_numbers: the least and the most of each whole number that the family has beside these fields.
         has_token_types: whether the family tells the two texts of a pair apart; else type_vocab_size is 0.
         id2label: the names of the labels, in order of their ids.
         problem_type: what a classifier's logits mean: "regression", "single_label_classification",
             "multi_label_classification"; None: a regression for one label, else one label of several.
         model_max_length: tokens of the longest text that the model was trained and measured for, [CLS] and [SEP]
             included; None: all positions. Beyond it an approximation may diverge.
-        num_texts: that the model was trained on at a time: 1, or 2 for pairs; None: not known, either is answered.
-        attention: see `flaxmpc.nn.attention.ATTENTION`.
-        hidden_act: see `flaxmpc.nn.activation.ACTIVATIONS`.
-        layer_norm: see `flaxmpc.nn.normalization.NORMALIZATIONS`.
-        embedding: see `flaxmpc.nn.embedding.EMBEDDINGS`.
+        num_texts: how many texts the model was trained on at a time: 1, or 2 for pairs; None: not known, either is
+            answered.
+        attention: the attention part, see `flaxmpc.nn.attention.ATTENTION`.
+        hidden_act: the activation of the feed-forward, see `flaxmpc.nn.activation.ACTIVATIONS`.
+        layer_norm: the normalisation, see `flaxmpc.nn.normalization.NORMALIZATIONS`.
+        embedding: who looks the tokens up, see `flaxmpc.nn.embedding.EMBEDDINGS`.
 
     Raises:
         ValueError: an unknown field or part (the message lists the known ones), a value that the field cannot have, a

@@ -21,7 +21,7 @@ class LoadedModel(NamedTuple):
         model: a Linen module with `embed` and `from_embeddings`.
         params: nested dict of float32 arrays.
         tokenizer: a transformers tokenizer.
-        folder: where it was read.
+        folder: the folder that it was read from.
     """
 
     model: Any
@@ -34,7 +34,7 @@ def load(folder: str | Path, architecture: str | None = None) -> LoadedModel:
     """Reads a model as it was saved; its weights must fit exactly.
 
     Args:
-        folder: HF's or ours.
+        folder: a model folder, HF's or ours.
         architecture: HF's name of a class; None takes what config.json says.
 
     Raises:
@@ -93,9 +93,9 @@ def load_pretrained(
     """Reads a pre-trained encoder and puts a fresh head on it, to be fine-tuned; a head in the file is passed over.
 
     Args:
-        folder: HF's or ours.
+        folder: a model folder, HF's or ours.
         architecture: the class of the new model; None: the sequence classifier of the folder's family.
-        seed: of the head.
+        seed: what the head's random weights are made from.
         **changes: fields of the config that are to be other than in the file, such as `id2label`.
 
     Raises:

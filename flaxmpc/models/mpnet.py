@@ -32,7 +32,7 @@ class MPNetConfig(EncoderConfig):
     """The shape of an MPNet and its parts; the defaults are HF's.
 
     Attributes:
-        relative_attention_num_buckets: of distances, in both directions together.
+        relative_attention_num_buckets: how many buckets the distances of two tokens fall in, both directions together.
     """
 
     model_type: ClassVar[str] = "mpnet"

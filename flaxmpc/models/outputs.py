@@ -14,8 +14,8 @@ class Intermediates(NamedTuple):
     Attributes:
         embeddings: (batch, token, hidden), after their normalisation; an array or a lazy state, as it was given.
         hidden_states: the output of every layer, each (batch, token, hidden), alike.
-        scores: of every layer, Q K^T / sqrt(d) before the mask, each (batch, head, query, key).
-        variances: of every layer, what its normalisations met in their order, each (batch, token, 1).
+        scores: every layer's Q K^T / sqrt(d) before the mask, each (batch, head, query, key).
+        variances: what every layer's normalisations met, in their order, each (batch, token, 1).
     """
 
     embeddings: Any

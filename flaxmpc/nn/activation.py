@@ -56,10 +56,10 @@ class Activation:
 
     Attributes:
         f: elementwise, any shape.
-        source: where it was published.
+        source: the paper that published it.
         input_range: inputs on which the secure result is within 0.01 of plaintext (FM64, 18 fraction bits).
         max_gelu_error: largest |f(x) - erf-GeLU(x)| on [-8, 8]; None for what is no approximation of it.
-        square_form: see `SquareForm`; None if f is no square.
+        square_form: f as a `SquareForm`; None if it is no square.
     """
 
     name: str

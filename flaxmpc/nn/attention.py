@@ -295,7 +295,7 @@ class Attention:
     Attributes:
         f: the numerator, (scores, mask, shift) -> the same shape as scores.
         normaliser: `RowSum()` or `Constant()`.
-        source: where it was published.
+        source: the paper that published it.
         score_range: the scores on which the secure result is within 0.01 of plaintext (FM64, 18 fraction bits, values
             of unit size, r_h = 1). Rows whose numerators sum to less than 0.01 are excepted: few of their bits are
             left, and where no score is positive `2relu` gives 0 instead of the mean of V.

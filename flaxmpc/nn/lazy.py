@@ -105,7 +105,7 @@ class Stream(flax.struct.PyTreeNode):
     Attributes:
         value: (batch, token, hidden).
         centres: whether the normalisations take the mean away.
-        product: see `Lazy`.
+        product: how products of two secret arrays are computed, see `Lazy`.
     """
 
     value: Any

@@ -72,7 +72,7 @@ class Mask(flax.struct.PyTreeNode):
 
         Args:
             attention_mask: HF's, (batch, key), 1 for a token and 0 for padding, any dtype.
-            degree: of the numerators of all layers, where they have one in common.
+            degree: the degree of the numerators, where all layers have one in common.
             pairs: what is public.
 
         Raises:

@@ -17,8 +17,8 @@ class Registry(Mapping[str, P], Generic[P]):
     holds it. Of a frozen dataclass a config can change fields; `functools.partial`s and plain functions go in a field.
 
     Args:
-        kind: for messages.
-        part_type: of every part.
+        kind: what messages call a part of this kind.
+        part_type: the type that every part has.
         also: names of parts by what others call them; a part is found under both.
     """
 

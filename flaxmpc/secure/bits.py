@@ -44,8 +44,8 @@ class Step:
         elements: how many numbers it computes, for the arguments that truncations were chosen for.
         magnitude: the largest that was seen.
         bits: the fraction bits of the result before it is truncated.
-        kept: those after; None where it is not truncated.
-        known: of the numbers that it multiplies with, if these are known and not a few whole ones.
+        kept: the fraction bits after that; None where it is not truncated.
+        known: the bits of the numbers that it multiplies with, if these are known and not a few whole ones.
     """
 
     where: str
@@ -67,9 +67,9 @@ class Encoding:
     """How arguments of a function, and its results, are numbers of the ring. It says nothing of what is in between.
 
     Attributes:
-        inputs: bits of the arguments' leaves.
+        inputs: the bits of the arguments' leaves.
         magnitudes: the largest that was seen of each leaf.
-        outputs: bits of the results' leaves.
+        outputs: the bits of the results' leaves.
     """
 
     inputs: tuple[int, ...]
@@ -138,11 +138,11 @@ class BitPlan:
     """How many fraction bits every number of a function has.
 
     Attributes:
-        fingerprint: of the function.
-        inputs: bits of the arguments' leaves.
+        fingerprint: what tells the function from others.
+        inputs: the bits of the arguments' leaves.
         magnitudes: the largest that was seen of each leaf.
-        steps: see `Step`.
-        outputs: bits of the results' leaves.
+        steps: what is planned for every sum, product and clip, in order.
+        outputs: the bits of the results' leaves.
         error: standard deviation of what all roundings together do to a result.
     """
 
@@ -212,9 +212,9 @@ def carried(
     """The bits of every value, by its place.
 
     Args:
-        inputs: of the arguments' leaves.
-        product: of a product, from the sum of what its operands have, without those of known numbers.
-        together: of what all its operands need the same bits for, from those that they have.
+        inputs: the bits of the arguments' leaves.
+        product: gives a product's bits, from the sum of what its operands have, without those of known numbers.
+        together: gives the bits of what needs the same ones of all its operands, from those that they have.
     """
     bits = dict(enumerate(inputs))
     for each in function.instructions:
@@ -236,8 +236,8 @@ def followed(
     """The bits of every value before it is truncated, by its place, and those of the results.
 
     Args:
-        inputs: bits of the arguments' leaves.
-        kept, known: of every step, see `Step`.
+        inputs: the bits of the arguments' leaves.
+        kept, known: every step's, see `Step`.
     """
     raw: dict[int, int] = {}
 

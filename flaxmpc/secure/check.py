@@ -103,7 +103,7 @@ def check(
     Args:
         fn: any JAX function of pytrees, as for `secure.jit`.
         batches: tuples of its arguments. A batch of other shapes counts as one more run of the same operations.
-        ring, fraction_bits: see `secure.jit`.
+        ring, fraction_bits: the fixed point, see `secure.jit`.
 
     Raises:
         ValueError, TypeError: no batch, one that is no tuple of arguments, an argument without fixed-point encoding,

@@ -41,8 +41,8 @@ def hoist(fn: Callable[..., Any], params: Any, *inputs: Any, dtype: Any = None) 
         fn: any JAX function of pytrees.
         params: its first argument; with jax.ShapeDtypeStruct leaves the weights are such, too.
         *inputs: its other arguments, arrays or jax.ShapeDtypeStruct: only shapes and types are looked at.
-        dtype: of floating-point numbers while the weights are computed, such as "float64"; by default their own. The
-            weights have their own in any case.
+        dtype: the type of floating-point numbers while the weights are computed, such as "float64"; by default their
+            own, which the weights have in any case.
 
     Returns:
         `g`, which takes inputs of other shapes too; and the weights, numpy arrays by where they come from: the path of
@@ -144,7 +144,7 @@ class _Trace:
     Attributes:
         values: all, by their place.
         weights: the names of those that the parameters' owner computes, and a place where each is made.
-        labels: for a reader: the paths of parameters by their places, and what made a value of them.
+        labels: words for a reader: the paths of parameters by their places, and what made a value of them.
     """
 
     def __init__(self, fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]):
@@ -248,7 +248,7 @@ class _Trace:
         Args:
             found: values by their places, if they are known; what is computed is added, and dropped after its last use.
             given: parameters or inputs, by what depends on them.
-            dtype: of floating-point numbers; None: their own.
+            dtype: the type of floating-point numbers; None: their own.
         """
 
         def value(place: int) -> Any:

@@ -102,13 +102,13 @@ class Function:
     """A function for arguments of certain shapes, as instructions.
 
     Attributes:
-        instructions: in order.
+        instructions: all of them, in order.
         inputs: shapes of the arguments' leaves, whose places are the first ones.
         outputs: the places of the results, or arrays that are known.
         tree: the results' pytree.
         steps: the instructions that are sums, products and clips: the same ones for arguments of all shapes for which
             the function computes the same.
-        number: of a step's place its number among them.
+        number: each step's number among them, by its place.
     """
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...]):

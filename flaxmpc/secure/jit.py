@@ -163,7 +163,7 @@ class SecureFunction:
         """What a run would cost, without secrets: measured on a run, as cost does not depend on secret values.
 
         Args:
-            *args: as for `run`, where a jax.ShapeDtypeStruct leaf stands for zeros.
+            *args: the arguments as `run` takes them; a jax.ShapeDtypeStruct leaf stands for zeros.
         """
         return self.run(*jax.tree.map(_zeros, args)).cost
 

@@ -18,8 +18,8 @@ class Operation(NamedTuple):
         eqn: the equation.
         ins: its operands.
         out: its result.
-        exact: of each operand, whether fixed point has it as it is, but for the rounding of an argument.
-        uniform: of each operand, whether it is one known number, be it broadcast.
+        exact: whether fixed point has each operand as it is, but for the rounding of an argument.
+        uniform: whether each operand is one known number, be it broadcast.
         config: the fixed point.
     """
 

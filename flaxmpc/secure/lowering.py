@@ -44,7 +44,7 @@ def lower(fn: Callable[..., Any], structs: Sequence[Any], config: Config) -> tup
     Args:
         fn: any JAX function of pytrees.
         structs: its arguments, pytrees of jax.ShapeDtypeStruct.
-        config: of the parties.
+        config: the parties' settings.
 
     Raises:
         SecureError: an operation that SPU cannot compute; names it, and the user's line.

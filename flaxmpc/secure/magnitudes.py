@@ -26,10 +26,10 @@ class OpMargin:
         primitive: JAX's name of it.
         where: the Flax modules that it stands in, or other JAX name scopes; "" if there are none.
         source: file and line that made it.
-        shape: of its result, in the batch that met the largest magnitude.
+        shape: its result's, in the batch that met the largest magnitude.
         quantity: what has the limit: the result, or an operand's name.
         magnitude: the largest |value|; inf where a value was not finite.
-        limit: from where on SPU's result is wrong.
+        limit: the magnitude from which on SPU's result is wrong.
     """
 
     primitive: str

@@ -16,7 +16,7 @@ class Network:
     CHEETAH, whose send actions are not rounds.
 
     Attributes:
-        name: for tables.
+        name: what tables call it.
         bandwidth_bits_per_second: what one party can send.
         rtt_seconds: round-trip time between two parties.
     """

@@ -27,7 +27,7 @@ class Observed(NamedTuple):
     """What batches of arguments say.
 
     Attributes:
-        function: for those batches for which it computes the most numbers.
+        function: the function for those batches for which it computes the most numbers.
         sizes: log2 of the largest magnitude at each site.
         smallest: log2 of the smallest where all numbers have one sign, at least the largest's less `_RANGE`; else inf.
         outputs: log2 of the largest magnitude of each result.

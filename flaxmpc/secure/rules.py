@@ -16,12 +16,12 @@ from flaxmpc.secure.ring import FRACTION_BITS, truncated_on_shares
 
 
 class Operands(NamedTuple):
-    """Of one equation.
+    """The operands of one equation.
 
     Attributes:
-        values: as they stand in the program.
-        known: the same, or the array, of those that are known while compiling; None of others.
-        arithmetic: of the ring.
+        values: the operands as they stand in the program.
+        known: the array or number of each that is known while compiling; None for the others.
+        arithmetic: the ring's.
     """
 
     values: Sequence[Any]

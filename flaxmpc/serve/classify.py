@@ -79,7 +79,7 @@ class Client:
             tokenizer: a fast tokenizer, see `flaxmpc.models.folder.load_tokenizer`.
             params: the parameters of the embedding, if the client embeds; see `flaxmpc.serve.private.private`.
             lengths: the lengths that texts are padded to; by default `buckets`.
-            encoding: of what is shared and opened, where the model's bits are planned.
+            encoding: how what is shared and opened is encoded, where the model's bits are planned.
 
         Raises:
             ValueError: the model's logits have no meaning, see `flaxmpc.serve.answers.head`.

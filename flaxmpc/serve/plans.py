@@ -53,7 +53,7 @@ def parties(folder: Path, protocol: str = "ABY3", **options: Any) -> secure.InPr
 
     Args:
         folder: the model's.
-        protocol, options: see `secure.InProcess`; fraction bits that are given stay as they are.
+        protocol, options: what `secure.InProcess` takes; fraction bits that are given stay as they are.
     """
     if has(folder) and protocol in FOLLOWED_BY and options.get("ring", "FM64") == "FM64":
         options.setdefault("fraction_bits", secure.FRACTION_BITS)

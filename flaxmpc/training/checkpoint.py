@@ -37,7 +37,7 @@ class Checkpoints:
         """Checks all that is there. A step that is damaged is removed, if an earlier or later one stands in for it.
 
         Args:
-            folder: where the steps are kept; it is made if need be.
+            folder: the folder of the steps; it is made if need be.
             best: the name of a figure: only the step with the largest is kept, the last of equals, and no other stands
                 in for it. None: the last two steps are kept.
 

@@ -143,7 +143,7 @@ class Gate(Tasks):
         port: the port's name, for the log.
         context: TLS as `tls` makes it.
         role: gives a certificate in DER and its common names a role of Caller's; None turns it away.
-        ways: where a connection goes on, by what is spoken over it.
+        ways: what goes on with a connection, by what is spoken over it.
         log: is told of what is refused; limited in rate.
         connections: the most of all callers but the owner, who has room of its own.
         silent_seconds: a peer that takes nothing for so long is given up.

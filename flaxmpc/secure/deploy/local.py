@@ -25,7 +25,7 @@ def write_local(
     """Writes a cluster of this machine that works: cluster.toml, an authority, a certificate for every role.
 
     Args:
-        directory: where to; it is made if need be.
+        directory: the folder to write to; it is made if need be.
         protocol: a name in PROTOCOLS; it says how many parties there are.
         timeout_seconds, allow_insecure_dealer: lines of cluster.toml, as ClusterFile has them.
 
