@@ -3,7 +3,7 @@
     python benchmarks/outliers.py [--json] [--show] [--quick]
 
 The zoo's default model with 18 fraction bits everywhere, and by its plan of bits, in REF2K, whose arithmetic is the
-protocols'. As on a cluster, a client has nothing but what is opened: an answer is none where the deviation says that
+protocols'. As on a cluster, a client has nothing but what is opened: an answer is none where the strain says that
 the model diverged. `diverged`: of so many texts a logit in the clear is not finite. `unnoticed`: so many answers have a
 logit that is off by 0.3 or more. About 10 minutes on 2 cores.
 """

@@ -107,7 +107,6 @@ def put(
     name: _Name = None,
     lengths: _Lengths = (),
     batches: tuple[int, ...] = (1,),
-    unnoticed_divergence: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """The model's owner shares its weights among the parties: each gets its own shares only.
 
@@ -117,8 +116,6 @@ def put(
         name: the model's name for clients; by default the folder's.
         lengths: the tokens that texts are padded to: 16, 32, 64, 128, 256, 512, or the most that the model takes.
         batches: the numbers of texts that a run may have.
-        unnoticed_divergence: put a model with a plan of bits all the same. On a text unlike those that the plan was
-            made of, a client may get a wrong answer that nobody notices.
     """
     from flaxmpc import secure
     from flaxmpc.models import folder, zoo
@@ -130,7 +127,7 @@ def put(
     start = time.perf_counter()
     with secure.Cluster(cluster, "owner") as parties:
         options: dict[str, Any] = {"lengths": lengths or None, "batches": batches}
-        served = remote.put(loaded, parties, name=name, unnoticed_divergence=unnoticed_divergence, **options)
+        served = remote.put(loaded, parties, name=name, **options)
         seconds, sent = time.perf_counter() - start, parties.bytes_sent
     print(
         f"{name or loaded.folder.resolve().name}: {len(served.programs)} programs ({', '.join(served.programs)}), "

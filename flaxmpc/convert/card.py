@@ -62,7 +62,8 @@ def _facts(folder: Path, config: EncoderConfig) -> Iterable[tuple[str, str]]:
     layers = range(config.num_hidden_layers)
     yield (
         "architecture",
-        f"BERT, {config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads",
+        f"`{config.model_type}`, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"{config.num_attention_heads} heads",
     )
     yield "labels", ", ".join(config.id2label)
     yield "longest text", f"{config.longest} tokens"
@@ -157,7 +158,8 @@ def _lengths(results: Mapping[str, Any], config: EncoderConfig) -> Iterable[str]
     if any(record["repeated_finite"] < record["repeated"] for record in records):
         yield (
             "On a word repeated to the end of a bucket it diverges too. Such a text has no answer: `infer` in one "
-            "process compares with the clear, and on a cluster the program returns how far its normalisations are off."
+            "process compares with the clear, and on a cluster the program returns how far its normalisations are out of "
+            "their ranges."
         )
 
 

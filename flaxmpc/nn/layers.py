@@ -20,31 +20,15 @@ from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import EXACT, InverseRoot, Normalization, Ranged, centred, variance
 from flaxmpc.nn.product import Product
 
-DIVISIONS = "divisions"
-"""The Flax collection of the `Division` that every lazy normalisation makes, where it is mutable."""
-
-
-class Division(NamedTuple):
-    """A division by a deviation: variance root^2 is 1, or a^2 where the result has a unit.
-
-    What diverges, or leaves the ring, makes other numbers of it, wherever it goes from there.
-
-    Attributes:
-        variance: of what was divided, (batch, token, 1).
-        root: its inverse root, as it was computed; alike.
-        unit: the result's, or None.
-    """
-
-    variance: Array
-    root: Array
-    unit: Unit | None
+STRAINS = "strains"
+"""The Flax collection, where it is mutable, of every lazy normalisation's strain: see `Ranged`."""
 
 
 class Dense(nn.Module):
     """x W + b.
 
     Attributes:
-        features: of the output.
+        features: how many features the output has.
     """
 
     features: int
@@ -66,7 +50,7 @@ class Norm(nn.Module):
     """A normalisation over the features, times scale, plus bias.
 
     Attributes:
-        part: see `flaxmpc.nn.normalization.NORMALIZATIONS`.
+        part: the normalisation, such as those in `flaxmpc.nn.normalization.NORMALIZATIONS`.
         epsilon: added to the variance.
     """
 
@@ -116,8 +100,12 @@ class Norm(nn.Module):
         """c, whose variance is `factor` times as large, by its deviation. The result's matrix takes `size` away."""
         part: Any = self.part.scaled(factor) if isinstance(self.part, Ranged) else self.part
         variance = square_mean_by_product(c, product) + self.epsilon * factor
-        root = part.inverse_root(variance, None if into is None else into.scale, unit)
-        self.sow(DIVISIONS, "division", Division(variance, root, into))
+        wanted = None if into is None else into.scale
+        if isinstance(part, Ranged):
+            root, strain = part.strained(variance, wanted, unit)
+            self.sow(STRAINS, "strain", strain)
+        else:
+            root = part.inverse_root(variance, wanted, unit)
         return Lazy((c * root,), (scale / size(c.shape[-1]),), bias, into, product)
 
 
@@ -136,8 +124,8 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention with an attention part. Returns the output and the scores (of an array).
 
     Attributes:
-        part: see `flaxmpc.nn.attention.ATTENTION`.
-        num_heads: which divide the features.
+        part: the attention, such as those in `flaxmpc.nn.attention.ATTENTION`.
+        num_heads: how many heads share the features; it divides their number.
         dropout: rate, for the attention's weights while training.
     """
 
@@ -160,8 +148,9 @@ class SelfAttention(nn.Module):
         """The output and the scores.
 
         Args:
-            bias: of positions, (1 or batch, head, query, key), added to the scores; a unit is in it already.
-            queries: of a lazy state the first tokens, where nobody reads the output of the others.
+            bias: what is added to the scores, (1 or batch, head, query, key), as for positions; a unit is in it
+                already.
+            queries: the first tokens of a lazy state, where nobody reads the output of the others.
         """
         features = x.shape[-1]
         dense = {"kernel_init": self.kernel_init, "dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -256,8 +245,9 @@ class _Block(nn.Module):
     Attributes:
         attention_part, hidden_act: parts.
         norms: parts, of the attention and of the feed-forward.
-        num_attention_heads, intermediate_size: of the attention; features of the feed-forward between its matrices.
-        epsilon: of the normalisations.
+        num_attention_heads: how many heads the attention has.
+        intermediate_size: how many features the feed-forward has between its matrices.
+        epsilon: what the normalisations add to a variance.
         hidden_dropout, attention_dropout: rates while training.
     """
 
@@ -302,7 +292,7 @@ class PostNormBlock(_Block):
         """The block's output, of a lazy state only the first token's, (batch, 1, hidden), where `first` says so.
 
         Args:
-            bias: see `SelfAttention`.
+            bias: what attention adds to its scores, see `SelfAttention`.
             into: the unit that a lazy result is wanted in, of the next block.
         """
         dropout = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
@@ -326,7 +316,7 @@ class PreNormBlock(_Block):
     def __call__(
         self, x: State | Stream, mask: Mask, bias: Array | None = None, deterministic: bool = True
     ) -> tuple[Any, Seen]:
-        """Args: bias: see `SelfAttention`."""
+        """Args: bias: what attention adds to its scores, see `SelfAttention`."""
         dropout = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
         first = _met(self.norms[0], x)
         y, scores = self._attention()(self._norm(0, "attention_layer_norm")(x), mask, bias, deterministic)

@@ -50,6 +50,10 @@ class Ranged(InverseRoot, Protocol):
 
     `scaled` gives the one for variances `factor` times as large. A folded model multiplies its states' matrices, so
     that variances are `preferred_factor` times as large: the part takes one product less then.
+
+    `strained` gives the inverse root and, shaped like it, the strain: at most 1 in size where the variance is in range,
+    and beyond 1 outside, the more the further. Fixed point has no NaN, so this is how a client learns of a text that a
+    model is not for: it must be large wherever the root is wrong.
     """
 
     @property
@@ -66,6 +70,10 @@ class Ranged(InverseRoot, Protocol):
         ...
 
     def scaled(self, factor: float) -> "Ranged": ...
+
+    def strained(
+        self, variance: Array, scale: Array | None = None, unit: Unit | None = None
+    ) -> tuple[Array, Array]: ...
 
 
 def centred(x: X) -> X:
@@ -128,8 +136,8 @@ def _coefficients(low: float, high: float, depth: int) -> tuple[float, ...]:
     return tuple(np.linalg.lstsq(roots[:, None] * _basis(t, depth), np.ones(count), rcond=None)[0].tolist())
 
 
-def _combined(coefficients: Float[Array, " basis"], t: Array, scale: Array) -> Array:
-    """The columns of `_basis` times coefficients, summed, times scale: one joint product a level.
+def _combined(coefficients: Float[Array, " basis"], t: Array, scale: Array) -> tuple[Array, Array]:
+    """The columns of `_basis` times coefficients, summed, times scale; and the last T. One joint product a level.
 
     A level computes the next T as T_2k = 2 T_k^2 - 1, and multiplies by the last one: first single terms, up to half
     of the T; then sums of all terms, with their coefficients, that share their other factors. So few products do.
@@ -149,7 +157,7 @@ def _combined(coefficients: Float[Array, " basis"], t: Array, scale: Array) -> A
         without, having = sums.reshape(-1, 2, *t.shape).swapaxes(0, 1)
         products, power = times_power(having)
         sums = without + products
-    return sums[0] + sums[1] * power
+    return sums[0] + sums[1] * power, power
 
 
 # A level is 2.7 rounds in ABY3: 27 rounds a LayerNorm of the deepest part, 57 of the exact one.
@@ -183,6 +191,12 @@ class Chebyshev(_Divides):
             raise ValueError(f"{self.name} needs a depth of 1 to {_DEEPEST}, not {self.depth}")
 
     def inverse_root(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> Array:
+        return self.strained(variance, scale, unit)[0]
+
+    def strained(self, variance: Array, scale: Array | None = None, unit: Unit | None = None) -> tuple[Array, Array]:
+        """See `Ranged`. The strain is T_(2^(depth-1)), which the polynomial has anyway: outside of [-1, 1] all of
+        degree 2^depth - 1 are at most twice its square times as large as inside.
+        """
         if unit is not None:
             variance = variance * unit.inverse_square
             scale = unit.inverse if scale is None else scale * unit.inverse

@@ -13,16 +13,14 @@ from flaxmpc.data.batches import Text
 from flaxmpc.models import folder as folders
 from flaxmpc.models.base import WithHead, defer, param_shapes, without_embeddings
 from flaxmpc.models.config import EncoderConfig
-from flaxmpc.nn.layers import DIVISIONS, Division
+from flaxmpc.nn.layers import STRAINS
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.product import Product, grouped_conv, matmul
 from flaxmpc.serve import plans
 from flaxmpc.serve.classify import Classifier, Client, TextRun, limit
 
-# Of `_deviation`: its factor, which is no power of two, so that a plan of bits can truncate there; and from where on an
-# answer is none, as a normalisation is off by 0.7.
-_FACTOR = 0.625
-_MOST_DEVIATION = 0.5 * _FACTOR**6
+# Of `_strain`: from where on an answer is none. Where all variances are in range it is 0.3 to 0.5.
+_MOST_STRAIN = 1.0
 
 # Tokens of a run, padding included: memory grows with them.
 _RUN_TOKENS = 1024
@@ -40,11 +38,11 @@ class Private(NamedTuple):
     """A model in two: what its client computes, and what runs on shares.
 
     Attributes:
-        model: as it was trained; its `embed` is the client's where the embedding is public.
+        model: the model as it was trained; its `embed` is the client's where the embedding is public.
         client_params: the embedding's, where the client embeds; else nothing.
         function: (weights, what the client shares, mask) -> what was asked for, the logits.
         weights: secret numpy arrays by name; jax.ShapeDtypeStruct where the parameters are.
-        encoding: of what the client shares and of what is opened, where the function follows a plan of bits.
+        encoding: how what is shared and opened is encoded, where the function follows a plan of bits.
     """
 
     model: Any
@@ -74,8 +72,8 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, *, checke
 
     Args:
         model, params: a trained model; with jax.ShapeDtypeStruct leaves, what its programs are compiled from.
-        config: of the parties: a protocol computes many small products one by one or grouped.
-        checked: whether it also gives how far it is from normalising, see `_deviation`.
+        config: the parties' settings: they say whether many small products are computed one by one or grouped.
+        checked: whether it also gives how far its normalisations are out of range, see `_strain`.
     """
     own: EncoderConfig = model.config
     embeds = own.embedding.client_embeds
@@ -90,8 +88,8 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, *, checke
         state = defer(own, shared, mask, product)
         if not checked:
             return model.apply({"params": params}, state, mask, method="from_embeddings")
-        logits, made = model.apply({"params": params}, state, mask, method="from_embeddings", mutable=[DIVISIONS])
-        return logits, _deviation(made.get(DIVISIONS, {}), mask)
+        logits, made = model.apply({"params": params}, state, mask, method="from_embeddings", mutable=[STRAINS])
+        return logits, _strain(jax.tree.leaves(made), mask)
 
     function, weights = secure.hoist(on_shares, secret_params, *_example(own), dtype="float64")
     return Private(model, client_params, function, weights)
@@ -113,32 +111,28 @@ def _example(config: EncoderConfig) -> tuple[Any, Mask]:
     return tuple(jax.eval_shape(lambda ids, n=n: config.embedding.encode(ids, n), ids) for n in sizes), mask
 
 
-def _deviation(divisions: Any, mask: Mask) -> jax.Array:
-    """How far a model's normalisations are from normalising, (text,): the squares of how far each `Division` is off.
+def _strain(strains: list[jax.Array], mask: Mask) -> jax.Array:
+    """How far a model's normalisations are out of their ranges, (text,): the mean fourth power of their strains.
 
     Fixed point has no NaN: where a model diverges, or a number leaves the ring, what is opened looks like any other
-    logits. But then a normalisation leaves a state of another size than 1. It is one number a text, opened to its
-    client.
+    logits. But whatever goes wrong changes the variance of a normalisation that follows. The result of that one shows
+    nothing, as a polynomial that is out of range may pass through the wrong root, or its negative; the strain does, as
+    it grows faster than the error does. One number a text is opened, to its client.
+
+    Args:
+        strains: (text, token, 1) each; where the last layer computes the first token alone, that token's.
     """
-    made: list[Division] = jax.tree.leaves(divisions, is_leaf=lambda node: isinstance(node, Division))
-    if not made:
+    if not strains:
         return jnp.zeros(mask.tokens.shape[0])
-    found = []
-    for variance, root, unit in made:
-        tokens = variance.shape[1]
-        ones = jnp.ones_like(variance), mask.tokens[:, :tokens][..., None]
-        found.append((variance, root, *(ones if unit is None else (unit.scale, unit.inverse_square))))
-    # Side by side, as one product takes as many rounds as many.
-    variance, root, scale, weight = (jnp.concatenate(each, 1)[..., 0] for each in zip(*found, strict=True))
-    factors = np.asarray([_FACTOR, _FACTOR, _FACTOR**1.5], np.float32)[:, None, None]
-    variance, *others = jnp.stack([variance, root, scale]) * factors
-    square, size = jnp.square(jnp.stack(others))
-    return jnp.square((variance * square - size) * weight).sum(-1)
+    weight = jnp.concatenate([mask.weight[:, : each.shape[1]] for each in strains], 1) / len(strains)
+    # Side by side, as one product takes as many rounds as many. Padding counts 0 times before numbers become large.
+    square = jnp.square(jnp.concatenate(strains, 1)[..., 0])
+    return (square * weight * square).sum(-1)
 
 
-def answered(logits: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    """The opened logits (text, label), NaN where the model diverged, see `_deviation`."""
-    return np.where((np.abs(deviation) < _MOST_DEVIATION)[:, None], logits, np.nan)
+def answered(logits: np.ndarray, strain: np.ndarray) -> np.ndarray:
+    """The opened logits (text, label), NaN where the model diverged, see `_strain`."""
+    return np.where((np.abs(strain) < _MOST_STRAIN)[:, None], logits, np.nan)
 
 
 def sequence_classifier(model: Any, folder: Path) -> WithHead:
@@ -236,8 +230,8 @@ def plan_bits(
 
     Args:
         loaded: the model, see `flaxmpc.models.folder.load`.
-        texts: such as the model is for: its numbers are as large as theirs.
-        error: see `secure.plan`.
+        texts: texts such as the model is for: the plan is for numbers as large as theirs.
+        error: the largest standard deviation of a logit that roundings may make, see `secure.plan`.
         progress: is told what is done next, for minutes; such as `print`.
 
     Raises:
@@ -274,8 +268,9 @@ class SecureClassifier(Classifier):
     runs as the plan says.
 
     Attributes:
-        model: as it was trained.
-        function: what runs on shares: (weights, *what the client shares) -> logits, and with a plan the deviation.
+        model: the model as it was trained.
+        function: what runs on shares: (weights, *what the client shares) -> logits, and with a plan the strain, see
+            `answered`.
         weights: resident.
     """
 
@@ -283,7 +278,7 @@ class SecureClassifier(Classifier):
         """Folds the model and shares its weights, see `private`.
 
         Args:
-            loaded: see `flaxmpc.models.folder.load`.
+            loaded: the model and its tokenizer, see `flaxmpc.models.folder.load`.
             parties: who computes.
 
         Raises:
@@ -311,8 +306,8 @@ class SecureClassifier(Classifier):
     def logits(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None = None) -> Logits:
         """The logits of encoded texts or pairs, see `share`; those in the clear are of the model as trained."""
         outputs, cost = self._secure.run(self.weights, *self.share(ids, mask, types))
-        secret, *deviation = self.opened(jax.tree.leaves(outputs))
-        secret = answered(secret, *deviation) if deviation else secret
+        secret, *strain = self.opened(jax.tree.leaves(outputs))
+        secret = answered(secret, *strain) if strain else secret
         words, *kinds = self._tokens(ids, types)
         return Logits(secret, np.asarray(self._apply({"params": self._params}, words, mask, *kinds)), cost)
 

@@ -45,7 +45,6 @@ def put(
     name: str | None = None,
     lengths: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
-    unnoticed_divergence: bool = False,
 ) -> m.PublicModel:
     """Shares a model's weights among the parties, with programs for each length and batch.
 
@@ -58,27 +57,19 @@ def put(
         name: the model's name for clients; by default the folder's.
         lengths: the lengths that texts are padded to, of `classify.buckets`; by default those up to 64.
         batches: the numbers of texts that a request may have.
-        unnoticed_divergence: whether a model with a plan of bits may be put. Where it diverges, what is opened looks
-            like an answer for one in sixty of such texts (`benchmarks/outliers.py`).
 
     Returns:
         What the parties say of it.
 
     Raises:
-        ValueError: a plan of bits, unless it may be put, or a broken one; no sequence classifier, a length that is none
-            of its buckets, or a name that a model can't have.
+        ValueError: no sequence classifier, a broken plan of bits, a length that is none of its buckets, or a name that
+            a model can't have.
         secure.SecureError: a party refuses, or can't be reached.
     """
     sizes = _sizes(loaded.model.config, lengths, batches)
     name = name or loaded.folder.resolve().name
     m.check_name(name)  # before minutes of compiling and sending
     found = private_classifier(loaded, parties.config, checked=True)
-    if found.encoding is not None and not unnoticed_divergence:
-        raise ValueError(
-            f"{loaded.folder} would run by its plan of bits: on a text unlike those that the plan was made of, a "
-            "client may get a wrong answer that nobody notices. Take 18 fraction_bits, or allow it "
-            "(--unnoticed-divergence)"
-        )
     client = found.client(loaded.tokenizer)
     resident = parties.put(found.weights)
     programs = _programs(client, found.function, resident, parties.cluster, sizes)
@@ -196,7 +187,7 @@ class _Bundle(NamedTuple):
         model: the model.
         params: the embedding's, if the client embeds.
         tokenizer: the model's.
-        encoding: of what it shares and opens, where the model's bits are planned.
+        encoding: how what it shares and opens is encoded, where the model's bits are planned.
     """
 
     model: WithHead
@@ -301,7 +292,7 @@ class RemoteClassifier(Classifier):
         shapes = [output.shape for output in outputs]
         if shapes != [(len(run.ids), self.config.num_labels), (len(run.ids),)]:
             raise ValueError(
-                f"program {name} gives {shapes}, not logits of {self.config.num_labels} labels and the deviation: "
+                f"program {name} gives {shapes}, not logits of {self.config.num_labels} labels and the strain: "
                 "the owner puts the model again with `flaxmpc put`"
             )
         return answered(*self.opened(outputs)), None, cost

@@ -112,6 +112,26 @@ def test_chebyshev_is_the_inverse_square_root_within_its_stated_error(part):
     assert part.relative_error() < 2e-3
 
 
+@pytest.mark.parametrize("depth", range(1, 8))
+@pytest.mark.parametrize("ratio", [1.5, 30.0, 400.0])
+def test_the_strain_tells_wherever_the_root_is_wrong(depth, ratio, group):
+    """As opened: a mean fourth power of the strain below 1 bounds the mean square of the error by those in range."""
+    part = Chebyshev(low=0.4, high=0.4 * ratio, depth=depth)
+    part = part.scaled(part.preferred_factor)
+    error = part.relative_error()
+    width = part.high - part.low
+    outside = np.concatenate([np.linspace(0.0, part.low, 200)[:-1], part.high + width * np.geomspace(1e-4, 0.5, 200)])
+    inside = np.linspace(part.low, part.high, 200)
+    for v, within in ((outside, False), (inside, True)):
+        root, strain = map(np.float64, jax.jit(part.strained)(v.astype(np.float32)))
+        off = np.abs(root * np.sqrt(v) - 1.0)
+        assert (off <= 4.0 * error * np.maximum(1.0, 2.0 * strain**2) + 1e-4).all()
+        assert (np.abs(strain) <= 1.0 + 1e-4).all() == within
+    wrong = np.float32([part.low + 3.0 * width, 1e3 * width])
+    _, strain = secure.jit(part.strained, parties=group("REF2K"))(wrong)
+    assert (np.abs(strain) > 2.0).all()
+
+
 def test_clipped_is_the_part_in_its_range_and_the_end_of_it_outside():
     part = Chebyshev(low=0.2, high=3.0)
     inside = jnp.array([0.2, 1.0, 2.0, 3.0])

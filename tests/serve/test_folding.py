@@ -275,11 +275,11 @@ def test_a_foreign_part_is_the_same_function_on_a_lazy_state_and_on_shares(field
     params["bert"]["embeddings"]["word_embeddings"] *= 0.3
     assert_the_same_function(model, params)
     _, client, function, weights, _ = private(model, params, CONFIG, checked=True)
-    logits, deviation = secure.jit(function, parties=group("ABY3"))(
+    logits, strain = secure.jit(function, parties=group("ABY3"))(
         weights, *shared_of(model, client, jnp.asarray(IDS), MASK)
     )
     np.testing.assert_allclose(logits, output(model, params), atol=0.02)
-    np.testing.assert_allclose(deviation, 0.0, atol=0.02)
+    np.testing.assert_array_equal(strain, 0.0)  # these parts are right for variances of any size
 
 
 def test_a_foreign_attention_stands_beside_ours_in_one_layer():

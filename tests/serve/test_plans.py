@@ -174,9 +174,7 @@ def test_parties_on_hosts_follow_the_plan(planned, copy, running, tmp_path, grou
     with running(tmp_path / "c", timeout=30, changes=changes) as parties:
         with parties.connect() as owner:
             loaded, sizes = folders.load(planned[0]), {"lengths": (16,), "batches": (1, 2)}
-            with pytest.raises(ValueError, match=r"a wrong answer that nobody notices.*--unnoticed-divergence"):
-                remote.put(loaded, owner, name="tiny", **sizes)
-            remote.put(loaded, owner, name="tiny", **sizes, unnoticed_divergence=True)
+            remote.put(loaded, owner, name="tiny", **sizes)
             with pytest.raises(ValueError, match=r"30 fraction bits .* are for plans of bits .*copy has none"):
                 remote.put(folders.load(copy), owner, name="other", lengths=(16,))
         with parties.connect("client") as client:

@@ -243,9 +243,26 @@ def test_the_zoos_default_is_right_about_the_demo_in_time(group):
     assert cost.seconds < 25
 
 
+def test_the_strain_of_a_text_is_that_of_its_tokens_alone(group):
+    """Padding has no range to be in, and the other texts of a run have strains of their own."""
+    loaded = folders.load(zoo.find(zoo.DEFAULT))
+    found = private_classifier(loaded, secure.Config(), checked=True)
+    client, on_shares = found.client(loaded.tokenizer), secure.jit(found.function, parties=group("REF2K"))
+    ids = np.asarray(loaded.tokenizer(TEXTS[0])["input_ids"])
+    mad = np.full(32, ids[1])
+    strains = []
+    for length in (16, 32):
+        rows = np.zeros((2, length), np.int32)
+        rows[0, : len(ids)], rows[1] = ids, mad[:length]
+        _, strain = on_shares(found.weights, *client.share(rows, (rows > 0).astype(np.int32)))
+        strains.append(np.asarray(strain)[0])
+    assert 0.2 < strains[0] < 0.6
+    np.testing.assert_allclose(*strains, atol=0.01)
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.5, 3.0])
 def test_a_text_beyond_the_calibrated_ranges_is_right_or_known_to_be_wrong(factor, group):
-    """Where variances leave their ranges the polynomials diverge so fast that the opened deviation tells."""
+    """Where variances leave their ranges the polynomials diverge so fast that the opened strain tells."""
     loaded = folders.load(zoo.find(zoo.DEFAULT))
     exact = loaded.model.clone(config=dataclasses.replace(loaded.model.config, layer_norm="layer_norm"))
     client = SecureClassifier(loaded, group("REF2K"))
@@ -258,8 +275,8 @@ def test_a_text_beyond_the_calibrated_ranges_is_right_or_known_to_be_wrong(facto
         states, mask = client.share(run.ids, run.mask, run.types)
         states = np.array(states)
         states[:, 1 if place < len(TEXTS) else slice(None)] *= factor  # one token's, or all
-        (logits, deviation), (expected, _) = ours(states, mask), theirs(states, mask)
-        refused = not np.isfinite(answered(np.asarray(logits), np.asarray(deviation))).all()
+        (logits, strain), (expected, _) = ours(states, mask), theirs(states, mask)
+        refused = not np.isfinite(answered(np.asarray(logits), np.asarray(strain))).all()
         wrong += refused
         assert refused or np.abs(logits - expected).max() < 0.3
     assert (wrong > 0) == (factor > 1)

@@ -149,7 +149,7 @@ def test_outputs_that_are_not_those_of_a_classifier_are_refused(parties, monkeyp
         for outputs in ([np.zeros((1, 2))], [np.zeros((1, 3)), np.zeros(1)], [np.zeros((2, 2)), np.zeros(2)]):
             monkeypatch.setattr(client, "infer", lambda *_, outputs=outputs: (outputs, None))
             with pytest.raises(
-                ValueError, match=r"program 1x16 gives .* not logits of 2 labels and the deviation: the owner"
+                ValueError, match=r"program 1x16 gives .* not logits of 2 labels and the strain: the owner"
             ):
                 classifier.classify(TEXTS[:1])
 
