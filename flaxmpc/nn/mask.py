@@ -50,6 +50,7 @@ class Mask(flax.struct.PyTreeNode):
     Attributes:
         tokens: (batch, key), m, 1 for a token, 0 for padding.
         weight: (batch, key), m / (number of tokens).
+        fourth_root: (batch, key), that to the power of 1/4: the sum of (x fourth_root)^4 is the mean of x^4 over tokens.
         inverse_count: (batch, query), 1/n.
         log_count: (batch, query), log n, for an exponential that takes 1/n into its argument.
         scale: (batch, key), a = m n^(-1/2k) for numerators of degree k (`flaxmpc.nn.lazy.Unit`); m for none.
@@ -59,6 +60,7 @@ class Mask(flax.struct.PyTreeNode):
 
     tokens: Any
     weight: Any
+    fourth_root: Any
     inverse_count: Any
     log_count: Any
     scale: Any
@@ -89,7 +91,8 @@ class Mask(flax.struct.PyTreeNode):
             count = jnp.maximum(tokens @ visible.T, 1.0)
         root = jnp.ones_like(total) if degree is None else total ** (0.5 / degree)
         powers = (tokens / root, tokens * root, tokens * root * root)
-        return cls(tokens, tokens / total, 1.0 / count, jnp.log(count), *powers, pairs)
+        weight = tokens / total
+        return cls(tokens, weight, weight**0.25, 1.0 / count, jnp.log(count), *powers, pairs)
 
     def __and__(self, pairs: Pairs) -> "Mask":
         """The mask that sees what both see. For the client: it counts anew, and drops the degree."""

@@ -124,10 +124,11 @@ def _strain(strains: list[jax.Array], mask: Mask) -> jax.Array:
     """
     if not strains:
         return jnp.zeros(mask.tokens.shape[0])
-    weight = jnp.concatenate([mask.weight[:, : each.shape[1]] for each in strains], 1) / len(strains)
-    # Side by side, as one product takes as many rounds as many. Padding counts 0 times before numbers become large.
-    square = jnp.square(jnp.concatenate(strains, 1)[..., 0])
-    return (square * weight * square).sum(-1)
+    # Side by side, as one product takes as many rounds as many. Padding goes first: 0 times a number is rounded, and a
+    # power of that number would multiply the rounding.
+    weight = jnp.concatenate([mask.fourth_root[:, : each.shape[1]] for each in strains], 1)
+    square = jnp.square(jnp.concatenate(strains, 1)[..., 0] * weight)
+    return jnp.square(square).sum(-1) / len(strains)
 
 
 def answered(logits: np.ndarray, strain: np.ndarray) -> np.ndarray:

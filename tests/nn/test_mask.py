@@ -11,6 +11,7 @@ TOKENS = jnp.array([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
 def test_weights_sum_to_one_and_survive_an_empty_text():
     mask = Mask.from_tokens(TOKENS)
     np.testing.assert_allclose(mask.weight, [[1 / 3, 1 / 3, 1 / 3, 0], [0, 0, 0, 0], [0.25] * 4])
+    np.testing.assert_allclose(mask.fourth_root**4, mask.weight, rtol=1e-6)
     np.testing.assert_array_equal(mask.tokens, TOKENS)
     np.testing.assert_allclose(mask.inverse_count, [[1 / 3], [1], [0.25]])
     np.testing.assert_allclose(mask.log_count, np.log([[3], [1], [4]]), rtol=1e-6)

@@ -243,11 +243,12 @@ def test_the_zoos_default_is_right_about_the_demo_in_time(group):
     assert cost.seconds < 25
 
 
-def test_the_strain_of_a_text_is_that_of_its_tokens_alone(group):
+@pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])
+def test_the_strain_of_a_text_is_that_of_its_tokens_alone(protocol, group):
     """Padding has no range to be in, and the other texts of a run have strains of their own."""
     loaded = folders.load(zoo.find(zoo.DEFAULT))
     found = private_classifier(loaded, secure.Config(), checked=True)
-    client, on_shares = found.client(loaded.tokenizer), secure.jit(found.function, parties=group("REF2K"))
+    client, on_shares = found.client(loaded.tokenizer), secure.jit(found.function, parties=group(protocol))
     ids = np.asarray(loaded.tokenizer(TEXTS[0])["input_ids"])
     mad = np.full(32, ids[1])
     strains = []
