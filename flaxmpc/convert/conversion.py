@@ -296,7 +296,12 @@ def convert(config: Conversion) -> dict[str, Any]:
     names = config.layer_norm if isinstance(config.layer_norm, tuple) else (config.layer_norm,) * 2
     after_attention, after_feed_forward = map(NORMALIZATIONS.resolve, names)
     norms = after_attention, after_feed_forward
-    replaced = dataclasses.replace(own, attention=config.attention, hidden_act=config.activation)
+    replaced = dataclasses.replace(
+        own,
+        attention=config.attention,
+        hidden_act=config.activation,
+        classifier_activation=config.classifier_activation or own.classifier_activation,
+    )
     material = _material(config, teacher)
     task = material.task
     if hosts.from_first(np.bool_(done(config, hosts.agreed(material.inputs)))):

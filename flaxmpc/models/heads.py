@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from flaxmpc.models.base import WithHead, first_token
@@ -12,7 +11,7 @@ from flaxmpc.nn.lazy import State, force
 
 
 class PooledHead(WithHead):
-    """Logits (batch, label) from the encoder's pooler: the first token, dense, tanh. As in BERT."""
+    """Logits (batch, label) from the encoder's pooler: the first token, dense, activation. As in BERT."""
 
     classifies_sequences: ClassVar[bool] = True
     reads_first: ClassVar[bool] = True
@@ -23,12 +22,12 @@ class PooledHead(WithHead):
         self.classifier = self._dense(self.config.num_labels)
 
     def head(self, hidden: State, deterministic: bool) -> Array:
-        pooled = jnp.tanh(force(self.encoder.pooler(first_token(hidden))))
-        return force(self.classifier(self.dropout(pooled, deterministic=deterministic)))
+        pooled = activate(self.encoder.pooler(first_token(hidden)), self.config.classifier_activation)
+        return force(self.classifier(self._dropped(pooled, deterministic)))
 
 
 class FirstTokenHead(WithHead):
-    """Logits (batch, label) from the first token: dense, tanh, dense. As in RoBERTa."""
+    """Logits (batch, label) from the first token: dense, activation, dense. As in RoBERTa and ELECTRA."""
 
     classifies_sequences: ClassVar[bool] = True
     reads_first: ClassVar[bool] = True
@@ -40,8 +39,8 @@ class FirstTokenHead(WithHead):
 
     def head(self, hidden: State, deterministic: bool) -> Array:
         first = self._dropped(first_token(hidden), deterministic)
-        pooled = self.dropout(jnp.tanh(force(self.classifier_dense(first))), deterministic=deterministic)
-        return force(self.classifier_out_proj(pooled))
+        pooled = activate(self.classifier_dense(first), self.config.classifier_activation)
+        return force(self.classifier_out_proj(self._dropped(pooled, deterministic)))
 
 
 class TokenHead(WithHead):

@@ -13,7 +13,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from flaxmpc.nn.activation import ActivationPart, SquareForm, Squares
+from flaxmpc.nn.activation import IDENTITY, ActivationPart, SquareForm, Squares
 from flaxmpc.nn.attention import AttentionPart, Homogeneous, Scalars, folded, scalars_of, scores_of
 from flaxmpc.nn.lazy import Lazy, State, Stream, Unit, side_by_side, size, square_mean_by_product
 from flaxmpc.nn.mask import Mask
@@ -125,7 +125,7 @@ class Norm(nn.Module):
 
 def activate(x: State, act: ActivationPart) -> State:
     """The activation of a dense layer's output. A square folds its scale and shift into that layer."""
-    if not isinstance(x, Lazy):
+    if act == IDENTITY or not isinstance(x, Lazy):
         return act(x)
     form: SquareForm | None = act.square_form if isinstance(act, Squares) else None
     if form is None:
