@@ -71,9 +71,8 @@ LOGITS = Stage(epochs=10, learning_rate=5e-5, logit_weight=1.0)
 LABELS = Stage(epochs=12, learning_rate=5e-5, label_weight=1.0)
 
 
-# For cost: no root after attention, and a head that is one matrix, which learns from logits.
+# For cost: no root after attention.
 AFTER_ATTENTION = ("layer_norm_constant", "layer_norm_chebyshev")
-WITH_LOGITS = dataclasses.replace(Conversion.stage1, epochs=3, logit_weight=0.1)
 
 
 def _one_stage(stage: Stage) -> Conversion:
@@ -97,8 +96,6 @@ STUDENTS: dict[str, Conversion] = {
     "2quad-freediv/fixed-constant": _student(attention="2quad_fixed"),
     "2quad-freediv/trained-embeddings": _student(train_embeddings=True),
     "2quad-freediv/constant-after-attention": _student(layer_norm=AFTER_ATTENTION),
-    "2quad-freediv/linear-head": _student(stage1=WITH_LOGITS, classifier_activation="identity"),
-    "2quad-freediv/both": _student(layer_norm=AFTER_ATTENTION, stage1=WITH_LOGITS, classifier_activation="identity"),
     "2quad-freediv/constant": _student(layer_norm="layer_norm_constant"),
 }
 

@@ -74,8 +74,6 @@ class Conversion:
             the feed-forward. `layer_norm_constant` is calibrated on the teacher. `layer_norm_chebyshev` is calibrated
             when stage 2 begins, and trained to stay in its range. So the student must be near its teacher by then:
             without a stage 1 `layer_norm` does better.
-        classifier_activation: the activation in the student's head; by default the teacher's. With another one a stage
-            needs `logit_weight`, as hidden states say nothing of the head.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
             rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
@@ -103,7 +101,6 @@ class Conversion:
     attention: Annotated[str | tuple[str, ...], _of(ATTENTION, "NAME [NAME ...]")] = "2quad_freediv"
     activation: Annotated[str | tuple[str, ...], _of(ACTIVATIONS, "NAME [NAME ...]")] = "quad"
     layer_norm: Annotated[str | tuple[str, str], _of(NORMALIZATIONS, "NAME [NAME]")] = "layer_norm_chebyshev"
-    classifier_activation: Annotated[str | None, _of(ACTIVATIONS, "NAME")] = None
     stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
     pieces: float = 0.25

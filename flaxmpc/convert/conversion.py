@@ -13,6 +13,7 @@ from flaxmpc.convert import calibrate, contents
 from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_student
 from flaxmpc.convert.finetune import Evaluate, classification_loss, in_order, learn, lengths, looking_up, predict
+from flaxmpc.convert.head import linear_head
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import SPLITS, Batch, Split, batches
@@ -296,12 +297,7 @@ def convert(config: Conversion) -> dict[str, Any]:
     names = config.layer_norm if isinstance(config.layer_norm, tuple) else (config.layer_norm,) * 2
     after_attention, after_feed_forward = map(NORMALIZATIONS.resolve, names)
     norms = after_attention, after_feed_forward
-    replaced = dataclasses.replace(
-        own,
-        attention=config.attention,
-        hidden_act=config.activation,
-        classifier_activation=config.classifier_activation or own.classifier_activation,
-    )
+    replaced = dataclasses.replace(own, attention=config.attention, hidden_act=config.activation)
     material = _material(config, teacher)
     task = material.task
     if hosts.from_first(np.bool_(done(config, hosts.agreed(material.inputs)))):
@@ -333,6 +329,9 @@ def convert(config: Conversion) -> dict[str, Any]:
     results |= figures
     if ranged:  # it may have moved some variances out of their ranges
         student = _calibrated(student, params, material, norms)
+    student, params, results["linear_head_error"] = linear_head(
+        student, params, material.everything, material.validation
+    )
 
     mode = _embedding(config.train_embeddings, folders.read_config(config.teacher))
     kept = student.clone(config=dataclasses.replace(student.config, embedding=mode))

@@ -46,6 +46,7 @@ class DistilBertForSequenceClassification(_DistilBert):
 
     classifies_sequences: ClassVar[bool] = True
     reads_first: ClassVar[bool] = True
+    head_matrices: ClassVar[tuple[str, str] | None] = ("pre_classifier", "classifier")
 
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()

@@ -17,6 +17,10 @@ class PooledHead(WithHead):
     reads_first: ClassVar[bool] = True
     pools: ClassVar[bool] = True
 
+    @property
+    def head_matrices(self) -> tuple[str, str]:
+        return f"{self.base_model_prefix}/pooler", "classifier"
+
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()
         self.classifier = self._dense(self.config.num_labels)
@@ -31,6 +35,7 @@ class FirstTokenHead(WithHead):
 
     classifies_sequences: ClassVar[bool] = True
     reads_first: ClassVar[bool] = True
+    head_matrices: ClassVar[tuple[str, str] | None] = ("classifier_dense", "classifier_out_proj")
 
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()

@@ -90,8 +90,8 @@ class Norm(nn.Module):
         return self._divided(c, x.unit, scale, bias, into, x.product, factor)
 
     def _linear(self, x: Lazy, scale: Array, bias: Array, into: Unit | None) -> Lazy:
-        """x, to which the part was applied. It is computed where its unit changes, or where its matrices would grow from
-        block to block: after attention it has two arrays, after the feed-forward three.
+        """x, to which the part was applied. It is computed where its unit changes, and where its matrices would grow
+        from block to block: after attention it has two arrays, after the feed-forward three.
         """
         if x.unit is into and len(x.arrays) <= 2:
             return x.map(lambda rows: rows * scale).plus(bias)

@@ -121,12 +121,12 @@ def test_the_strain_tells_wherever_the_root_is_wrong(depth, ratio, group):
     part = part.scaled(part.preferred_factor)
     error = part.relative_error()
     width = part.high - part.low
-    outside = np.concatenate([np.linspace(0.0, part.low, 200)[:-1], part.high + width * np.geomspace(1e-4, 0.5, 200)])
+    outside = np.concatenate([np.linspace(0.0, part.low, 200)[:-1], part.high + width * np.geomspace(1e-4, 0.05, 200)])
     inside = np.linspace(part.low, part.high, 200)
     for v, within in ((outside, False), (inside, True)):
         root, strain = map(np.float64, jax.jit(part.strained)(v.astype(np.float32)))
         off = np.abs(root * np.sqrt(v) - 1.0)
-        assert (off <= 4.0 * error * np.maximum(1.0, 2.0 * strain**2) + 1e-4).all()
+        assert (off <= 8.0 * error * np.maximum(1.0, 2.0 * strain**2) + 1e-4).all()
         assert (np.abs(strain) <= 1.0 + 1e-4).all() == within
     wrong = np.float32([part.low + 3.0 * width, 1e3 * width])
     _, strain = secure.jit(part.strained, parties=group("REF2K"))(wrong)
