@@ -71,6 +71,10 @@ LOGITS = Stage(epochs=10, learning_rate=5e-5, logit_weight=1.0)
 LABELS = Stage(epochs=12, learning_rate=5e-5, label_weight=1.0)
 
 
+# For cost: no root after attention.
+AFTER_ATTENTION = ("layer_norm_constant", "layer_norm_chebyshev")
+
+
 def _one_stage(stage: Stage) -> Conversion:
     return _student(stage1=Stage(epochs=0, learning_rate=1.0), stage2=stage, unlabelled=None, layer_norm="layer_norm")
 
@@ -91,6 +95,8 @@ STUDENTS: dict[str, Conversion] = {
     "2quad-freediv/no-distillation": _one_stage(LABELS),
     "2quad-freediv/fixed-constant": _student(attention="2quad_fixed"),
     "2quad-freediv/trained-embeddings": _student(train_embeddings=True),
+    "2quad-freediv/constant-after-attention": _student(layer_norm=AFTER_ATTENTION),
+    "2quad-freediv/constant": _student(layer_norm="layer_norm_constant"),
 }
 
 

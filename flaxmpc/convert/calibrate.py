@@ -15,7 +15,7 @@ from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.outputs import Intermediates
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.nn.attention import Calibrated
-from flaxmpc.nn.normalization import EXACT, Clipped, Ranged
+from flaxmpc.nn.normalization import EXACT, Clipped, Linear, Normalization, Ranged
 
 Place = tuple[int, int]
 """Where a LayerNorm stands: its layer, and 0 for after attention, 1 for after the feed-forward."""
@@ -107,10 +107,32 @@ def ranges(seen: Mapping[Place, np.ndarray]) -> dict[Place, tuple[float, float]]
     return found
 
 
+Norms = tuple[Normalization, Normalization]
+"""The normalisations of a student's layers: after attention, after the feed-forward."""
+
+
+def with_norms(config: EncoderConfig, seen: Mapping[Place, np.ndarray], norms: Norms) -> EncoderConfig:
+    """The config that a student starts with. What needs a range has the teacher's LayerNorm until `with_calibrated`.
+
+    Args:
+        config: the student's, with its teacher's LayerNorms.
+        seen: the variances (token,) that each LayerNorm of the teacher meets, by its place.
+        norms: the student's.
+    """
+
+    def start(place: Place, own: Any) -> Any:
+        part = norms[place[1]]
+        if isinstance(part, Ranged):
+            return own
+        return part.calibrated(seen[place]) if isinstance(part, Linear) else part
+
+    return _with_layer_norms(config, start)
+
+
 def with_calibrated(
-    config: EncoderConfig, seen: Mapping[Place, np.ndarray], held_out: Mapping[Place, np.ndarray], part: Ranged
+    config: EncoderConfig, seen: Mapping[Place, np.ndarray], held_out: Mapping[Place, np.ndarray], norms: Norms
 ) -> EncoderConfig:
-    """The config with every LayerNorm calibrated on the variances seen.
+    """The config with every LayerNorm that needs a range calibrated on the variances seen.
 
     An error of 1 % at the ends of the range is what the last stage learns to live with: it trains the polynomials.
     A LayerNorm that is calibrated already stays as it is where its range holds all variances. It is the exact one where
@@ -121,14 +143,18 @@ def with_calibrated(
         config: the student's.
         seen: the variances (token,) of each LayerNorm by its place, of the training sentences.
         held_out: those of the validation sentences.
-        part: the normalisation; its `calibrated` gives each LayerNorm its own.
+        norms: the student's; `Ranged.calibrated` gives each LayerNorm its own.
     """
 
     def fitted(place: Place, own: Any) -> Any:
+        part = norms[place[1]]
+        if not isinstance(part, Ranged) or not (own == EXACT or isinstance(own, Ranged)):
+            return own
+
         def holds(norm: Ranged, *variances: np.ndarray) -> bool:
             return all(norm.low <= each.min() and each.max() <= norm.high for each in variances)
 
-        if own != EXACT and not (isinstance(own, Ranged) and not holds(own, seen[place], held_out[place])):
+        if isinstance(own, Ranged) and holds(own, seen[place], held_out[place]):
             return own
         try:
             found = part.calibrated(seen[place], margin=1.25, tolerance=1e-2)

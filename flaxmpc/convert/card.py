@@ -77,6 +77,7 @@ def _facts(folder: Path, config: EncoderConfig) -> Iterable[tuple[str, str]]:
         yield "LayerNorm", f"`{ranged[0].name}`, {levels} levels in {len(ranged)} LayerNorms, ranges from data{exact}"
     else:
         yield "LayerNorm", f"`{norms[0].name}`, exact"
+    yield "activation in the head", f"`{config.classifier_activation.name}`"
     yield "embedding", f"`{config.embedding.name}`"
     weights = folder / "model.safetensors"
     yield "weights", f"{weights.stat().st_size / 1e6:.1f} MB" if weights.is_file() else "not shipped: by recipe"
@@ -158,8 +159,8 @@ def _lengths(results: Mapping[str, Any], config: EncoderConfig) -> Iterable[str]
     if any(record["repeated_finite"] < record["repeated"] for record in records):
         yield (
             "On a word repeated to the end of a bucket it diverges too. Such a text has no answer: `infer` in one "
-            "process compares with the clear, and on a cluster the program returns how far its normalisations are out of "
-            "their ranges."
+            "process compares with the clear, and on a cluster the program returns how far its normalisations are out "
+            "of their ranges."
         )
 
 

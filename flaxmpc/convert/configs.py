@@ -70,9 +70,10 @@ class Conversion:
         out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
         attention: the student's attention: a name for all layers, or one for each.
         activation: the student's activation: a name for all layers, or one for each.
-        layer_norm: the student's LayerNorm; `layer_norm_chebyshev` is calibrated when stage 2 begins, and trained to
-            stay in its range. So the student must be near its teacher by then: without a stage 1 `layer_norm` does
-            better.
+        layer_norm: the student's LayerNorm: a name for all, or one for those after attention and one for those after
+            the feed-forward. `layer_norm_constant` is calibrated on the teacher. `layer_norm_chebyshev` is calibrated
+            when stage 2 begins, and trained to stay in its range. So the student must be near its teacher by then:
+            without a stage 1 `layer_norm` does better.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
             rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
@@ -99,7 +100,7 @@ class Conversion:
     out: Path
     attention: Annotated[str | tuple[str, ...], _of(ATTENTION, "NAME [NAME ...]")] = "2quad_freediv"
     activation: Annotated[str | tuple[str, ...], _of(ACTIVATIONS, "NAME [NAME ...]")] = "quad"
-    layer_norm: Annotated[str, _of(NORMALIZATIONS, "NAME")] = "layer_norm_chebyshev"
+    layer_norm: Annotated[str | tuple[str, str], _of(NORMALIZATIONS, "NAME [NAME]")] = "layer_norm_chebyshev"
     stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
     pieces: float = 0.25

@@ -13,6 +13,7 @@ from flaxmpc.convert import calibrate, contents
 from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_student
 from flaxmpc.convert.finetune import Evaluate, classification_loss, in_order, learn, lengths, looking_up, predict
+from flaxmpc.convert.head import linear_head
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import SPLITS, Batch, Split, batches
@@ -198,13 +199,13 @@ def _material(config: Conversion, teacher: folders.LoadedModel) -> _Material:
     return _Material(task, by_name, train, validation, everything, inputs)
 
 
-def _calibrated(student: WithHead, params: Any, material: _Material, part: Ranged) -> WithHead:
+def _calibrated(student: WithHead, params: Any, material: _Material, norms: calibrate.Norms) -> WithHead:
     """The student with LayerNorms for the variances of what is trained on, see `calibrate.with_calibrated`."""
     finite = student.clone(config=calibrate.for_training(student.config))
     most = student.config.num_positions
     splits = (material.train, material.validation)
     seen, held_out = (calibrate.variances(finite, params, in_order(split, most=most)) for split in splits)
-    return student.clone(config=calibrate.with_calibrated(student.config, seen, held_out, part))
+    return student.clone(config=calibrate.with_calibrated(student.config, seen, held_out, norms))
 
 
 def _refuse_other_order(config: Conversion, teacher: folders.LoadedModel, train: Split) -> None:
@@ -293,7 +294,9 @@ def convert(config: Conversion) -> dict[str, Any]:
     """
     teacher = _teacher(config)
     own = teacher.model.config
-    norm = NORMALIZATIONS.resolve(config.layer_norm)
+    names = config.layer_norm if isinstance(config.layer_norm, tuple) else (config.layer_norm,) * 2
+    after_attention, after_feed_forward = map(NORMALIZATIONS.resolve, names)
+    norms = after_attention, after_feed_forward
     replaced = dataclasses.replace(own, attention=config.attention, hidden_act=config.activation)
     material = _material(config, teacher)
     task = material.task
@@ -307,23 +310,28 @@ def convert(config: Conversion) -> dict[str, Any]:
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
 
     answers = {"id2label": task.id2label, "model_max_length": config.max_length, "num_texts": len(task.text_columns)}
-    student = teacher.model.clone(config=dataclasses.replace(replaced, **answers))
     padded = lengths(own.num_positions)
     some = list(itertools.islice(batches(task.train, batch_size=64, lengths=padded, seed=config.seed), 8))
+    seen = calibrate.variances(teacher.model, teacher.params, some)
+    replaced = calibrate.with_norms(dataclasses.replace(replaced, **answers), seen, norms)
+    student = teacher.model.clone(config=replaced)
     params = _start(config, student, teacher, run, some[0])
     results |= _figures(task, predict(student, params, task.test), "untrained_")
 
-    ranged = norm if isinstance(norm, Ranged) else None
-    ranges = calibrate.ranges(calibrate.variances(teacher.model, teacher.params, some)) if ranged else None
+    ranged = any(isinstance(norm, Ranged) for norm in norms)
+    ranges = calibrate.ranges(seen) if ranged else None
     distilled = _stages(config, teacher, material, ranges, run)
     params, figures = distilled("stage1", student, params, material.everything)
     results |= figures
     if ranged:  # the last stage trains the very function that will run
-        student = _calibrated(student, params, material, ranged)
+        student = _calibrated(student, params, material, norms)
     params, figures = distilled("stage2", student, params, material.train)
     results |= figures
     if ranged:  # it may have moved some variances out of their ranges
-        student = _calibrated(student, params, material, ranged)
+        student = _calibrated(student, params, material, norms)
+    student, params, results["linear_head_error"] = linear_head(
+        student, params, material.everything, material.validation
+    )
 
     mode = _embedding(config.train_embeddings, folders.read_config(config.teacher))
     kept = student.clone(config=dataclasses.replace(student.config, embedding=mode))

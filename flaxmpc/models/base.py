@@ -37,6 +37,8 @@ class WithHead(nn.Module):
         classifies_sequences: whether the logits are (batch, label): one answer for each text.
         reads_first: whether the head reads the first token alone.
         pools: whether the encoder has a pooler.
+        head_matrices: the names, among the parameters, of the two dense layers of a sequence classifier's head, which
+            `config.classifier_activation` stands between; None: the head has another form.
     """
 
     base_model_prefix: ClassVar[str]
@@ -44,6 +46,7 @@ class WithHead(nn.Module):
     classifies_sequences: ClassVar[bool] = False
     reads_first: ClassVar[bool] = False
     pools: ClassVar[bool] = False
+    head_matrices: ClassVar[tuple[str, str] | None] = None
 
     config: Any
     dtype: Any = None

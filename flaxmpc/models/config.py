@@ -180,6 +180,7 @@ class EncoderConfig:
         attention: the attention part, see `flaxmpc.nn.attention.ATTENTION`.
         hidden_act: the activation of the feed-forward, see `flaxmpc.nn.activation.ACTIVATIONS`.
         layer_norm: the normalisation, see `flaxmpc.nn.normalization.NORMALIZATIONS`.
+        classifier_activation: the activation between the two matrices of a sequence classifier's head.
         embedding: who looks the tokens up, see `flaxmpc.nn.embedding.EMBEDDINGS`.
 
     Raises:
@@ -212,6 +213,7 @@ class EncoderConfig:
     num_texts: int | None = None
     attention: Any = "softmax"
     layer_norm: Any = "layer_norm"
+    classifier_activation: Any = "tanh"
     embedding: Any = "public"
 
     def __new__(cls, *values: Any, **fields: Any) -> Any:
@@ -255,6 +257,7 @@ class EncoderConfig:
             object.__setattr__(self, "attention", (self.attention,) * self.num_hidden_layers)
         self._resolve("hidden_act", ACTIVATIONS.resolve)
         self._resolve("layer_norm", _layer_norms)
+        object.__setattr__(self, "classifier_activation", ACTIVATIONS.resolve(self.classifier_activation))
         object.__setattr__(self, "embedding", EMBEDDINGS.resolve(self.embedding))
         for layer in range(self.num_hidden_layers):
             part = self.attention_of(layer)
@@ -384,6 +387,7 @@ class EncoderConfig:
             "attention": spec(self.attention, _attention_spec),
             "hidden_act": "gelu_new" if hidden_act == "gelu_tanh" else hidden_act,
             "layer_norm": spec(self.layer_norm, _layer_norms_spec),
+            "classifier_activation": ACTIVATIONS.spec(self.classifier_activation),
             "embedding": EMBEDDINGS.spec(self.embedding),
         }
         model_type = self.model_type if self._has_hf_parts else OWN + self.model_type
@@ -393,7 +397,7 @@ class EncoderConfig:
     def _has_hf_parts(self) -> bool:
         """Whether all parts are such as HF's models have."""
         layers = range(self.num_hidden_layers)
-        return all(
+        return self.classifier_activation == ACTIVATIONS[type(self).classifier_activation] and all(
             self.attention_of(i) == ATTENTION["softmax"]
             and self.hidden_act_of(i) == self.hidden_act_of(0)
             and self.hidden_act_of(i) in [ACTIVATIONS[name] for name in _HF_HAS]

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 from jaxtyping import Array
 
 from flaxmpc.models.base import Family, WithHead, first_token, register
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.heads import AnswerHead, MaskedLMHead, TokenHead
 from flaxmpc.nn.activation import ActivationPart
+from flaxmpc.nn.layers import activate
 from flaxmpc.nn.lazy import State, force
 
 
@@ -34,6 +34,7 @@ class DistilBertConfig(EncoderConfig):
     num_hidden_layers: int = 6
     type_vocab_size: int = 0
     classifier_dropout: Any = 0.2
+    classifier_activation: Any = "relu"
 
 
 class _DistilBert(WithHead):
@@ -41,10 +42,11 @@ class _DistilBert(WithHead):
 
 
 class DistilBertForSequenceClassification(_DistilBert):
-    """Logits (batch, label) from the first token: dense, ReLU, dense."""
+    """Logits (batch, label) from the first token: dense, activation, dense."""
 
     classifies_sequences: ClassVar[bool] = True
     reads_first: ClassVar[bool] = True
+    head_matrices: ClassVar[tuple[str, str] | None] = ("pre_classifier", "classifier")
 
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()
@@ -52,8 +54,8 @@ class DistilBertForSequenceClassification(_DistilBert):
         self.classifier = self._dense(self.config.num_labels)
 
     def head(self, hidden: State, deterministic: bool) -> Array:
-        pooled = jax.nn.relu(force(self.pre_classifier(first_token(hidden))))
-        return force(self.classifier(self.dropout(pooled, deterministic=deterministic)))
+        pooled = activate(self.pre_classifier(first_token(hidden)), self.config.classifier_activation)
+        return force(self.classifier(self._dropped(pooled, deterministic)))
 
 
 class DistilBertForTokenClassification(TokenHead, _DistilBert):

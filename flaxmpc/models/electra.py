@@ -2,16 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from jaxtyping import Array
-
-from flaxmpc.models.base import Family, WithHead, encoder_names, first_token, register
+from flaxmpc.models.base import Family, WithHead, encoder_names, register
 from flaxmpc.models.config import MOST_WIDE, EncoderConfig
 from flaxmpc.models.heads import AnswerHead, FirstTokenHead, MaskedLMHead, TokenHead
-from flaxmpc.nn.activation import ACTIVATIONS
-from flaxmpc.nn.layers import activate
-from flaxmpc.nn.lazy import State, force
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +24,7 @@ class ElectraConfig(EncoderConfig):
     hidden_size: int = 256
     num_attention_heads: int = 4
     intermediate_size: int = 1024
+    classifier_activation: Any = "gelu"
 
     @property
     def embedding_width(self) -> int:
@@ -40,12 +36,7 @@ class _Electra(WithHead):
 
 
 class ElectraForSequenceClassification(FirstTokenHead, _Electra):
-    """Logits (batch, label) from the first token: dense, GeLU, dense."""
-
-    def head(self, hidden: State, deterministic: bool) -> Array:
-        first = self._dropped(first_token(hidden), deterministic)
-        pooled = force(activate(self.classifier_dense(first), ACTIVATIONS["gelu"]))
-        return force(self.classifier_out_proj(self.dropout(pooled, deterministic=deterministic)))
+    """ELECTRA that classifies texts, see `FirstTokenHead`."""
 
 
 class ElectraForTokenClassification(TokenHead, _Electra):

@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from flaxmpc.models.base import WithHead, first_token
@@ -12,26 +11,31 @@ from flaxmpc.nn.lazy import State, force
 
 
 class PooledHead(WithHead):
-    """Logits (batch, label) from the encoder's pooler: the first token, dense, tanh. As in BERT."""
+    """Logits (batch, label) from the encoder's pooler: the first token, dense, activation. As in BERT."""
 
     classifies_sequences: ClassVar[bool] = True
     reads_first: ClassVar[bool] = True
     pools: ClassVar[bool] = True
+
+    @property
+    def head_matrices(self) -> tuple[str, str]:
+        return f"{self.base_model_prefix}/pooler", "classifier"
 
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()
         self.classifier = self._dense(self.config.num_labels)
 
     def head(self, hidden: State, deterministic: bool) -> Array:
-        pooled = jnp.tanh(force(self.encoder.pooler(first_token(hidden))))
-        return force(self.classifier(self.dropout(pooled, deterministic=deterministic)))
+        pooled = activate(self.encoder.pooler(first_token(hidden)), self.config.classifier_activation)
+        return force(self.classifier(self._dropped(pooled, deterministic)))
 
 
 class FirstTokenHead(WithHead):
-    """Logits (batch, label) from the first token: dense, tanh, dense. As in RoBERTa."""
+    """Logits (batch, label) from the first token: dense, activation, dense. As in RoBERTa and ELECTRA."""
 
     classifies_sequences: ClassVar[bool] = True
     reads_first: ClassVar[bool] = True
+    head_matrices: ClassVar[tuple[str, str] | None] = ("classifier_dense", "classifier_out_proj")
 
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()
@@ -40,8 +44,8 @@ class FirstTokenHead(WithHead):
 
     def head(self, hidden: State, deterministic: bool) -> Array:
         first = self._dropped(first_token(hidden), deterministic)
-        pooled = self.dropout(jnp.tanh(force(self.classifier_dense(first))), deterministic=deterministic)
-        return force(self.classifier_out_proj(pooled))
+        pooled = activate(self.classifier_dense(first), self.config.classifier_activation)
+        return force(self.classifier_out_proj(self._dropped(pooled, deterministic)))
 
 
 class TokenHead(WithHead):

@@ -105,6 +105,11 @@ def relu(x: X) -> X:
     return jax.nn.relu(x)
 
 
+def identity(x: X) -> X:
+    """x itself. Of a lazy state nothing is computed: the matrices before and behind it become one."""
+    return x
+
+
 def silu(x: X) -> X:
     """x / (1 + exp(-x)): exact. On shares it takes a comparison, an exponential and a division.
 
@@ -227,6 +232,8 @@ ACTIVATIONS: Registry[Any] = Registry(
 ACTIVATIONS.register(Activation("gelu", gelu_erf, "exact", max_gelu_error=0.0))
 ACTIVATIONS.register(Activation("gelu_tanh", gelu_tanh, "exact", input_range=(-7.0, 7.0), max_gelu_error=0.0005))
 ACTIVATIONS.register(Activation("relu", relu, "exact"))
+ACTIVATIONS.register(Activation("tanh", jnp.tanh, "exact"))
+IDENTITY = ACTIVATIONS.register(Activation("identity", identity, "exact"))
 ACTIVATIONS.register(Activation("silu", silu, "exact"))
 ACTIVATIONS.register(
     Activation(

@@ -13,11 +13,11 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from flaxmpc.nn.activation import ActivationPart, SquareForm, Squares
+from flaxmpc.nn.activation import IDENTITY, ActivationPart, SquareForm, Squares
 from flaxmpc.nn.attention import AttentionPart, Homogeneous, Scalars, folded, scalars_of, scores_of
 from flaxmpc.nn.lazy import Lazy, State, Stream, Unit, side_by_side, size, square_mean_by_product
 from flaxmpc.nn.mask import Mask
-from flaxmpc.nn.normalization import EXACT, InverseRoot, Normalization, Ranged, centred, variance
+from flaxmpc.nn.normalization import EXACT, InverseRoot, Linear, Normalization, Ranged, centred, variance
 from flaxmpc.nn.product import Product
 
 STRAINS = "strains"
@@ -79,6 +79,8 @@ class Norm(nn.Module):
         It is computed `size` times too large, so that the mean square has a power of two as its divisor.
         """
         part = self.part
+        if isinstance(part, Linear):
+            return self._linear(x.map(lambda rows: part(rows, self.epsilon)), scale, bias, into)
         if not isinstance(part, InverseRoot):
             y = part(x.force() if x.unit is None else x.force() * x.unit.inverse, self.epsilon)
             return Lazy((y if into is None else y * into.scale,), (scale,), bias, into, x.product)
@@ -86,6 +88,18 @@ class Norm(nn.Module):
         times = size(x.shape[-1]) * math.sqrt(factor)
         c = x.map(lambda rows: (centred(rows) if part.centres else rows) * times).force()
         return self._divided(c, x.unit, scale, bias, into, x.product, factor)
+
+    def _linear(self, x: Lazy, scale: Array, bias: Array, into: Unit | None) -> Lazy:
+        """x, to which the part was applied. It is computed where its unit changes, and where its matrices would grow
+        from block to block: after attention it has two arrays, after the feed-forward three.
+        """
+        if x.unit is into and len(x.arrays) <= 2:
+            return x.map(lambda rows: rows * scale).plus(bias)
+        y = x.force()
+        if x.unit is not into:
+            y = y if x.unit is None else y * x.unit.inverse
+            y = y if into is None else y * into.scale
+        return Lazy((y,), (scale,), bias, into, x.product)
 
     def _divided(
         self,
@@ -111,7 +125,7 @@ class Norm(nn.Module):
 
 def activate(x: State, act: ActivationPart) -> State:
     """The activation of a dense layer's output. A square folds its scale and shift into that layer."""
-    if not isinstance(x, Lazy):
+    if act == IDENTITY or not isinstance(x, Lazy):
         return act(x)
     form: SquareForm | None = act.square_form if isinstance(act, Squares) else None
     if form is None:

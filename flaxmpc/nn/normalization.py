@@ -1,4 +1,4 @@
-"""Normalisations: LayerNorm with an exact inverse root or a polynomial that fits the data, and others."""
+"""Normalisations: LayerNorm with an exact inverse root, a polynomial that fits the data, or a constant; and others."""
 
 import dataclasses
 import functools
@@ -74,6 +74,18 @@ class Ranged(InverseRoot, Protocol):
     def strained(
         self, variance: Array, scale: Array | None = None, unit: Unit | None = None
     ) -> tuple[Array, Array]: ...
+
+
+@runtime_checkable
+class Linear(Normalization, Protocol):
+    """A part that is a linear function of each row, with a number that is known before: `calibrated` gives the one for
+    the variances seen in data. On shares the matrices around it take it, and nothing of it is computed.
+    """
+
+    @property
+    def inverse(self) -> float: ...
+
+    def calibrated(self, variances: Array | np.ndarray) -> "Linear": ...
 
 
 def centred(x: X) -> X:
@@ -230,9 +242,7 @@ class Chebyshev(_Divides):
         Raises:
             ValueError: a variance that is not positive and finite, or a range so wide that no depth does.
         """
-        seen = np.asarray(variances, np.float64)
-        if not (np.isfinite(seen).all() and (seen > 0).all()):
-            raise ValueError(f"variances must be positive and finite, seen from {seen.min()} to {seen.max()}")
+        seen = _positive(variances)
         for depth in range(1, _DEEPEST + 1):
             low, high = float(seen.min()) / margin, float(seen.max()) * margin
             part = dataclasses.replace(self, low=low, high=high, depth=depth)
@@ -264,7 +274,49 @@ class Clipped(_Divides):
         return self.part.inverse_root(jnp.clip(variance, self.part.low, self.part.high), scale, unit)
 
 
+def _positive(variances: Array | np.ndarray) -> np.ndarray:
+    """The variances in float64. ValueError: one that is not positive and finite."""
+    seen = np.asarray(variances, np.float64)
+    if not (np.isfinite(seen).all() and (seen > 0).all()):
+        raise ValueError(f"variances must be positive and finite, seen from {seen.min()} to {seen.max()}")
+    return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantRoot:
+    """x, less its mean, times a number that is the same for all rows. As in Powerformer (ACL 2025), one a LayerNorm.
+
+    It divides by no deviation, so a model is to be trained with it, beside normalisations that do.
+
+    Attributes:
+        inverse: the number, in place of 1 / sqrt(variance).
+    """
+
+    name: str = "layer_norm_constant"
+    inverse: float = 1.0
+
+    def __post_init__(self):
+        if not 0.0 < self.inverse < math.inf:
+            raise ValueError(f"{self.name} needs a positive and finite inverse, not {self.inverse}")
+
+    def __call__(self, x: X, epsilon: float) -> X:
+        return centred(x) * self.inverse
+
+    def calibrated(self, variances: Array | np.ndarray) -> "ConstantRoot":
+        """The part whose rows are nearest to LayerNorm's: sum (inverse sqrt(v) - 1)^2 is least.
+
+        Args:
+            variances: what the LayerNorm met on a calibration set, of any shape.
+
+        Raises:
+            ValueError: a variance that is not positive and finite.
+        """
+        seen = _positive(variances)
+        return dataclasses.replace(self, inverse=float(np.sqrt(seen).mean() / seen.mean()))
+
+
 NORMALIZATIONS: Registry[Any] = Registry("layer_norm", Normalization)
 EXACT = NORMALIZATIONS.register(Exact("layer_norm"))
 CHEBYSHEV = NORMALIZATIONS.register(Chebyshev())
+CONSTANT = NORMALIZATIONS.register(ConstantRoot())
 RMS = NORMALIZATIONS.register(Exact("rms_norm", centres=False))

@@ -115,6 +115,18 @@ def test_a_student_has_other_parts_and_its_figures(student):
     assert run == json.loads((student / "recipe.json").read_text())
 
 
+def test_layer_norms_after_attention_may_be_others(teacher, data, tmp_path):
+    convert(conversion(teacher, data, tmp_path / "own", layer_norm=("layer_norm_constant", "layer_norm_chebyshev")))
+    config = folders.load(tmp_path / "own").model.config
+    norms = [config.layer_norms_of(layer) for layer in range(2)]
+    assert all(after.name == "layer_norm_constant" and before.name == "layer_norm_chebyshev" for after, before in norms)
+    assert len({after.inverse for after, _ in norms}) == 2, "each is calibrated"
+    assert "rms_norm" not in str(config)
+    convert(conversion(teacher, data, tmp_path / "rms", **{**UNTRAINED, "layer_norm": ("layer_norm", "rms_norm")}))
+    config = folders.load(tmp_path / "rms").model.config
+    assert [norm.name for norm in config.layer_norms_of(1)] == ["layer_norm", "rms_norm"]
+
+
 def test_embeddings_stay_the_published_ones_unless_they_are_trained(teacher, student, data, tmp_path):
     name = "bert.embeddings.word_embeddings.weight"
     np.testing.assert_array_equal(weights(student)[name], weights(teacher)[name])

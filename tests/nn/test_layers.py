@@ -15,7 +15,7 @@ from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, PreNormBlock, SelfAttention, activate
 from flaxmpc.nn.lazy import Lazy, Stream, side_by_side
 from flaxmpc.nn.mask import Mask, causal
-from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, Chebyshev
+from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, Chebyshev, ConstantRoot
 from flaxmpc.nn.product import grouped_conv
 
 RNG = np.random.default_rng(0)
@@ -138,8 +138,22 @@ def test_norm(mask, part, into):
     plain = applied(module, variables, jnp.asarray(value_of(state), jnp.float32))
     after: Any = applied(module, variables, state, unit if into else None)
     assert (after.unit is unit) if into else (after.unit is None)
-    assert len(after.arrays) == 1
+    if part == ConstantRoot() and after.unit is state.unit:  # nothing is left to compute
+        assert all(a is b for a, b in zip(after.arrays, state.arrays, strict=True))
+    else:
+        assert len(after.arrays) == 1
     np.testing.assert_allclose(value_of(after)[VALID], np.asarray(plain)[VALID], rtol=2e-3, atol=2e-3)
+
+
+def test_a_constant_computes_a_state_of_many_arrays():
+    """So that the matrices of a model do not grow from block to block."""
+    state = some_state() + some_state()
+    assert len(state.arrays) == 4
+    module = Norm(ConstantRoot(inverse=0.3))
+    variables = params_of(module, X)
+    after: Any = applied(module, variables, state)
+    assert len(after.arrays) == 1
+    close(value_of(after), applied(module, variables, jnp.asarray(value_of(state), jnp.float32)))
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS.values(), ids=ACTIVATIONS)

@@ -110,7 +110,11 @@ def test_every_attention_with_quad_and_with_gelu(attention):
     assert_the_same_function(model, random_params(model))
 
 
-@pytest.mark.parametrize("layer_norm", [*NORMALIZATIONS, ("rms_norm", "layer_norm")], ids=str)
+@pytest.mark.parametrize(
+    "layer_norm",
+    [*NORMALIZATIONS, ("rms_norm", "layer_norm"), ("layer_norm_constant", "layer_norm")],
+    ids=str,
+)
 @pytest.mark.parametrize("attention", ["2quad_freediv", "softmax"])
 def test_every_normalisation(attention, layer_norm):
     model = model_of(attention=attention)
