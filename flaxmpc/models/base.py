@@ -37,8 +37,6 @@ class WithHead(nn.Module):
         classifies_sequences: whether the logits are (batch, label): one answer for each text.
         reads_first: whether the head reads the first token alone.
         pools: whether the encoder has a pooler.
-        head_matrices: the names, among the parameters, of the two dense layers of a sequence classifier's head, which
-            `config.classifier_activation` stands between; None: the head has another form.
     """
 
     base_model_prefix: ClassVar[str]
@@ -46,7 +44,6 @@ class WithHead(nn.Module):
     classifies_sequences: ClassVar[bool] = False
     reads_first: ClassVar[bool] = False
     pools: ClassVar[bool] = False
-    head_matrices: ClassVar[tuple[str, str] | None] = None
 
     config: Any
     dtype: Any = None
@@ -64,6 +61,13 @@ class WithHead(nn.Module):
     @property
     def encoder(self) -> Any:
         return getattr(self, self.base_model_prefix)
+
+    @property
+    def head_matrices(self) -> tuple[str, str] | None:
+        """The names, among the parameters, of the two dense layers of a sequence classifier's head, which
+        `config.classifier_activation` stands between; None: the head has another form.
+        """
+        return None
 
     def head(self, hidden: State, deterministic: bool) -> Array:
         """The logits from the last hidden state."""

@@ -46,12 +46,15 @@ class DistilBertForSequenceClassification(_DistilBert):
 
     classifies_sequences: ClassVar[bool] = True
     reads_first: ClassVar[bool] = True
-    head_matrices: ClassVar[tuple[str, str] | None] = ("pre_classifier", "classifier")
 
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()
         self.pre_classifier = self._dense(self.config.hidden_size)
         self.classifier = self._dense(self.config.num_labels)
+
+    @property
+    def head_matrices(self) -> tuple[str, str]:
+        return ("pre_classifier", "classifier")
 
     def head(self, hidden: State, deterministic: bool) -> Array:
         pooled = activate(self.pre_classifier(first_token(hidden)), self.config.classifier_activation)

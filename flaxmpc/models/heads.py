@@ -35,12 +35,15 @@ class FirstTokenHead(WithHead):
 
     classifies_sequences: ClassVar[bool] = True
     reads_first: ClassVar[bool] = True
-    head_matrices: ClassVar[tuple[str, str] | None] = ("classifier_dense", "classifier_out_proj")
 
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()
         self.classifier_dense = self._dense(self.config.hidden_size)
         self.classifier_out_proj = self._dense(self.config.num_labels)
+
+    @property
+    def head_matrices(self) -> tuple[str, str]:
+        return ("classifier_dense", "classifier_out_proj")
 
     def head(self, hidden: State, deterministic: bool) -> Array:
         first = self._dropped(first_token(hidden), deterministic)

@@ -125,8 +125,10 @@ class Norm(nn.Module):
 
 def activate(x: State, act: ActivationPart) -> State:
     """The activation of a dense layer's output. A square folds its scale and shift into that layer."""
-    if act == IDENTITY or not isinstance(x, Lazy):
+    if not isinstance(x, Lazy):
         return act(x)
+    if act == IDENTITY:
+        return x
     form: SquareForm | None = act.square_form if isinstance(act, Squares) else None
     if form is None:
         return Lazy.held(act(x.force()), product=x.product)

@@ -50,7 +50,7 @@ class Mask(flax.struct.PyTreeNode):
     Attributes:
         tokens: (batch, key), m, 1 for a token, 0 for padding.
         weight: (batch, key), m / (number of tokens).
-        fourth_root: (batch, key), that to the power of 1/4: the sum of (x fourth_root)^4 is the mean of x^4 over tokens.
+        fourth_root: (batch, key), weight^(1/4): the sum of (x fourth_root)^4 is the mean of x^4 over the tokens.
         inverse_count: (batch, query), 1/n.
         log_count: (batch, query), log n, for an exponential that takes 1/n into its argument.
         scale: (batch, key), a = m n^(-1/2k) for numerators of degree k (`flaxmpc.nn.lazy.Unit`); m for none.

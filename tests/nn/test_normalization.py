@@ -128,7 +128,7 @@ def test_the_strain_tells_wherever_the_root_is_wrong(depth, ratio, group):
         off = np.abs(root * np.sqrt(v) - 1.0)
         assert (off <= 8.0 * error * np.maximum(1.0, 2.0 * strain**2) + 1e-4).all()
         assert (np.abs(strain) <= 1.0 + 1e-4).all() == within
-    wrong = np.float32([part.low + 3.0 * width, 1e3 * width])
+    wrong = jnp.array([part.low + 3.0 * width, 1e3 * width])
     _, strain = secure.jit(part.strained, parties=group("REF2K"))(wrong)
     assert (np.abs(strain) > 2.0).all()
 
@@ -153,8 +153,8 @@ def test_a_constant_is_nearest_to_the_layer_norm_of_the_variances_seen():
         return ((inverse * np.sqrt(variances) - 1.0) ** 2).sum()
 
     assert off(part.inverse) < min(off(part.inverse * 0.99), off(part.inverse * 1.01))
-    assert ConstantRoot().calibrated([4.0]).inverse == pytest.approx(0.5)
-    x = np.float32([[1.0, 3.0, 5.0]])
+    assert ConstantRoot().calibrated(np.array([4.0])).inverse == pytest.approx(0.5)
+    x = jnp.array([[1.0, 3.0, 5.0]])
     np.testing.assert_allclose(part(x, 1e-12), [[-2 * part.inverse, 0.0, 2 * part.inverse]], rtol=1e-6)
 
 
