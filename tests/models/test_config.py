@@ -251,6 +251,15 @@ def test_an_unknown_part_gets_the_known_ones_and_the_closest(field, name, closes
     assert "config.json" in str(error.value)
 
 
+def test_a_heads_activation_is_a_part_and_no_other_model_for_hf():
+    config = dataclasses.replace(TINY, classifier_activation="identity")
+    assert written_and_read(config) == config
+    assert TINY.to_dict()["model_type"] == "bert"
+    assert config.to_dict()["model_type"] == "flaxmpc-bert"
+    with pytest.raises(ValueError, match=r"unknown activation .*'tan'.*Did you mean 'tanh'"):
+        dataclasses.replace(TINY, classifier_activation="tan")
+
+
 def test_a_config_survives_json():
     config = dataclasses.replace(
         TINY,

@@ -65,7 +65,7 @@ def test_pairs_have_no_degree():
 def test_pairs_are_no_secret_and_the_rest_is():
     """They are part of the program: what is shared does not hold them."""
     leaves, treedef = jax.tree.flatten(Mask.from_tokens(TOKENS, pairs=causal))
-    assert len(leaves) == 7
+    assert len(leaves) == 8
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     assert treedef != jax.tree.structure(Mask.from_tokens(TOKENS))
     assert jax.tree.unflatten(treedef, leaves).pairs is causal

@@ -121,7 +121,8 @@ def test_the_strain_tells_wherever_the_root_is_wrong(depth, ratio, group):
     part = part.scaled(part.preferred_factor)
     error = part.relative_error()
     width = part.high - part.low
-    outside = np.concatenate([np.linspace(0.0, part.low, 200)[:-1], part.high + width * np.geomspace(1e-4, 0.05, 200)])
+    below = np.linspace(max(0.0, part.low - 0.05 * width), part.low, 200)[:-1]
+    outside = np.concatenate([below, part.high + width * np.geomspace(1e-4, 0.05, 200)])
     inside = np.linspace(part.low, part.high, 200)
     for v, within in ((outside, False), (inside, True)):
         root, strain = map(np.float64, jax.jit(part.strained)(v.astype(np.float32)))

@@ -18,6 +18,7 @@ from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.base import defer, param_shapes
 from flaxmpc.models.bert import ARCHITECTURES, BertConfig, BertForMaskedLM, BertForSequenceClassification
+from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION, scalars_of
 from flaxmpc.nn.normalization import NORMALIZATIONS, Chebyshev
 from flaxmpc.nn.product import grouped_conv
@@ -172,6 +173,21 @@ def test_token_types():
 def test_every_head(name):
     model = model_of(ARCHITECTURES[name])
     assert_the_same_function(model, random_params(model))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_every_activation_in_a_classifiers_head(act):
+    model = model_of(classifier_activation=act)
+    weights = assert_the_same_function(model, random_params(model))
+    shapes = [np.shape(leaf) for leaf in weights.values()]
+    assert ((model.config.hidden_size, model.config.num_labels) in shapes) or act == "identity"
+
+
+def test_a_linear_head_is_one_matrix():
+    """That of what follows the last LayerNorm, too."""
+    plain, linear = (model_of(classifier_activation=act) for act in ("tanh", "identity"))
+    counts = [len(private(model, random_params(model), CONFIG).weights) for model in (plain, linear)]
+    assert counts[1] == counts[0] - 2
 
 
 @pytest.mark.parametrize("hidden_act", [["gelu", "quad"], ["quad", "gelu"]], ids=str)
