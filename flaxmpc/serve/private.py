@@ -15,6 +15,7 @@ from flaxmpc.models.base import WithHead, defer, param_shapes, without_embedding
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.layers import STRAINS
 from flaxmpc.nn.mask import Mask
+from flaxmpc.nn.normalization import CHEBYSHEV, Linear, Ranged
 from flaxmpc.nn.product import Product, grouped_conv, matmul
 from flaxmpc.serve import plans
 from flaxmpc.serve.classify import Classifier, Client, TextRun, limit
@@ -74,8 +75,13 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, *, checke
         model, params: a trained model; with jax.ShapeDtypeStruct leaves, what its programs are compiled from.
         config: the parties' settings: they say whether many small products are computed one by one or grouped.
         checked: whether it also gives how far its normalisations are out of range, see `_strain`.
+
+    Raises:
+        ValueError: it is to be checked, and may diverge where no normalisation that has a range would tell.
     """
     own: EncoderConfig = model.config
+    if checked:
+        _require_ranges(own)
     embeds = own.embedding.client_embeds
     product = product_for(config)
     client_params, secret_params = without_embeddings(model, params) if embeds else ({}, params)
@@ -131,6 +137,19 @@ def _strain(strains: list[jax.Array], mask: Mask) -> jax.Array:
     return jnp.square(square).sum(-1) / len(strains)
 
 
+def _require_ranges(config: EncoderConfig) -> None:
+    """ValueError: a state that no normalisation bounds goes to no normalisation that has a range."""
+    after = False
+    for layer in reversed(range(config.num_hidden_layers)):
+        norm = config.layer_norms_of(layer)[1]
+        if isinstance(norm, Linear) and not after:
+            raise ValueError(
+                f"{norm.name!r} after the feed-forward of layer {layer} needs a later normalisation that has a range, "
+                f"such as {CHEBYSHEV.name!r}: else nobody would see that the model diverges"
+            )
+        after = after or any(isinstance(part, Ranged) for part in config.layer_norms_of(layer))
+
+
 def answered(logits: np.ndarray, strain: np.ndarray) -> np.ndarray:
     """The opened logits (text, label), NaN where the model diverged, see `_strain`."""
     return np.where((np.abs(strain) < _MOST_STRAIN)[:, None], logits, np.nan)
@@ -148,7 +167,7 @@ def private_classifier(loaded: folders.LoadedModel, config: secure.Config, *, ch
 
     Raises:
         ValueError: it is no sequence classifier; its plan is broken, or the fraction bits are for plans alone, see
-            `plans.follows`.
+            `plans.follows`; it cannot be checked, see `private`.
     """
     model, planned = sequence_classifier(loaded.model, loaded.folder), plans.follows(loaded.folder, config)
     found = private(model, loaded.params, config, checked=checked or planned)

@@ -58,7 +58,7 @@ def test_a_head_that_is_not_nearly_linear_stays():
 
 def test_a_linear_head_stays():
     model, params = classifier(DISTINCT["BertForSequenceClassification"], 0.02, classifier_activation="identity")
-    assert linear_head(model, params, rows(10, 0), rows(10, 1)) == (model, params, 0.0)
+    assert linear_head(model, params, rows(10, 0), rows(10, 1)) == (model, params, None)
 
 
 def test_rows_that_diverge_have_no_say():
@@ -75,3 +75,13 @@ def test_rows_that_diverge_have_no_say():
     found = linear_head(model, poisoned, clean + bad, clean + bad)[1]
     for path, leaf in flatten(found).items():
         np.testing.assert_allclose(leaf, flatten(expected)[path], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["all diverge", "all have one answer"])
+def test_rows_that_say_nothing_leave_the_head(what):
+    model, params = classifier(DISTINCT["BertForSequenceClassification"], 0.02)
+    flat = flatten(params)
+    _, second = model.head_matrices or ("", "")
+    flat[f"{second}/kernel"] = np.full((16, 3), np.nan if what == "all diverge" else 0.0, np.float32)
+    params = unflatten(flat)
+    assert linear_head(model, params, rows(20, 0), rows(10, 1)) == (model, params, None)

@@ -243,6 +243,31 @@ def test_the_zoos_default_is_right_about_the_demo_in_time(group):
     assert cost.seconds < 25
 
 
+CONSTANT, RANGED = "layer_norm_constant", "layer_norm_chebyshev"
+
+
+@pytest.mark.parametrize(
+    ("layer_norm", "refused"),
+    [
+        ([CONSTANT, CONSTANT], 1),
+        ([(RANGED, CONSTANT), (RANGED, "layer_norm")], None),
+        ([(RANGED, CONSTANT), (CONSTANT, "layer_norm")], 0),
+        ([RANGED, (RANGED, CONSTANT)], 1),
+        ([CONSTANT, (CONSTANT, RANGED)], None),
+        ([(CONSTANT, "layer_norm")] * 2, None),
+    ],
+    ids=str,
+)
+def test_a_model_that_may_diverge_unseen_is_for_one_process_alone(layer_norm, refused, write_classifier, tmp_path):
+    loaded = folders.load(write_classifier(tmp_path, layer_norm=layer_norm))
+    private_classifier(loaded, secure.Config())
+    if refused is None:
+        private_classifier(loaded, secure.Config(), checked=True)
+    else:
+        with pytest.raises(ValueError, match=rf"'layer_norm_constant' .* of layer {refused} needs .*_chebyshev'"):
+            private_classifier(loaded, secure.Config(), checked=True)
+
+
 @pytest.mark.parametrize("protocol", ["REF2K", "ABY3"])
 def test_the_strain_of_a_text_is_that_of_its_tokens_alone(protocol, group):
     """Padding has no range to be in, and the other texts of a run have strains of their own."""
