@@ -188,7 +188,7 @@ def test_weights_are_shared_once_and_each_call_shares_its_input_alone(folder_of,
     assert weights > 10
     for calls in (1, 2):
         cost = classifier.classify(TEXTS[:1]).cost
-        assert len(stored) == weights + 8 * calls  # embeddings, and the seven forms of the mask
+        assert len(stored) == weights + 9 * calls  # embeddings, and the eight forms of the mask
     assert cost.compile_seconds == 0
     assert all(len(member.names) == weights for member in parties.members)
 
