@@ -43,6 +43,7 @@ def test_the_head_of_every_family_is_made_linear(name):
     before, after = (predict(m, p, held_out) for m, p in ((model, params), (made, fitted)))
     off = np.sqrt(np.square(after - before).mean() / before.var(0).mean())
     assert off == pytest.approx(error, rel=0.05, abs=1e-5)
+    assert error is not None
     assert error <= MOST_ERROR
     changed = {path for path, leaf in flatten(fitted).items() if not np.array_equal(leaf, flatten(params)[path])}
     assert {path.rpartition("/")[0] for path in changed} == set(model.head_matrices or ())
@@ -51,6 +52,7 @@ def test_the_head_of_every_family_is_made_linear(name):
 def test_a_head_that_is_not_nearly_linear_stays():
     model, params = classifier(DISTINCT["BertForSequenceClassification"], 2.0)
     made, same, error = linear_head(model, params, rows(300, 0), rows(60, 1))
+    assert error is not None
     assert error > MOST_ERROR
     assert made is model
     assert same is params
