@@ -116,12 +116,12 @@ def test_a_student_has_other_parts_and_its_figures(student):
 
 
 def test_layer_norms_after_attention_may_be_others(teacher, data, tmp_path):
-    convert(conversion(teacher, data, tmp_path / "own", layer_norm=("layer_norm_constant", "layer_norm_chebyshev")))
+    names = ("layer_norm_constant", "layer_norm_chebyshev")
+    convert(conversion(teacher, data, tmp_path / "own", **{**UNTRAINED, "layer_norm": names}))
     config = folders.load(tmp_path / "own").model.config
     norms = [config.layer_norms_of(layer) for layer in range(2)]
-    assert all(after.name == "layer_norm_constant" and before.name == "layer_norm_chebyshev" for after, before in norms)
-    assert len({after.inverse for after, _ in norms}) == 2, "each is calibrated"
-    assert "rms_norm" not in str(config)
+    assert [(first.name, second.name) for first, second in norms] == [names] * 2
+    assert len({first.inverse for first, _ in norms}) == 2, "each is calibrated"
     convert(conversion(teacher, data, tmp_path / "rms", **{**UNTRAINED, "layer_norm": ("layer_norm", "rms_norm")}))
     config = folders.load(tmp_path / "rms").model.config
     assert [norm.name for norm in config.layer_norms_of(1)] == ["layer_norm", "rms_norm"]
