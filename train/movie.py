@@ -96,7 +96,6 @@ STUDENTS: dict[str, Conversion] = {
     "2quad-freediv/fixed-constant": _student(attention="2quad_fixed"),
     "2quad-freediv/trained-embeddings": _student(train_embeddings=True),
     "2quad-freediv/constant-after-attention": _student(layer_norm=AFTER_ATTENTION),
-    "2quad-freediv/constant": _student(layer_norm="layer_norm_constant"),
 }
 
 
