@@ -13,8 +13,9 @@ from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.nn.activation import IDENTITY
 
 MOST_ERROR = 0.02
-"""Of a linear head beside the one that it replaces: the root mean square of its logits' error, in their deviations."""
-
+"""The largest error of a linear head that is taken: the root mean square of its logits less those of the head that it
+replaces, in standard deviations of these.
+"""
 
 _RIDGE = 1e-3  # of the states' mean square
 _MOST_ROWS = 32_768  # many more than a state has numbers
@@ -33,9 +34,9 @@ def linear_head(
     """A classifier with the linear head whose logits are nearest to its own, where that is near enough.
 
     The head is a dense layer, an activation and another one. On shares a tanh takes 49 rounds (ABY3, 18 fraction bits).
-    But it reads a state that was normalised, and gives few numbers: on movie sentences a linear function of the state
-    has logits within 0.012 of the head's (root mean square, rows that it was not fitted to), and all 1,019 labels. The
-    nearest one becomes the second layer; the first one passes the state on.
+    But it reads a state that was normalised, and gives few numbers, so a linear function of the state can have nearly
+    the same logits: `linear_head_error` in the zoo's results is 0.8 %. The nearest one becomes the second layer; the
+    first one passes the state on.
 
     Args:
         model, params: the classifier.

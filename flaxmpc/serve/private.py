@@ -20,7 +20,7 @@ from flaxmpc.nn.product import Product, grouped_conv, matmul
 from flaxmpc.serve import plans
 from flaxmpc.serve.classify import Classifier, Client, TextRun, limit
 
-# Of `_strain`: from where on an answer is none. Where all variances are in range it is 0.3 to 0.5.
+# From this `_strain` on an answer is none. Where all variances are in range it is 0.2 to 0.6.
 _MOST_STRAIN = 1.0
 
 # Tokens of a run, padding included: memory grows with them.
