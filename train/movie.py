@@ -71,8 +71,9 @@ LOGITS = Stage(epochs=10, learning_rate=5e-5, logit_weight=1.0)
 LABELS = Stage(epochs=12, learning_rate=5e-5, label_weight=1.0)
 
 
-# For cost: no root after attention.
+# Distilled for cost, alone and together: no root after attention; half the heads, features or layers.
 AFTER_ATTENTION = ("layer_norm_constant", "layer_norm_chebyshev")
+FOR_COST = {"layer_norm": AFTER_ATTENTION, "num_attention_heads": 6, "intermediate_size": 768}
 
 
 def _one_stage(stage: Stage) -> Conversion:
@@ -96,6 +97,11 @@ STUDENTS: dict[str, Conversion] = {
     "2quad-freediv/fixed-constant": _student(attention="2quad_fixed"),
     "2quad-freediv/trained-embeddings": _student(train_embeddings=True),
     "2quad-freediv/constant-after-attention": _student(layer_norm=AFTER_ATTENTION),
+    "2quad-freediv/6-heads": _student(num_attention_heads=6),
+    "2quad-freediv/768-features": _student(intermediate_size=768),
+    "2quad-freediv/3-layers": _student(num_hidden_layers=3),
+    "2quad-freediv/for-cost": _student(**FOR_COST),
+    "2quad-freediv/for-cost-3-layers": _student(**FOR_COST, num_hidden_layers=3),
 }
 
 

@@ -74,6 +74,11 @@ class Conversion:
             the feed-forward. `layer_norm_constant` is calibrated on the teacher. `layer_norm_chebyshev` is calibrated
             when stage 2 begins, and trained to stay in its range. So the student must be near its teacher by then:
             without a stage 1 `layer_norm` does better.
+        num_hidden_layers: the student's layers; by default as many as the teacher's. They start as layers of the
+            teacher's, spread evenly, and match the hidden states of these.
+        num_attention_heads: the student's heads, a divisor of the teacher's, which are merged; by default all.
+        intermediate_size: the features of the student's feed-forward; by default all. Those of the teacher's stay that
+            move its output most.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
             rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
@@ -101,6 +106,9 @@ class Conversion:
     attention: Annotated[str | tuple[str, ...], _of(ATTENTION, "NAME [NAME ...]")] = "2quad_freediv"
     activation: Annotated[str | tuple[str, ...], _of(ACTIVATIONS, "NAME [NAME ...]")] = "quad"
     layer_norm: Annotated[str | tuple[str, str], _of(NORMALIZATIONS, "NAME [NAME]")] = "layer_norm_chebyshev"
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
     stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
     pieces: float = 0.25

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_stu
 from flaxmpc.convert.finetune import Evaluate, classification_loss, in_order, learn, lengths, looking_up, predict
 from flaxmpc.convert.head import linear_head
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
+from flaxmpc.convert.smaller import layers_kept, sizes, smaller_params
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import SPLITS, Batch, Split, batches
 from flaxmpc.data.matching import matched, named, refuse_other_order
@@ -199,6 +200,23 @@ def _material(config: Conversion, teacher: folders.LoadedModel) -> _Material:
     return _Material(task, by_name, train, validation, everything, inputs)
 
 
+def _replaced(config: Conversion, own: EncoderConfig) -> EncoderConfig:
+    """The teacher's config with the student's sizes, attention and activation.
+
+    Raises:
+        ValueError: see `sizes`; an unknown part; or scores to match, with other heads than the teacher's.
+    """
+    fields = sizes(own, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+    if fields["num_attention_heads"] != own.num_attention_heads:
+        for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+            if stage.score_weight:
+                raise ValueError(
+                    f"{name} has score_weight {stage.score_weight:g}, and scores are matched head by head: "
+                    f"num_attention_heads can only be {own.num_attention_heads} then, the teacher's"
+                )
+    return dataclasses.replace(own, **fields, attention=config.attention, hidden_act=config.activation)
+
+
 def _calibrated(student: WithHead, params: Any, material: _Material, norms: calibrate.Norms) -> WithHead:
     """The student with LayerNorms for the variances of what is trained on, see `calibrate.with_calibrated`."""
     finite = student.clone(config=calibrate.for_training(student.config))
@@ -221,21 +239,27 @@ def _storage(config: Conversion) -> dict[str, int]:
 
 
 def _start(
-    config: Conversion, student: WithHead, teacher: folders.LoadedModel, run: Path, batch: Batch
+    config: Conversion, student: WithHead, teacher: folders.LoadedModel, run: Path, some: Sequence[Batch]
 ) -> dict[str, Any]:
-    """The parameters that a student starts from: the teacher's, with its own attention calibrated on a batch.
+    """The parameters that a student starts from: the teacher's in its size, its own attention calibrated on a batch.
 
     They go through a folder and back: the student starts with, and keeps, the embeddings as they will be stored.
     """
-    folders.save(run / "start", student, start_student(student, teacher.params), config.teacher, **_storage(config))
-    return calibrate.calibrate_attention(student, folders.load(run / "start").params, batch)
+    given = smaller_params(teacher.model, teacher.params, student.config, some)
+    folders.save(run / "start", student, start_student(student, given), config.teacher, **_storage(config))
+    return calibrate.calibrate_attention(student, folders.load(run / "start").params, some[0])
 
 
 _Stages = Callable[[str, WithHead, Any, Split], tuple[dict[str, Any], dict[str, float]]]
 
 
 def _stages(
-    config: Conversion, teacher: folders.LoadedModel, material: _Material, ranges: calibrate.Ranges | None, run: Path
+    config: Conversion,
+    teacher: folders.LoadedModel,
+    material: _Material,
+    layers: Sequence[int],
+    ranges: calibrate.Ranges | None,
+    run: Path,
 ) -> _Stages:
     """Makes what distils: (the stage's name, student, its parameters, rows) -> parameters, and figures on the test set.
 
@@ -246,6 +270,7 @@ def _stages(
         config: says how long each stage is, and what its losses weigh.
         teacher: the model whose outputs are matched.
         material: what is learned from.
+        layers: the teacher's layers that the student's are matched with, in their order.
         ranges: the ranges that the LayerNorms' variances are to stay in; None: any.
         run: the folder of the checkpoints, of each stage in a folder of its own.
     """
@@ -256,6 +281,7 @@ def _stages(
         material.everything,
         with_states=any(stage.hidden_weight for stage in wanted),
         with_scores=any(stage.score_weight for stage in wanted),
+        layers=layers,
         memory=config.teacher_memory * 1e9,
     )
     task = material.task
@@ -297,7 +323,8 @@ def convert(config: Conversion) -> dict[str, Any]:
     names = config.layer_norm if isinstance(config.layer_norm, tuple) else (config.layer_norm,) * 2
     after_attention, after_feed_forward = map(NORMALIZATIONS.resolve, names)
     norms = after_attention, after_feed_forward
-    replaced = dataclasses.replace(own, attention=config.attention, hidden_act=config.activation)
+    replaced = _replaced(config, own)
+    layers = layers_kept(own.num_hidden_layers, replaced.num_hidden_layers)
     material = _material(config, teacher)
     task = material.task
     if hosts.from_first(np.bool_(done(config, hosts.agreed(material.inputs)))):
@@ -312,15 +339,16 @@ def convert(config: Conversion) -> dict[str, Any]:
     answers = {"id2label": task.id2label, "model_max_length": config.max_length, "num_texts": len(task.text_columns)}
     padded = lengths(own.num_positions)
     some = list(itertools.islice(batches(task.train, batch_size=64, lengths=padded, seed=config.seed), 8))
-    seen = calibrate.variances(teacher.model, teacher.params, some)
+    met = calibrate.variances(teacher.model, teacher.params, some)
+    seen = {(i, place): met[layer, place] for i, layer in enumerate(layers) for place in (0, 1)}
     replaced = calibrate.with_norms(dataclasses.replace(replaced, **answers), seen, norms)
     student = teacher.model.clone(config=replaced)
-    params = _start(config, student, teacher, run, some[0])
+    params = _start(config, student, teacher, run, some)
     results |= _figures(task, predict(student, params, task.test), "untrained_")
 
     ranged = any(isinstance(norm, Ranged) for norm in norms)
     ranges = calibrate.ranges(seen) if ranged else None
-    distilled = _stages(config, teacher, material, ranges, run)
+    distilled = _stages(config, teacher, material, layers, ranges, run)
     params, figures = distilled("stage1", student, params, material.everything)
     results |= figures
     if ranged:  # the last stage trains the very function that will run

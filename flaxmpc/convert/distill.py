@@ -1,7 +1,7 @@
 """Replace and distil: a student with other parts learns from the teacher, first its hidden states, then its logits."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,7 @@ def start_student(student: WithHead, teacher: Mapping[str, Any]) -> dict[str, An
     """The teacher's parameters for all that the student has too; its own per-head scalars start fresh.
 
     Raises:
-        ValueError: a parameter of another shape; a student has the teacher's shape and other parts.
+        ValueError: a parameter of another shape; see `flaxmpc.convert.smaller`.
     """
     own = flatten(init_params(student))
     given = flatten(teacher)
@@ -75,6 +75,7 @@ class Teacher:
         with_states: bool,
         with_scores: bool,
         memory: float,
+        layers: Sequence[int] | None = None,
     ):
         """Computes what fits.
 
@@ -83,8 +84,10 @@ class Teacher:
             split: the rows that batches will be made of.
             with_states, with_scores: whether any loss asks for hidden states or scores.
             memory: bytes that what is kept may take; if it takes more, each batch is computed when it is asked for.
+            layers: the layers whose states and scores are given; None: all.
         """
         self._with_states, self._with_scores = with_states, with_scores
+        layers = range(model.config.num_hidden_layers) if layers is None else layers
         self._params = jax.tree.map(jnp.asarray, dict(params))
 
         @jax.jit
@@ -92,14 +95,19 @@ class Teacher:
             output = outputs(model, params, batch)
             if not (with_states or with_scores):
                 return output.logits, None
-            states = output.intermediates._replace(variances=())
+            found = output.intermediates
+            states = found._replace(
+                hidden_states=tuple(found.hidden_states[layer] for layer in layers),
+                scores=tuple(found.scores[layer] for layer in layers),
+                variances=(),
+            )
             return output.logits, states if with_scores else states._replace(scores=())
 
         self._apply = apply
         config = model.config
         lengths = np.array([len(row) for row in split.input_ids], np.float64)
-        numbers = lengths.sum() * config.hidden_size * (config.num_hidden_layers + 1)
-        numbers += with_scores * np.square(lengths).sum() * config.num_attention_heads * config.num_hidden_layers
+        numbers = lengths.sum() * config.hidden_size * (len(layers) + 1)
+        numbers += with_scores * np.square(lengths).sum() * config.num_attention_heads * len(layers)
         self.kept = 2 * numbers <= memory
         self._logits = np.zeros((len(lengths), config.num_labels), np.float32)
         self._states: list[Any] = [None] * len(lengths)

@@ -66,7 +66,9 @@ def recipe(config: Any, inputs: Digests) -> dict[str, Any]:
 
 
 def done(config: Any, inputs: Digests) -> bool:
-    """Whether the folder holds the model that this config makes of these inputs; older recipes do not name them.
+    """Whether the folder holds the model that this config makes of these inputs.
+
+    Older recipes do not name the inputs, nor options of today, which are None where they ask for nothing.
 
     Raises:
         ValueError: recipe.json is damaged.
@@ -75,7 +77,8 @@ def done(config: Any, inputs: Digests) -> bool:
     if not path.is_file() or not (config.out / "results.json").is_file():
         return False
     found = files.read_object(path, mend="remove it, and the model is finished again from its checkpoints")
-    return {"inputs": dict(inputs), **found} == recipe(config, inputs)
+    wanted = recipe(config, inputs)
+    return {**dict.fromkeys(wanted), "inputs": wanted["inputs"], **found} == wanted
 
 
 def unfinished(config: Any) -> None:

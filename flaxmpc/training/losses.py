@@ -38,7 +38,7 @@ def logit_loss(
 def hidden_loss(student: Intermediates, teacher: Intermediates, token_mask: Float[Array, "batch token"]) -> Array:
     """Mean squared difference of the hidden states, summed over the layers and the embeddings (TinyBERT, eq. 8, 9).
 
-    The models have equal width and number of layers.
+    The states are of equal width, and the student has as many layers as states of the teacher's are given.
     """
     mask = token_mask[..., None]
     pairs = zip((student.embeddings, *student.hidden_states), (teacher.embeddings, *teacher.hidden_states), strict=True)

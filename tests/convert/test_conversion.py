@@ -127,6 +127,38 @@ def test_layer_norms_after_attention_may_be_others(teacher, data, tmp_path):
     assert [norm.name for norm in config.layer_norms_of(1)] == ["layer_norm", "rms_norm"]
 
 
+def test_a_student_may_be_smaller_than_its_teacher(teacher, data, tmp_path):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 20}
+    config = conversion(teacher, data, tmp_path / "small", **sizes, aby3_sentences=2)
+    results = convert(config)
+    loaded = folders.load(config.out)
+    assert {name: getattr(loaded.model.config, name) for name in sizes} == sizes
+    recipe = json.loads((config.out / "recipe.json").read_text())
+    assert {name: recipe[name] for name in sizes} == sizes
+    assert results["accuracy"] > 0.7
+    measured = evaluate(config.out, ref2k_sentences=4, aby3_sentences=2)
+    assert measured["ref2k_agreement"] == measured["aby3_agreement"] == 1
+    assert measured["ref2k_max_logit_difference"] < 0.05
+    with pytest.raises(ValueError, match="holds a run with another num_attention_heads"):
+        convert(dataclasses.replace(config, num_attention_heads=2))
+
+
+def test_sizes_that_a_teacher_cannot_give_are_refused_before_anything_is_written(teacher, data, tmp_path):
+    for changes, message in (
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3: the teacher has 2"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: the teacher has 2"),
+        ({"intermediate_size": 10**9}, "intermediate_size is 1000000000: the teacher has"),
+        (
+            {"num_attention_heads": 1, "stage1": dataclasses.replace(STAGE, score_weight=0.5)},
+            r"stage1 has score_weight 0.5, .* num_attention_heads can only be 2 then",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(conversion(teacher, data, tmp_path / "out", **changes))
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.run").exists()
+
+
 def test_embeddings_stay_the_published_ones_unless_they_are_trained(teacher, student, data, tmp_path):
     name = "bert.embeddings.word_embeddings.weight"
     np.testing.assert_array_equal(weights(student)[name], weights(teacher)[name])

@@ -9,7 +9,8 @@ import pytest
 
 from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_student
 from flaxmpc.convert.finetune import Evaluate, epoch_batches, learn
-from flaxmpc.models.bert import BertForSequenceClassification
+from flaxmpc.models.base import init_params
+from flaxmpc.models.bert import BertConfig, BertForSequenceClassification
 
 
 def with_parts(model, **changes):
@@ -90,6 +91,27 @@ def test_the_teachers_outputs_are_the_same_kept_or_not(tiny, tiny_params, toy_sp
             mask = tokens if a.ndim == 3 else tokens[:, None, :, None] & tokens[:, None, None, :]
             mask = np.broadcast_to(mask[..., None] if a.ndim == 3 else mask, a.shape)
             np.testing.assert_allclose(a[mask], np.asarray(b)[mask], rtol=1e-3, atol=1e-5)  # kept as float16
+
+
+def test_a_student_of_fewer_layers_is_given_theirs(toy_split):
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24)
+    model = BertForSequenceClassification(config)
+    params = jax.device_get(init_params(model, seed=1))
+    batch = next(epoch_batches(toy_split, SHORT, seed=0)(0))
+    tokens = (batch.attention_mask * batch.row_mask[:, None] > 0)[..., None]
+    for memory in (1e9, 0):
+        asked = {"with_states": True, "with_scores": True, "memory": memory}
+        whole, some = (
+            Teacher(model, params, toy_split, **asked, layers=layers)(batch).states for layers in (None, (1, 3))
+        )
+        assert whole is not None
+        assert some is not None
+        assert (len(some.hidden_states), len(some.scores)) == (2, 2)
+        for ours, theirs in ((0, 1), (1, 3)):
+            pairs = (some.hidden_states[ours], whole.hidden_states[theirs]), (some.scores[ours], whole.scores[theirs])
+            for one, other in pairs:
+                np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        np.testing.assert_array_equal(some.embeddings * tokens, whole.embeddings * tokens)
 
 
 def test_what_no_loss_asks_for_is_not_kept(tiny, tiny_params, toy_split):

@@ -1,0 +1,135 @@
+"""Makes the start of a student that is smaller than its teacher: with fewer layers, heads or features."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxmpc.data.batches import Batch
+from flaxmpc.models.base import WithHead, param_shapes
+from flaxmpc.models.config import EncoderConfig
+from flaxmpc.models.params import flatten, unflatten
+
+
+def layers_kept(own: int, wanted: int) -> tuple[int, ...]:
+    """The teacher's layers that a student of `wanted` layers starts from, and whose hidden states it matches.
+
+    They are spread evenly, and the last one is among them: of 6 layers, 3 are the second, fourth and sixth.
+    """
+    return tuple((i + 1) * own // wanted - 1 for i in range(wanted))
+
+
+def sizes(
+    own: EncoderConfig, num_hidden_layers: int | None, num_attention_heads: int | None, intermediate_size: int | None
+) -> dict[str, Any]:
+    """The fields of a student's config that say how large it is, and the LayerNorms of the teacher's layers it keeps.
+
+    Args:
+        own: the teacher's config.
+        num_hidden_layers, num_attention_heads, intermediate_size: the student's; None: the teacher's.
+
+    Raises:
+        ValueError: more than the teacher has, fewer than one, or heads that the teacher's heads can't be merged into.
+    """
+    wanted = {
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "intermediate_size": intermediate_size,
+    }
+    found: dict[str, Any] = {name: getattr(own, name) if size is None else size for name, size in wanted.items()}
+    for name, size in found.items():
+        most = getattr(own, name)
+        if not min(1, most) <= size <= most:
+            raise ValueError(f"{name} is {size}: the teacher has {most}, and its student has 1 to {most}")
+    heads = own.num_attention_heads
+    if heads % found["num_attention_heads"]:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(
+            f"num_attention_heads is {num_attention_heads}, but the teacher's {heads} heads are merged into the "
+            f"student's: a divisor, {divisors}"
+        )
+    layers = layers_kept(own.num_hidden_layers, found["num_hidden_layers"])
+    return {**found, "layer_norm": tuple(own.layer_norms_of(layer) for layer in layers)}
+
+
+def smaller_params(
+    teacher: WithHead, params: Mapping[str, Any], config: EncoderConfig, batches: Iterable[Batch]
+) -> dict[str, Any]:
+    """A teacher's parameters in the sizes of a student's config, see `sizes`.
+
+    - Layers: those that `layers_kept` names.
+    - Heads: neighbours are merged. Their features stay, so the scores of a merged head are the sum of theirs, divided
+      by the root of their number. A parameter with a number for every head gets the mean of theirs.
+    - The feed-forward's features: those stay that move its output most on the batches, by the variance of the
+      activation times the squared norm of the feature's row in the second matrix. The others are replaced by their
+      mean, which goes into the bias.
+    """
+    own, prefix = teacher.config, teacher.base_model_prefix
+    flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    layers = layers_kept(own.num_hidden_layers, config.num_hidden_layers)
+    if config.intermediate_size < own.intermediate_size:
+        seen = _activations(teacher, params, batches)
+        for layer in layers:
+            flat |= _fewer_features(flat, f"{prefix}/layer_{layer}", *seen[layer], config.intermediate_size)
+    places = {f"{prefix}/layer_{layer}": f"{prefix}/layer_{i}" for i, layer in enumerate(layers)}
+    kept = {}
+    for path, leaf in flat.items():
+        start, rest = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
+        if start in places:
+            kept[f"{places[start]}/{rest}"] = leaf
+        elif not start.startswith(f"{prefix}/layer_"):
+            kept[path] = leaf
+    shapes = flatten(param_shapes(teacher.clone(config=config)))
+    return unflatten({path: _merged(leaf, shapes[path].shape) for path, leaf in kept.items()})
+
+
+def _merged(leaf: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter whose last axis is the heads, for as many as there are after merging; any other as it is."""
+    return leaf if leaf.shape == shape else leaf.reshape(*shape, -1).mean(-1)
+
+
+def _activations(
+    teacher: WithHead, params: Mapping[str, Any], batches: Iterable[Batch]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The mean and the variance (feature,) of every layer's activation over the tokens of the batches."""
+    config = teacher.config
+
+    @jax.jit
+    def sums(params: Any, batch: Batch) -> Any:
+        _, state = teacher.apply(
+            {"params": params},
+            *batch.inputs,
+            capture_intermediates=lambda module, _: module.name == "intermediate",
+            mutable=["intermediates"],
+        )
+        captured: Any = state["intermediates"][teacher.base_model_prefix]
+        tokens = (jnp.asarray(batch.attention_mask) * jnp.asarray(batch.row_mask)[:, None])[..., None]
+        found = []
+        for layer in range(config.num_hidden_layers):
+            (before,) = captured[f"layer_{layer}"]["intermediate"]["__call__"]
+            after = config.hidden_act_of(layer)(before)
+            found.append([(after**power * tokens).sum((0, 1)) for power in (1, 2)])
+        return found, tokens.sum()
+
+    totals, count = jax.tree.map(lambda *each: sum(map(np.float64, each)), *(sums(params, batch) for batch in batches))
+    return [(first / count, second / count - (first / count) ** 2) for first, second in totals]
+
+
+def _fewer_features(
+    flat: Mapping[str, np.ndarray], layer: str, mean: np.ndarray, variance: np.ndarray, wanted: int
+) -> dict[str, np.ndarray]:
+    """A feed-forward's parameters with the features that count most, see `smaller_params`."""
+    first, second = f"{layer}/intermediate", f"{layer}/output"
+    kernel = flat[f"{second}/kernel"]
+    weight = variance * np.square(kernel).sum(-1)
+    order = np.argsort(-weight, kind="stable")
+    kept, others = np.sort(order[:wanted]), order[wanted:]
+    bias = flat[f"{second}/bias"] + mean[others] @ kernel[others]
+    return {
+        f"{first}/kernel": flat[f"{first}/kernel"][:, kept],
+        f"{first}/bias": flat[f"{first}/bias"][kept],
+        f"{second}/kernel": kernel[kept],
+        f"{second}/bias": bias.astype(np.float32),
+    }
