@@ -107,6 +107,7 @@ def put(
     name: _Name = None,
     lengths: _Lengths = (),
     batches: tuple[int, ...] = (1,),
+    public_weights: Annotated[bool, _Flag] = False,
 ) -> None:
     """The model's owner shares its weights among the parties: each gets its own shares only.
 
@@ -116,6 +117,8 @@ def put(
         name: the model's name for clients; by default the folder's.
         lengths: the tokens that texts are padded to: 16, 32, 64, 128, 256, 512, or the most that the model takes.
         batches: the numbers of texts that a run may have.
+        public_weights: every party, and who sees what it holds, may know the weights, as of a model that is published
+            anyway. Only texts and answers are secret then, and a run costs less.
     """
     from flaxmpc import secure
     from flaxmpc.models import folder, zoo
@@ -126,12 +129,13 @@ def put(
     loaded = folder.load(zoo.with_weights(model))
     start = time.perf_counter()
     with secure.Cluster(cluster, "owner") as parties:
-        options: dict[str, Any] = {"lengths": lengths or None, "batches": batches}
+        options: dict[str, Any] = {"lengths": lengths or None, "batches": batches, "public_weights": public_weights}
         served = remote.put(loaded, parties, name=name, **options)
         seconds, sent = time.perf_counter() - start, parties.bytes_sent
+    what = "weights in the clear" if public_weights else "shares"
     print(
         f"{name or loaded.folder.resolve().name}: {len(served.programs)} programs ({', '.join(served.programs)}), "
-        f"hash {served.hash[:16]}, {sent / 1e6:.1f} MB of shares to {len(parties.cluster.party)} parties "
+        f"hash {served.hash[:16]}, {sent / 1e6:.1f} MB of {what} to {len(parties.cluster.party)} parties "
         f"in {seconds:.1f} s"
     )
 
@@ -143,6 +147,7 @@ def approve(
     name: _Name = None,
     lengths: _Lengths = (),
     batches: tuple[int, ...] = (1,),
+    public_weights: Annotated[bool, _Flag] = False,
 ) -> None:
     """Who runs a party approves a model's programs: their digests go to the file that cluster.toml names, `programs`.
 
@@ -152,13 +157,15 @@ def approve(
         name: the model's name, a remark in the file; by default the folder's.
         lengths: the lengths that the owner puts it for.
         batches: the numbers of texts that the owner puts it for.
+        public_weights: as the owner says it: it makes other programs.
     """
     from flaxmpc.models import zoo
     from flaxmpc.secure.deploy.cluster import ClusterFile
     from flaxmpc.serve import remote
 
     read = ClusterFile.read(cluster)
-    programs = remote.approve(zoo.find(model), read, name=name, lengths=lengths or None, batches=batches)
+    options: dict[str, Any] = {"lengths": lengths or None, "batches": batches, "public_weights": public_weights}
+    programs = remote.approve(zoo.find(model), read, name=name, **options)
     for size, program in programs.items():
         print(f"approved {size}: {program.digest}")
 

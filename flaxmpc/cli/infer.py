@@ -25,6 +25,7 @@ def _or(default: str, metavar: str) -> Any:
 
 
 PositionalModel = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|FOLDER]")]
+Public = Annotated[bool, tyro.conf.arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
 OptionalPath = Annotated[Path | None, _or("", "PATH")]
 
@@ -111,6 +112,7 @@ def infer(
     model: Annotated[str | None, _or(zoo.DEFAULT, "NAME|FOLDER")] = None,
     cluster: OptionalPath = None,
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime(),
+    public_weights: Public = False,
     json_: Json = False,
 ) -> None:
     """Classifies texts on secret shares, and compares with the clear.
@@ -129,6 +131,8 @@ def infer(
         model: a name of the zoo (`flaxmpc zoo list`) or a model folder; on a cluster the name that it was put under, by
             default the only one there.
         cluster: ask the parties of this cluster.toml (or its folder), in place of own ones.
+        public_weights: the parties know the weights, as of a model that is published anyway: only texts and answers are
+            secret, and a run costs less. On a cluster the owner's `put` says it.
         json_: print one JSON object: results, cost, model, versions; or an error.
     """
     with _errors_as_json(json_):
@@ -143,7 +147,9 @@ def infer(
             results.check_out(out, file)
         with _says_where(given):
             if cluster is None:
-                asked = _ask_here(model or zoo.DEFAULT, runtime, given.texts)
+                asked = _ask_here(model or zoo.DEFAULT, runtime, given.texts, public_weights)
+            elif public_weights:
+                raise ValueError("--public-weights: on a cluster the owner's `put` says it; leave it out, or --cluster")
             elif said := runtime.given():
                 options = " and ".join(f"--{name.replace('_', '-')}" for name in said)
                 raise ValueError(f"{options}: on a cluster its cluster.toml says it; leave it out, or --cluster")
@@ -166,20 +172,21 @@ def infer(
         raise ValueError(error)
 
 
-def _ask_here(name: str, runtime: Runtime, given: Sequence[Text]) -> results.Asked:
+def _ask_here(name: str, runtime: Runtime, given: Sequence[Text], public_weights: bool) -> results.Asked:
     """Asks a model in this process, whose threads are the parties."""
     folder = zoo.with_weights(name)
     from flaxmpc.serve.private import SecureClassifier
 
     with console(stderr=True).status("starting the parties and sharing the weights"):
-        classifier = SecureClassifier.from_folder(folder, runtime.start(folder))
+        parties = runtime.start(folder)
+        classifier = SecureClassifier.from_folder(folder, parties, public_weights=public_weights)
     found = classifier.classify(given, _bar)
     cost = found.cost
     summary = (
-        f"{_name(folder)}, {cost.protocol}, {_parties(cost.parties)}: {cost.seconds:.1f} s, "
-        f"{cost.bytes_sent / 1e6:.1f} MB in all, {cost.rounds:.0f} rounds"
+        f"{_name(folder)}, {'public weights, ' if public_weights else ''}{cost.protocol}, {_parties(cost.parties)}: "
+        f"{cost.seconds:.1f} s, {cost.bytes_sent / 1e6:.1f} MB in all, {cost.rounds:.0f} rounds"
     )
-    return results.Asked(_name(folder), classifier.config, found, summary, {})
+    return results.Asked(_name(folder), classifier.config, found, summary, {"public_weights": public_weights})
 
 
 def cost(
@@ -188,6 +195,7 @@ def cost(
     tokens: int = 32,
     sentences: int = 1,
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime(),
+    public_weights: Public = False,
     json_: Json = False,
 ) -> None:
     """What a run would cost, without secrets: zeros cost as much.
@@ -196,6 +204,7 @@ def cost(
         model: a name of the zoo or a model folder.
         tokens: length of the sentences, [CLS] and [SEP] included.
         sentences: how many in one run.
+        public_weights: the parties know the weights, see `infer`.
         json_: print one JSON object: the record, or an error.
     """
     with _errors_as_json(json_):
@@ -204,7 +213,9 @@ def cost(
         from flaxmpc.serve.private import SecureClassifier
 
         with console(stderr=True).status("measuring"):
-            record = SecureClassifier.from_folder(folder, runtime.start(folder)).estimate(tokens, sentences)
+            parties = runtime.start(folder)
+            model_ = SecureClassifier.from_folder(folder, parties, public_weights=public_weights)
+            record = model_.estimate(tokens, sentences)
     modelled = {f"{network.name.lower()}_seconds": network.seconds(record) for network in (secure.LAN, secure.WAN)}
     exact = secure.PROTOCOLS[record.protocol].rounds_exact
     if json_:

@@ -281,6 +281,11 @@ def plan_bits(
     )
 
 
+def visibility(public_weights: bool) -> str:
+    """How parties hold the weights, see `secure.Parties.put`."""
+    return "public" if public_weights else "secret"
+
+
 class SecureClassifier(Classifier):
     """A sequence classifier that runs on secret shares; its weights stay resident between calls.
 
@@ -294,12 +299,13 @@ class SecureClassifier(Classifier):
         weights: resident.
     """
 
-    def __init__(self, loaded: folders.LoadedModel, parties: secure.Parties):
+    def __init__(self, loaded: folders.LoadedModel, parties: secure.Parties, *, public_weights: bool = False):
         """Folds the model and shares its weights, see `private`.
 
         Args:
             loaded: the model and its tokenizer, see `flaxmpc.models.folder.load`.
             parties: who computes.
+            public_weights: whether every party may know the weights: then only texts and answers are secret.
 
         Raises:
             ValueError: the model is no sequence classifier, or its logits have no meaning, or its plan is broken; or
@@ -309,12 +315,14 @@ class SecureClassifier(Classifier):
         super().__init__(found.model, loaded.tokenizer, found.client_params, encoding=found.encoding)
         self.model, self.function, self._params = found.model, found.function, loaded.params
         self._secure = secure.jit(self.function, parties=parties)
-        self.weights = parties.put(found.weights)
+        self.weights = parties.put(found.weights, visibility(public_weights))
         self._apply = jax.jit(self.model.apply)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, parties: secure.Parties) -> "SecureClassifier":
-        return cls(folders.load(folder), parties)
+    def from_folder(
+        cls, folder: str | Path, parties: secure.Parties, *, public_weights: bool = False
+    ) -> "SecureClassifier":
+        return cls(folders.load(folder), parties, public_weights=public_weights)
 
     def sizes(self, length: int) -> Sequence[int]:
         """Any number, as far as memory goes."""

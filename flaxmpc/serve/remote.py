@@ -28,7 +28,7 @@ from flaxmpc.secure.deploy.cluster import ClusterFile
 from flaxmpc.secure.deploy.programs import Approved, compile_program
 from flaxmpc.serve.answers import Inference
 from flaxmpc.serve.classify import Classifier, Client, TextRun, buckets, limit
-from flaxmpc.serve.private import answered, private_classifier, without_weights
+from flaxmpc.serve.private import answered, private_classifier, visibility, without_weights
 
 if TYPE_CHECKING:
     from flaxmpc.secure.deploy.cluster import Limits
@@ -45,6 +45,7 @@ def put(
     name: str | None = None,
     lengths: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
+    public_weights: bool = False,
 ) -> m.PublicModel:
     """Shares a model's weights among the parties, with programs for each length and batch.
 
@@ -57,6 +58,7 @@ def put(
         name: the model's name for clients; by default the folder's.
         lengths: the lengths that texts are padded to, of `classify.buckets`; by default those up to 64.
         batches: the numbers of texts that a request may have.
+        public_weights: whether every party may know the weights: then only texts and answers are secret.
 
     Returns:
         What the parties say of it.
@@ -71,7 +73,7 @@ def put(
     m.check_name(name)  # before minutes of compiling and sending
     found = private_classifier(loaded, parties.config, checked=True)
     client = found.client(loaded.tokenizer)
-    resident = parties.put(found.weights)
+    resident = parties.put(found.weights, visibility(public_weights))
     programs = _programs(client, found.function, resident, parties.cluster, sizes)
     parties.publish(name, resident, programs, _bundle(client, found.model))
     return parties.find(name)[1]
@@ -84,6 +86,7 @@ def approve(
     name: str | None = None,
     lengths: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
+    public_weights: bool = False,
 ) -> dict[str, m.ModelProgram]:
     """Compiles the programs that `put` would, and adds their digests to those that a party takes.
 
@@ -91,7 +94,7 @@ def approve(
         folder: a folder with a model's config.json; who runs a party need not have its weights.
         cluster: the cluster.toml of the party.
         name: the model's name, a remark in the file; by default the folder's.
-        lengths, batches: the same as the owner gives to `put`.
+        lengths, batches, public_weights: the same as the owner gives to `put`.
 
     Returns:
         The programs by name.
@@ -109,7 +112,8 @@ def approve(
     folder = Path(folder)
     sizes = _sizes(folders.read_model(folder).config, lengths, batches)
     found = without_weights(folder, cluster.config)
-    programs = _programs(found.client(None), found.function, secure.Planned(found.weights), cluster, sizes)
+    weights = secure.Planned(found.weights, visibility(public_weights))
+    programs = _programs(found.client(None), found.function, weights, cluster, sizes)
     approved.add(name or folder.resolve().name, programs)
     return programs
 

@@ -271,6 +271,8 @@ def test_a_file_for_results_is_looked_at_before_anything_runs(refused, tmp_path,
 def test_settings_of_the_parties_are_not_for_a_cluster(refused):
     message = refused("infer", "good", "--cluster", "c", "--protocol", "ABY3", "--fraction-bits", 18)
     assert message.startswith("--fraction-bits and --protocol: on a cluster its cluster.toml says it")
+    message = refused("infer", "good", "--cluster", "c", "--public-weights")
+    assert message.startswith("--public-weights: on a cluster the owner's `put` says it")
 
 
 def test_an_entry_without_weights_names_what_makes_them(refused, shipped):

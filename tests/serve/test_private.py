@@ -11,6 +11,7 @@ from flaxmpc import secure
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.bert import BertForMaskedLM
+from flaxmpc.secure.deploy.signature import Signature
 from flaxmpc.serve.private import SecureClassifier, answered, private_classifier
 
 # Of 3 to 18 tokens, so in two buckets.
@@ -191,6 +192,35 @@ def test_weights_are_shared_once_and_each_call_shares_its_input_alone(folder_of,
         assert len(stored) == weights + 9 * calls  # embeddings, and the eight forms of the mask
     assert cost.compile_seconds == 0
     assert all(len(member.names) == weights for member in parties.members)
+
+
+@pytest.mark.parametrize("mode", ["public", "secret"])
+def test_public_weights_give_the_same_answers_for_less(mode, folder_of, group):
+    for protocol in ("REF2K", "ABY3"):
+        known = SecureClassifier.from_folder(folder_of(mode), group(protocol), public_weights=True)
+        assert max(each.difference for each in known.classify(TEXTS).predictions) < 0.02
+    ours, theirs = (
+        SecureClassifier.from_folder(folder_of(mode), group("ABY3"), public_weights=public).estimate(16, 1)
+        for public in (True, False)
+    )
+    assert ours.bytes_sent < 0.95 * theirs.bytes_sent
+    assert ours.rounds < theirs.rounds
+
+
+def test_public_weights_leave_texts_and_answers_secret(folder_of, group):
+    """Parties hold the weights as they are, and of a client's arrays and the logits shares alone."""
+    parties = group("ABY3")
+    known = SecureClassifier.from_folder(folder_of("public"), parties, public_weights=True)
+    shared = shares_of(known, TEXTS[:1])
+    program = known._secure.program(known.weights, *shared)
+    signature = Signature.of(known._secure.compile(known.weights, *shared).code)
+    count = len(known.weights.names)
+    assert [each.visibility for each in signature.inputs[:count]] == ["public"] * count
+    assert {each.visibility for each in signature.inputs[count:]} == {"secret"}
+    assert len(signature.inputs) > count
+    assert {each.visibility for each in signature.outputs} == {"secret"}
+    for opened in ("reveal", "gather", "while"):
+        assert opened not in program
 
 
 def test_an_estimate_is_what_a_run_costs(classifier):

@@ -25,7 +25,7 @@ from flaxmpc.secure.deploy.cluster import Limits
 from flaxmpc.secure.deploy.local import write_local
 from flaxmpc.serve import remote
 from flaxmpc.serve.classify import Client
-from flaxmpc.serve.private import SecureClassifier, private_classifier
+from flaxmpc.serve.private import SecureClassifier, private_classifier, visibility
 
 TEXTS = ["A gripping, beautifully acted film.", "a tedious, lifeless movie.", "good"]
 
@@ -236,6 +236,16 @@ def test_pairs_and_sets_of_labels_are_answered_as_in_process(parties, group, wri
         assert each.label is None
         assert each.probabilities == pytest.approx(local.probabilities, abs=0.01)
     assert np.ptp([each.logits for each in found], 0).min() > 0.05
+
+
+def test_public_weights_are_answered_as_secret_ones(parties, loaded, expected):
+    with parties.connect() as owner:
+        remote.put(loaded, owner, name="known", lengths=(16,), public_weights=True)
+    with parties.connect("client") as client:
+        predictions, known = remote.RemoteClassifier(client, "known").classify(TEXTS)
+        _, usual = remote.RemoteClassifier(client, "tiny").classify(TEXTS)
+    np.testing.assert_allclose([each.logits for each in predictions], expected, atol=0.02)
+    assert known.bytes_sent < 0.95 * usual.bytes_sent
 
 
 def test_no_party_receives_ids_logits_or_anything_but_uniform_shares(parties, monkeypatch):
@@ -473,12 +483,13 @@ def test_programs_are_approved_without_the_weights(changes, group, write_classif
     limits = msgspec.structs.replace(written.limits, max_batch_rows=1 if changes else 2)
     cluster = msgspec.structs.replace(written, programs="programs.txt", limits=limits)
     found = private_classifier(loaded, cluster.config, checked=True)
-    resident = group("ABY3").put(found.weights)
+    public = bool(changes)
+    resident = group("ABY3").put(found.weights, visibility(public))
     put = remote._programs(found.client(loaded.tokenizer), found.function, resident, cluster, [(1, 16)])
     (tmp_path / "film").mkdir()
     shutil.copy(loaded.folder / "config.json", tmp_path / "film")
     monkeypatch.setenv("FLAXMPC_CACHE", str(tmp_path / "cache"))
-    assert remote.approve(tmp_path / "film", cluster, lengths=(16,)) == put
+    assert remote.approve(tmp_path / "film", cluster, lengths=(16,), public_weights=public) == put
     assert cluster.file("programs.txt").read_text() == f"{put['1x16'].digest}  film 1x16\n"
     with pytest.raises(ValueError, match=r"lengths \[17\]: this model has 16, 24"):
         remote.approve(tmp_path / "film", cluster, lengths=(17,))
