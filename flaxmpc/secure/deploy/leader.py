@@ -58,7 +58,8 @@ class Leader(threading.Thread):
                 session.turns.abandon(request, self._describe(rank, error))
 
         message = m.Turn(session.id, [request.key])
-        asked = self._ask_later("has", message, self._timeout)
+        # It hears who does not answer before the others lose the patience that they have had since they were asked.
+        asked = self._ask_later("has", message, 3 / 4 * self._timeout)
         for rank, future in asked.items():
             future.add_done_callback(functools.partial(told, rank))
         # Once it has ended the peers need not say any more whether it came.
