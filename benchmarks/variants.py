@@ -16,6 +16,7 @@ from flaxmpc.models.base import WithHead, family_of, param_shapes, without_embed
 from flaxmpc.models.bert import BertConfig, preset
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.folder import read_config
+from flaxmpc.nn.normalization import Linear
 from flaxmpc.serve.private import private
 
 
@@ -157,7 +158,7 @@ def ours(config: EncoderConfig, *, folded: bool, batch: int, tokens: int) -> Wor
 
 
 def fitted(config: BertConfig, batch: int, tokens: int) -> BertConfig:
-    """The config with its LayerNorms' ranges moved, in their width, to the variances that random weights make."""
+    """The config with its LayerNorms for the variances that random weights make: ranges are moved, in their width."""
     exact = dataclasses.replace(config, layer_norm="layer_norm")
     model = family_of(config.model_type).models[0](exact)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, tokens), np.int32)
@@ -168,6 +169,8 @@ def fitted(config: BertConfig, batch: int, tokens: int) -> BertConfig:
         return found.intermediates.variances
 
     def moved(part: Any, variances: Any) -> Any:
+        if isinstance(part, Linear):
+            return part.calibrated(variances)
         return part.scaled(math.sqrt(float(variances.min() * variances.max()) / (part.low * part.high)))
 
     layers = [config.layer_norms_of(layer) for layer in range(config.num_hidden_layers)]

@@ -32,6 +32,7 @@ SCRIPTS = {
     "parts": {"variant", "kind", "form"},
     "steps": {"step", "variant", "kept"},
     "families": {"variant", "num_layers"},
+    "for_cost": {"variant", "num_layers"},
     "scaling": {"axis", "value", "bytes_sent_total_exponent", "bytes_polynomial"},
     "embedding": {"variant", "num_layers", "client_bytes"},
     "outliers": {"texts", "count", "diverged", "right", "none", "unnoticed"},
