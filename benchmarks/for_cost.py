@@ -28,12 +28,14 @@ def options(shape: str) -> dict[str, dict[str, Any]]:
     constant = {"layer_norm": (CONSTANT, AFTER_FEED_FORWARD)}
     heads = {"num_attention_heads": size.num_attention_heads // 2}
     features = {"intermediate_size": size.intermediate_size // 2}
+    quarter = {"num_attention_heads": size.num_attention_heads // 4, "intermediate_size": size.intermediate_size // 4}
     return {
         "no option": {},
         "no root after attention": constant,
         "half the heads": heads,
         "half the features": features,
         "all three": constant | heads | features,
+        "all three, a quarter": constant | quarter,
     }
 
 

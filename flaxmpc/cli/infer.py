@@ -323,15 +323,17 @@ def plan(
         given = texts.of_file(file) if file is not None else _movie_sentences()
         some = given.texts[:sentences]
         with console(stderr=True).status(f"planning from {len(some)} text(s)") as status, _says_where(given):
-            tried = private.plan_bits(folders.load(folder), some, error=error, progress=status.update)
+            loaded = folders.load(folder)
+            tried = private.plan_bits(loaded, some, error=error, progress=status.update)
     if json_:
         print(json.dumps({"model": _name(folder), **tried._asdict(), "plan": tried.plan.as_dict()}, allow_nan=False))
         return
-    table = Table("truncated", "numbers", "largest", "bits", "kept", "to spare")
+    encoder = f"{type(loaded.model).__name__}/{loaded.model.base_model_prefix}/"
+    table = Table(Column("truncated", overflow="fold"), "numbers", "largest", "bits", "kept", "to spare")
     for step in tried.plan.steps:
         if step.kept is not None:
             sizes = f"{step.magnitude:.3g}", str(step.bits), str(step.kept), f"{step.spare_bits:.1f}"
-            table.add_row(step.where, str(step.elements), *sizes)
+            table.add_row(step.where.removeprefix(encoder), str(step.elements), *sizes)
     out = console()
     out.print(table)
     out.print(f"{_name(folder)}: {tried.plan}")

@@ -19,8 +19,9 @@ def matmul(a: Float[Array, "batch head m k"], b: Float[Array, "batch head k n"])
 
 
 # XLA turns a grouped convolution into a dilated one, whose work grows with the square of the groups. One of the most
-# work takes 0.15 s on 2 cores, as long as a few messages on a slow line: 12 heads of 128 tokens stand in two.
-_MOST_GROUPS, _MOST_WORK = 24, 2**26
+# work takes 0.2 s where three parties share 2 cores, as long as a few messages on a slow line. Of 128 tokens, 12 heads
+# of 64 features stand in two, 6 heads of 128 in one.
+_MOST_GROUPS, _MOST_WORK = 24, 3 * 2**25
 
 
 @jax.jit

@@ -466,7 +466,13 @@ def test_bounded_exponentials_compare_with_bits(group):
 
 @pytest.mark.parametrize(
     ("shape", "convolutions"),
-    [((1, 12, 16, 32, 16), 1), ((1, 12, 128, 64, 128), 2), ((1, 12, 512, 64, 512), 6), ((2, 13, 8, 4, 8), 2)],
+    [
+        ((1, 12, 16, 32, 16), 1),
+        ((1, 12, 128, 64, 128), 2),
+        ((1, 6, 128, 128, 128), 1),
+        ((1, 12, 512, 64, 512), 6),
+        ((2, 13, 8, 4, 8), 2),
+    ],
 )
 def test_a_grouped_convolution_has_only_so_much_work(shape, convolutions):
     batch, heads, m, k, n = shape
