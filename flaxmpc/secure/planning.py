@@ -76,7 +76,7 @@ def plan(
             best = made
         if _NEAR * error <= found <= error:
             break
-        aim *= min(max(_AIMED * error / found, 0.3), 2.0)
+        aim *= min(max(_AIMED * error / found if found else math.inf, 0.3), 2.0)
     if best is None:
         reached = "" if math.isinf(found) else f": the last one's is {found:.2g}"
         raise PlanError(f"the numbers are too large for a plan of bits with an error of {error:g}{reached}")
