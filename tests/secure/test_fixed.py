@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
-from hypothesis import example, strategies as st
+from hypothesis import strategies as st
 from jax.ad_checkpoint import checkpoint  # pyright: ignore[reportPrivateImportUsage]
 
 from flaxmpc import secure
