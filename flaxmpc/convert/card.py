@@ -65,6 +65,8 @@ def _facts(folder: Path, config: EncoderConfig) -> Iterable[tuple[str, str]]:
         f"`{config.model_type}`, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"{config.num_attention_heads} heads",
     )
+    if config.public_layers is not None:
+        yield "public layers", f"{config.public_layers.num_hidden_layers} more, computed by the client"
     yield "labels", ", ".join(config.id2label)
     yield "longest text", f"{config.longest} tokens"
     yield "attention", _unique(f"`{config.attention_of(i).name}`" for i in layers)

@@ -38,6 +38,8 @@ class FineTuning:
         schedule: how long and how fast it is trained.
         max_length: the number of tokens that a text is cut at.
         train_embeddings: also train the embeddings; then they are secret under MPC, and cost more.
+        public_layers: so many of the first layers stay the published encoder's, as the embeddings do. They are then
+            public: under MPC the client computes them in the clear, and the rest costs less. A student keeps them.
         text_columns: the data's columns of text, one, or two for pairs; by default the usual names.
         label_column: the data's column of labels.
         seed: the seed of the head, the order of the sentences, and dropout.
@@ -50,6 +52,7 @@ class FineTuning:
     schedule: Schedule = Schedule(epochs=3, learning_rate=5e-5)
     max_length: int = 64
     train_embeddings: bool = False
+    public_layers: int | None = None
     text_columns: tuple[str, ...] = ()
     label_column: str = "label"
     seed: int = 0
@@ -57,6 +60,8 @@ class FineTuning:
 
     def __post_init__(self):
         _require_length(self.max_length)
+        if self.train_embeddings and self.public_layers:
+            raise ValueError("embeddings that are trained are secret, and public layers read them: one or the other")
 
 
 @dataclasses.dataclass(frozen=True)

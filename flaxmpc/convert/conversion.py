@@ -23,6 +23,7 @@ from flaxmpc.data.pieces import pieces
 from flaxmpc.models import folder as folders
 from flaxmpc.models.base import WithHead
 from flaxmpc.models.config import EncoderConfig
+from flaxmpc.models.public import with_public_layers
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
 from flaxmpc.training import hosts
 from flaxmpc.training.metrics import agreement, correct, evaluate, paired_difference
@@ -45,7 +46,8 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
     A run that was killed goes on from its last checkpoint.
 
     Raises:
-        ValueError, FileNotFoundError, ConnectionError: bad data, see `tasks.load`; a run of another config.
+        ValueError, FileNotFoundError, ConnectionError: bad data, see `tasks.load`; a run of another config; layers
+            that can't be public, see `with_public_layers`.
         FloatingPointError: see `fit`.
     """
     encoder = folders.read_config(config.encoder)
@@ -60,6 +62,9 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         embedding="public",  # which looks ids up
     )
     inputs = {"data": contents.of_task(task), "encoder": contents.of_encoder(base, encoder)}
+    if config.public_layers:
+        model, params = with_public_layers(base.model, base.params, config.public_layers)
+        base = base._replace(model=model, params=params)
     run = run_folder(config, hosts.agreed(inputs))
     params = learn(
         base.model,
@@ -204,8 +209,11 @@ def _replaced(config: Conversion, own: EncoderConfig) -> EncoderConfig:
     """The teacher's config with the student's sizes, attention and activation.
 
     Raises:
-        ValueError: see `sizes`; an unknown part; or scores to match, with other heads than the teacher's.
+        ValueError: see `sizes`; an unknown part; embeddings to train that public layers read; or scores to match, with
+            other heads than the teacher's.
     """
+    if config.train_embeddings and own.public_layers is not None:
+        raise ValueError(f"{config.teacher} has public layers, which read its embeddings: these can't be trained")
     fields = sizes(own, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
     if fields["num_attention_heads"] != own.num_attention_heads:
         for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):

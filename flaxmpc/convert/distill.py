@@ -1,6 +1,7 @@
 """Replace and distil: a student with other parts learns from the teacher, first its hidden states, then its logits."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,13 @@ class Stage(Schedule):
     logit_weight: float = 0.0
     label_weight: float = 0.0
     range_weight: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_weight") and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} of a stage is {value:g}, not a finite number from 0")
 
 
 class Targets(NamedTuple):

@@ -151,6 +151,46 @@ def read_fields(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, files.read_object(path)
 
 
+@dataclasses.dataclass(frozen=True)
+class PublicLayers:
+    """The first layers of an encoder, where they stay those of a published one, as its embeddings do: the client
+    computes them in the clear, and shares the state after them. Their attention and LayerNorms are exact.
+
+    Attributes:
+        num_hidden_layers: how many there are, beside the config's own.
+        num_attention_heads, intermediate_size, hidden_act: the published encoder's.
+    """
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: Any
+
+    def __new__(cls, *values: Any, **fields: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(cls)]
+        for field, value in (dict(zip(names, values, strict=False)) | fields).items():
+            if field in _WHOLE:
+                _check(f"public_layers.{field}", value, {f"public_layers.{field}": (1, _WHOLE[field][1])})
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        object.__setattr__(self, "hidden_act", ACTIVATIONS.resolve(self.hidden_act))
+
+    @classmethod
+    def of(cls, spec: Any) -> "PublicLayers | None":
+        """From an object, or what config.json has. ValueError: it is something else."""
+        if spec is None or isinstance(spec, cls):
+            return spec
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(spec, Mapping) or sorted(spec) != sorted(names):
+            raise ValueError(f"public_layers is an object of {', '.join(names)}, not {brief(spec)}")
+        return cls(**spec)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What config.json has."""
+        return {**dataclasses.asdict(self), "hidden_act": ACTIVATIONS.spec(self.hidden_act)}
+
+
 C = TypeVar("C", bound="EncoderConfig")
 
 
@@ -182,6 +222,8 @@ class EncoderConfig:
         layer_norm: the normalisation, see `flaxmpc.nn.normalization.NORMALIZATIONS`.
         classifier_activation: the activation between the two matrices of a sequence classifier's head.
         embedding: who looks the tokens up, see `flaxmpc.nn.embedding.EMBEDDINGS`.
+        public_layers: the layers that the client computes, before those of this config: a `PublicLayers`, or None.
+        shares_bias: whether the family's layers have a bias in common, so that none of them can be public.
 
     Raises:
         ValueError: an unknown field or part (the message lists the known ones), a value that the field cannot have, a
@@ -192,6 +234,7 @@ class EncoderConfig:
     hf_fields: ClassVar[Mapping[str, str]] = {}
     whole_numbers: ClassVar[Mapping[str, tuple[int, int]]] = {}
     has_token_types: ClassVar[bool] = True
+    shares_bias: ClassVar[bool] = False
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -215,6 +258,7 @@ class EncoderConfig:
     layer_norm: Any = "layer_norm"
     classifier_activation: Any = "tanh"
     embedding: Any = "public"
+    public_layers: Any = None
 
     def __new__(cls, *values: Any, **fields: Any) -> Any:
         known = {field.name: None for field in dataclasses.fields(cls)}
@@ -228,6 +272,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "id2label", tuple(self.id2label))
+        object.__setattr__(self, "public_layers", PublicLayers.of(self.public_layers))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -259,6 +304,8 @@ class EncoderConfig:
         self._resolve("layer_norm", _layer_norms)
         object.__setattr__(self, "classifier_activation", ACTIVATIONS.resolve(self.classifier_activation))
         object.__setattr__(self, "embedding", EMBEDDINGS.resolve(self.embedding))
+        if self.public_layers is not None:
+            self._check_public(self.public_layers)
         for layer in range(self.num_hidden_layers):
             part = self.attention_of(layer)
             if isinstance(part, PerHead) and len(part.parts) != self.num_attention_heads:
@@ -266,6 +313,17 @@ class EncoderConfig:
                     f"attention of layer {layer} names {len(part.parts)} heads, "
                     f"num_attention_heads is {self.num_attention_heads}"
                 )
+
+    def _check_public(self, public: PublicLayers) -> None:
+        if not self.embedding.client_embeds:
+            raise ValueError(f"public_layers read a public embedding, and this one is {self.embedding.name!r}")
+        if self.shares_bias:
+            raise ValueError(f"the layers of {self.model_type} share a bias of positions, so none can be public")
+        if self.hidden_size % public.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of public_layers.num_attention_heads "
+                f"{public.num_attention_heads}"
+            )
 
     def _resolve(self, field: str, resolve: Callable[[Any], Any]) -> None:
         spec = getattr(self, field)
@@ -280,8 +338,12 @@ class EncoderConfig:
     def _num_parameters(self) -> int:
         """Those of the tables, and of the matrices of all layers."""
         tables = self.embedding_width * (self.vocab_size + self.max_position_embeddings + self.type_vocab_size)
-        layer = self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size)
-        return tables + self.num_hidden_layers * layer
+
+        def of(layers: Any) -> int:
+            each = self.hidden_size * (4 * self.hidden_size + 2 * layers.intermediate_size)
+            return layers.num_hidden_layers * each
+
+        return tables + of(self) + (0 if self.public_layers is None else of(self.public_layers))
 
     @property
     def num_labels(self) -> int:
@@ -389,7 +451,10 @@ class EncoderConfig:
             "layer_norm": spec(self.layer_norm, _layer_norms_spec),
             "classifier_activation": ACTIVATIONS.spec(self.classifier_activation),
             "embedding": EMBEDDINGS.spec(self.embedding),
+            "public_layers": self.public_layers and self.public_layers.as_dict(),
         }
+        if self.public_layers is None:
+            del fields["public_layers"]
         model_type = self.model_type if self._has_hf_parts else OWN + self.model_type
         return {"model_type": model_type, **{theirs.get(name, name): value for name, value in fields.items()}}
 
@@ -397,6 +462,8 @@ class EncoderConfig:
     def _has_hf_parts(self) -> bool:
         """Whether all parts are such as HF's models have."""
         layers = range(self.num_hidden_layers)
+        if self.public_layers is not None:
+            return False
         return self.classifier_activation == ACTIVATIONS[type(self).classifier_activation] and all(
             self.attention_of(i) == ATTENTION["softmax"]
             and self.hidden_act_of(i) == self.hidden_act_of(0)

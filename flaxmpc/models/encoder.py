@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.outputs import EncoderOutput
+from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.layers import Dense, Norm, PostNormBlock
 from flaxmpc.nn.lazy import Lazy, State, force
 from flaxmpc.nn.mask import Mask
@@ -20,8 +21,35 @@ from flaxmpc.nn.normalization import EXACT
 Hidden = Float[Array, "batch token hidden"]
 
 
+def _blocks(config: EncoderConfig, sizes: Any, parts: Sequence[tuple[Any, Any, Any]], **types: Any) -> list[Any]:
+    """The layers of an encoder.
+
+    Args:
+        config: the encoder's.
+        sizes: what says how many heads and features they have: the config, or `PublicLayers`.
+        parts: of each layer the attention, the activation and the normalisations.
+    """
+    return [
+        PostNormBlock(
+            attention,
+            hidden_act,
+            norms,
+            sizes.num_attention_heads,
+            sizes.intermediate_size,
+            config.layer_norm_eps,
+            config.hidden_dropout_prob,
+            config.attention_probs_dropout_prob,
+            kernel_init=nn.initializers.normal(config.initializer_range),
+            name=f"layer_{i}",
+            **types,
+        )
+        for i, (attention, hidden_act, norms) in enumerate(parts)
+    ]
+
+
 class TokenEmbeddings(nn.Module):
     """Word + position (+ token type), LayerNorm, dropout; a dense layer where the tables are not as wide as the states.
+    Then the layers that are public.
 
     Raises:
         ValueError: more tokens than the model has positions.
@@ -48,8 +76,14 @@ class TokenEmbeddings(nn.Module):
         if config.embedding_width != config.hidden_size:
             initial = nn.initializers.normal(config.initializer_range)
             self.projection = Dense(config.hidden_size, kernel_init=initial, **types)
+        self.layers = []
+        if (public := config.public_layers) is not None:
+            parts = [(ATTENTION["softmax"], public.hidden_act, (EXACT, EXACT))] * public.num_hidden_layers
+            self.layers = _blocks(config, public, parts, **types)
 
-    def __call__(self, tokens: Array, token_types: Array | None, *, deterministic: bool) -> Hidden:
+    def __call__(
+        self, tokens: Array, token_types: Array | None, attention_mask: Array | None, *, deterministic: bool
+    ) -> Hidden:
         config, lookup = self.config, self.config.embedding.lookup
         length, first = tokens.shape[1], config.first_position
         if length > config.num_positions:
@@ -62,7 +96,12 @@ class TokenEmbeddings(nn.Module):
         if config.type_vocab_size and token_types is not None:
             x_BxTxE = x_BxTxE + lookup(self.token_type_embeddings, token_types)
         x_BxTxE = self.dropout(self.layer_norm(x_BxTxE), deterministic=deterministic)
-        return x_BxTxE if config.embedding_width == config.hidden_size else force(self.projection(x_BxTxE))
+        x_BxTxH: Any = x_BxTxE if config.embedding_width == config.hidden_size else force(self.projection(x_BxTxE))
+        if self.layers:
+            mask = Mask.from_tokens(jnp.ones(tokens.shape[:2]) if attention_mask is None else attention_mask)
+            for layer in self.layers:
+                x_BxTxH, _ = layer(x_BxTxH, mask, None, deterministic)
+        return x_BxTxH
 
 
 class Encoder(nn.Module):
@@ -76,25 +115,13 @@ class Encoder(nn.Module):
     def setup(self):
         config = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        initial: dict[str, Any] = {"kernel_init": nn.initializers.normal(config.initializer_range), **types}
         self.embeddings = TokenEmbeddings(config, **types)
-        self.layers = [
-            PostNormBlock(
-                attention_part=config.attention_of(i),
-                hidden_act=config.hidden_act_of(i),
-                norms=config.layer_norms_of(i),
-                num_attention_heads=config.num_attention_heads,
-                intermediate_size=config.intermediate_size,
-                epsilon=config.layer_norm_eps,
-                hidden_dropout=config.hidden_dropout_prob,
-                attention_dropout=config.attention_probs_dropout_prob,
-                name=f"layer_{i}",
-                **initial,
-            )
-            for i in range(config.num_hidden_layers)
-        ]
+        layers = range(config.num_hidden_layers)
+        parts = [(config.attention_of(i), config.hidden_act_of(i), config.layer_norms_of(i)) for i in layers]
+        self.layers = _blocks(config, config, parts, **types)
         if self.add_pooling_layer:
-            self.pooler = Dense(config.hidden_size, **initial)
+            initial = nn.initializers.normal(config.initializer_range)
+            self.pooler = Dense(config.hidden_size, kernel_init=initial, **types)
 
     def embed(
         self,
@@ -109,7 +136,7 @@ class Encoder(nn.Module):
         With a mask, and LayerNorms that are right only where they were calibrated, padding holds the first token's
         embedding, and so its states in every layer: on what no token has they diverge, and 0 x inf is no 0.
         """
-        x_BxTxH = self.embeddings(input_ids, token_type_ids, deterministic=deterministic)
+        x_BxTxH = self.embeddings(input_ids, token_type_ids, attention_mask, deterministic=deterministic)
         parts = [part for i in range(self.config.num_hidden_layers) for part in self.config.layer_norms_of(i)]
         if attention_mask is None or all(part == EXACT for part in parts):
             return x_BxTxH

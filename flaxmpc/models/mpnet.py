@@ -37,6 +37,7 @@ class MPNetConfig(EncoderConfig):
 
     model_type: ClassVar[str] = "mpnet"
     has_token_types: ClassVar[bool] = False
+    shares_bias: ClassVar[bool] = True
     # From where a quarter of them is one, to where a quarter reaches all distances that are told apart.
     whole_numbers: ClassVar[Mapping[str, tuple[int, int]]] = {"relative_attention_num_buckets": (4, 4 * _FARTHEST - 1)}
 

@@ -44,9 +44,13 @@ _MOST_SHARDS = 1_000
 def hf_name(path: str, family: Family) -> str:
     """HF's name for one of our parameters, "bert/layer_0/attention/query/kernel" say.
 
+    A public layer's, which HF does not have, is that of the layer of its number, after "public.".
+
     Raises:
         ValueError: the path is none of the family's.
     """
+    if public := re.match(f"{family.prefix}/embeddings/(layer_[0-9]+/.*)", path):
+        return "public." + hf_name(f"{family.prefix}/{public[1]}", family)
     for ours, theirs in family.names:
         match = re.match(ours, path)
         if match:

@@ -214,6 +214,11 @@ def _written_out(closed: ClosedJaxpr, *args: Any) -> list[Any]:
                 outs = bind(eqn, ins) if one else _written_out(function, *ins)
             elif name == "integer_pow" and eqn.params["y"] > 0:
                 outs = [_power(ins[0], eqn.params["y"])]
+            elif name == "split":  # what jnp.split is in newer jax
+                sizes, axis = eqn.params["sizes"], eqn.params["axis"]
+                ends = np.cumsum(sizes).tolist()
+                pairs = zip(ends, sizes, strict=True)
+                outs = [lax.slice_in_dim(ins[0], end - size, end, axis=axis) for end, size in pairs]
             else:
                 outs = [_IN_PRODUCTS[name](*ins)] if name in _IN_PRODUCTS else bind(eqn, ins)
         env.update(zip(eqn.outvars, outs, strict=True))

@@ -7,6 +7,7 @@ they need no common folder.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,18 @@ class Schedule:
     checkpoint_every: int = 200
 
     def __post_init__(self):
-        if self.epochs < 0 or self.batch_size < 1 or self.checkpoint_every < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                "a schedule needs epochs >= 0, batch_size and checkpoint_every >= 1 and a learning_rate above 0, not "
-                f"{self.epochs}, {self.batch_size}, {self.checkpoint_every} and {self.learning_rate:g}"
-            )
+        wanted = {
+            "epochs": (self.epochs >= 0, "0 or more"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "a finite number above 0"),
+            "warmup": (0 <= self.warmup < 1, "a share of the steps, from 0 to below 1"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number from 0"),
+            "clip_norm": (self.clip_norm > 0, "above 0"),
+            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "checkpoint_every": (self.checkpoint_every >= 1, "1 or more"),
+        }
+        for name, (right, allowed) in wanted.items():
+            if not right:
+                raise ValueError(f"{name} of a schedule is {getattr(self, name):g}, not {allowed}")
 
     def optimizer(self, num_steps: int) -> optax.GradientTransformation:
         """The optimizer of a run of so many steps."""

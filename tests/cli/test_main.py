@@ -117,7 +117,8 @@ def test_infer_json_is_one_object(run, tmp_path):
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
     record = json.loads(out)
-    assert record.keys() == {"results", "cost", "model", "versions"}
+    assert record.keys() == {"results", "cost", "model", "versions", "public_weights"}
+    assert record["public_weights"] is False
     assert [result["text"] for result in record["results"]] == ["A film.", "good", "A tédious mess."]
     for result in record["results"]:
         assert {"text", "label", "score", "logits", "logits_plaintext"} <= result.keys()

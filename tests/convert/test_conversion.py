@@ -14,12 +14,14 @@ import pytest
 from safetensors.numpy import load, load_file, save
 
 from flaxmpc import files
+from flaxmpc.convert import card
 from flaxmpc.convert import conversion as conversion_module
 from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.conversion import convert, finetune_encoder
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.models import folder as folders
+from flaxmpc.models.params import flatten
 from flaxmpc.training import fit
 from flaxmpc.training.fit import Schedule
 
@@ -157,6 +159,34 @@ def test_sizes_that_a_teacher_cannot_give_are_refused_before_anything_is_written
             convert(conversion(teacher, data, tmp_path / "out", **changes))
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / "out.run").exists()
+
+
+def test_public_layers_stay_the_published_ones(encoder, data, tmp_path):
+    tuning = FineTuning(encoder, str(data), tmp_path / "teacher", Schedule(2, 1e-2, batch_size=8), 16, public_layers=1)
+    finetune_encoder(tuning)
+    convert(conversion(tuning.out, data, tmp_path / "student", **UNTRAINED))
+    published, teacher, student = (folders.load(folder) for folder in (encoder, tuning.out, tmp_path / "student"))
+    for made in (teacher, student):
+        config = made.model.config
+        assert (config.num_hidden_layers, config.public_layers.num_hidden_layers) == (1, 1)
+        assert config.embedding.name == "public"
+    flat = {name: flatten(made.params) for name, made in (("own", published), ("teacher", teacher))}
+    for path, leaf in flat["own"].items():
+        public = path.replace("bert/layer_0/", "bert/embeddings/layer_0/")
+        if public.startswith("bert/embeddings/"):
+            np.testing.assert_array_equal(flat["teacher"][public], leaf)
+    first, second = (flat[name][f"bert/layer_{i}/output/kernel"] for name, i in (("own", 1), ("teacher", 0)))
+    assert not np.array_equal(first, second)
+    assert student.model.config.attention_of(0).name == "2quad_freediv"
+    assert "| public layers | 1 more, computed by the client |" in card.text(tmp_path / "student")
+    with pytest.raises(ValueError, match=r"teacher has public layers, .*: these can't be trained"):
+        convert(conversion(tuning.out, data, tmp_path / "other", train_embeddings=True))
+    with pytest.raises(ValueError, match="public_layers is 3: the encoder has 2 layers"):
+        finetune_encoder(dataclasses.replace(tuning, out=tmp_path / "third", public_layers=3))
+    with pytest.raises(ValueError, match="1 layers are public already"):
+        finetune_encoder(dataclasses.replace(tuning, encoder=tuning.out, out=tmp_path / "again"))
+    with pytest.raises(ValueError, match="embeddings that are trained are secret"):
+        dataclasses.replace(tuning, train_embeddings=True)
 
 
 def test_embeddings_stay_the_published_ones_unless_they_are_trained(teacher, student, data, tmp_path):

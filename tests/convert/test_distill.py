@@ -50,6 +50,12 @@ def stage_of(student, start, model, teacher, split, folder, **changes):
     return params, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_no_loss_has_is_refused(value):
+    with pytest.raises(ValueError, match=f"^range_weight of a stage is {value:g}, not a finite number from 0$"):
+        dataclasses.replace(SHORT, range_weight=value)
+
+
 RANGES = {(0, 0): (0.5, 1.0), (0, 1): (0.5, 1.0)}
 
 

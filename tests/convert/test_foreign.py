@@ -22,6 +22,7 @@ from flaxmpc.models.base import Family, WithHead
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.encoder import through
 from flaxmpc.models.heads import PooledHead
+from flaxmpc.models.public import with_public_layers
 from flaxmpc.nn import ACTIVATIONS, ATTENTION, NORMALIZATIONS
 from flaxmpc.nn.layers import Dense, PostNormBlock
 from flaxmpc.serve.private import SecureClassifier, check
@@ -184,6 +185,8 @@ def test_a_family_of_ones_own(toy, write_classifier, data, tmp_path, group):
     model = ToyForSequenceClassification(ToyConfig(**fields, num_hidden_layers=2))
     encoder = folders.save(tmp_path / "encoder", model, base.init_params(model), plain.folder)
     assert json.loads((encoder / "config.json").read_text())["model_type"] == "toy"
+    with pytest.raises(ValueError, match="the embeddings of ToyForSequenceClassification take no layers"):
+        with_public_layers(model, base.init_params(model), 1)
     student = through_all(encoder, data, tmp_path, group)
     assert type(student.model) is ToyForSequenceClassification
     assert student.model.config.attention.name == "2quad_freediv"

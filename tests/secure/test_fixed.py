@@ -184,6 +184,18 @@ def test_numbers_without_room_have_no_plan():
         secure.plan(lambda _, x: x * x if x.shape[0] == 3 else x * x * x, BATCHES)
 
 
+def test_parts_of_an_array_are_moves():
+    """`jnp.split` is slices in older jax, and one operation of several results in newer."""
+
+    def function(w, x):
+        first, second, third = jnp.split(x @ w, [1, 3], -1)
+        return first * second, third + first
+
+    batches = [(RNG.normal(size=(4, 4)).astype(np.float32), RNG.normal(size=(3, 4)).astype(np.float32))]
+    fixed = planned(function, batches, error=1e-3)
+    jax.tree.map(close, fixed.clear(*batches[0]), function(*batches[0]))
+
+
 @settings(max_examples=6)
 @example(["-", "+", "c"], 3)  # a plan of no error
 @given(st.lists(st.sampled_from("+-*qsct"), min_size=1, max_size=8), st.integers(0, 2**32 - 1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -274,10 +275,21 @@ def test_no_epochs_leave_the_parameters_as_they_are(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("bad", [{"epochs": -1}, {"learning_rate": 0.0}, {"batch_size": 0}, {"checkpoint_every": 0}])
-def test_a_schedule_that_cannot_be_is_refused(bad):
-    with pytest.raises(ValueError, match="a schedule needs"):
-        dataclasses.replace(SCHEDULE, **bad)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", -1),
+        *(("learning_rate", value) for value in (0.0, -1e-3, math.inf, math.nan)),
+        *(("warmup", value) for value in (-0.1, 1.0, 8, math.nan)),
+        *(("weight_decay", value) for value in (-0.1, math.inf)),
+        ("clip_norm", 0.0),
+        ("batch_size", 0),
+        ("checkpoint_every", 0),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"^{field} of a schedule is {value:g}, not "):
+        dataclasses.replace(SCHEDULE, **{field: value})
 
 
 # Trains the toy on two devices, of this process or of two, and writes its parameters.
