@@ -61,7 +61,7 @@ class FineTuning:
     def __post_init__(self):
         _require_length(self.max_length)
         if self.train_embeddings and self.public_layers:
-            raise ValueError("embeddings that are trained are secret, and public layers read them: one or the other")
+            raise ValueError("train_embeddings makes them secret, and public_layers read them: give one of the two")
 
 
 @dataclasses.dataclass(frozen=True)

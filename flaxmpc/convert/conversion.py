@@ -51,6 +51,8 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         FloatingPointError: see `fit`.
     """
     encoder = folders.read_config(config.encoder)
+    if config.public_layers and not encoder.embedding.client_embeds:
+        raise ValueError(f"{config.encoder} has a secret embedding: what follows it can't be public either")
     task = _load_task(config, folders.load_tokenizer(config.encoder), encoder)
     base = folders.load_pretrained(
         config.encoder,

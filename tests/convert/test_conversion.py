@@ -185,7 +185,7 @@ def test_public_layers_stay_the_published_ones(encoder, data, tmp_path):
         finetune_encoder(dataclasses.replace(tuning, out=tmp_path / "third", public_layers=3))
     with pytest.raises(ValueError, match="1 layers are public already"):
         finetune_encoder(dataclasses.replace(tuning, encoder=tuning.out, out=tmp_path / "again"))
-    with pytest.raises(ValueError, match="embeddings that are trained are secret"):
+    with pytest.raises(ValueError, match="train_embeddings makes them secret, and public_layers read them"):
         dataclasses.replace(tuning, train_embeddings=True)
 
 
@@ -208,6 +208,9 @@ def test_what_starts_from_a_secret_table_has_a_secret_one(encoder, data, tmp_pat
     for folder in ("teacher", "student"):
         assert folders.load(tmp_path / folder).model.config.embedding.name == "secret"
     again = dataclasses.replace(tuning, encoder=tmp_path / "teacher", out=tmp_path / "again", train_embeddings=False)
+    with pytest.raises(ValueError, match="teacher has a secret embedding: what follows it can't be public either"):
+        finetune_encoder(dataclasses.replace(again, public_layers=1))
+    assert not (tmp_path / "again").exists()
     finetune_encoder(again)
     assert folders.load(tmp_path / "again").model.config.embedding.name == "secret"
 
