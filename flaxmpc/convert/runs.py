@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from flaxmpc import files
 from flaxmpc.convert.contents import Digests
+from flaxmpc.errors import brief
 
 _Config = TypeVar("_Config")
 Made = TypeVar("Made")
@@ -46,6 +47,7 @@ def run_folder(config: Any, inputs: Digests) -> Path:
     if path.is_file():
         before = files.read_object(path, mend=mend)
         other = [field for field in resolved if field != "inputs" and before.get(field) != resolved[field]]
+        other += [brief(field) for field in before if field not in resolved]
         if other:
             raise ValueError(f"{folder} holds a run with another {', '.join(other)}: {mend}")
         known = before.get("inputs") or {}

@@ -149,7 +149,7 @@ def test_the_commands_make_a_plan_and_follow_it(copy, capsys, tmp_path, group):
     shown = capsys.readouterr().out
     assert "bits to spare" in shown
     assert "layer_0/attention product" in shown  # whole, on a narrow terminal
-    assert "BertForSequenceClassification" not in shown
+    assert "BertForSequenceClassification/" not in shown
     assert "3 of 3 labels the same" in shown
 
 
