@@ -220,11 +220,12 @@ def cost(
     exact = secure.PROTOCOLS[record.protocol].rounds_exact
     if json_:
         shape = {"model": _name(folder), "tokens": tokens, "sentences": sentences}
-        rest = {**modelled, "indicative": not exact}
+        rest = {**modelled, "indicative": not exact, "public_weights": public_weights}
         print(json.dumps({**shape, **record.as_dict(), **rest}, allow_nan=False))
         return
     out = console()
-    out.print(f"{_name(folder)}, {sentences} x {tokens} tokens, {record.protocol}, {_parties(record.parties)}")
+    held = ", public weights" if public_weights else ""
+    out.print(f"{_name(folder)}, {sentences} x {tokens} tokens, {record.protocol}, {_parties(record.parties)}{held}")
     table = Table("operation", "count", "seconds", "MB in all", "rounds")
     for name, op in record.per_op.items():
         if op.bytes_sent:

@@ -10,7 +10,7 @@ import numpy as np
 from flaxmpc.data.batches import Batch
 from flaxmpc.models.base import WithHead, param_shapes
 from flaxmpc.models.config import EncoderConfig
-from flaxmpc.models.params import flatten, unflatten
+from flaxmpc.models.params import flatten, moved, unflatten
 
 
 def layers_kept(own: int, wanted: int) -> tuple[int, ...]:
@@ -74,13 +74,8 @@ def smaller_params(
         for layer in layers:
             flat |= _fewer_features(flat, f"{prefix}/layer_{layer}", *seen[layer], config.intermediate_size)
     places = {f"{prefix}/layer_{layer}": f"{prefix}/layer_{i}" for i, layer in enumerate(layers)}
-    kept = {}
-    for path, leaf in flat.items():
-        start, rest = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
-        if start in places:
-            kept[f"{places[start]}/{rest}"] = leaf
-        elif not start.startswith(f"{prefix}/layer_"):
-            kept[path] = leaf
+    dropped = tuple(f"{prefix}/layer_{layer}/" for layer in range(own.num_hidden_layers) if layer not in layers)
+    kept = moved({path: leaf for path, leaf in flat.items() if not path.startswith(dropped)}, places)
     shapes = flatten(param_shapes(teacher.clone(config=config)))
     return unflatten({path: _merged(leaf, shapes[path].shape) for path, leaf in kept.items()})
 

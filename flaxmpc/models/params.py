@@ -14,3 +14,13 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def moved(flat: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
+    """Parameters by path, those of some modules at other places: "bert/layer_1" to "bert/layer_0", say."""
+    found = {}
+    for path, leaf in flat.items():
+        names = path.split("/")
+        module = "/".join(names[:2])
+        found["/".join([places.get(module, module), *names[2:]])] = leaf
+    return found

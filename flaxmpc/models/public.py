@@ -6,7 +6,7 @@ from typing import Any
 
 from flaxmpc.models.base import WithHead, param_shapes
 from flaxmpc.models.config import PublicLayers
-from flaxmpc.models.params import flatten, unflatten
+from flaxmpc.models.params import flatten, moved, unflatten
 from flaxmpc.nn.attention import ATTENTION
 from flaxmpc.nn.normalization import EXACT
 
@@ -43,11 +43,8 @@ def with_public_layers(model: WithHead, params: Mapping[str, Any], count: int) -
     prefix = model.base_model_prefix
     places = {f"{prefix}/layer_{layer}": f"{prefix}/embeddings/layer_{layer}" for layer in range(count)}
     places |= {f"{prefix}/layer_{layer}": f"{prefix}/layer_{i}" for i, layer in enumerate(rest)}
-    moved = {}
-    for path, leaf in flatten(params).items():
-        start, rest_of_path = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
-        moved[f"{places[start]}/{rest_of_path}" if start in places else path] = leaf
     made = model.clone(config=config)
-    if moved.keys() != flatten(param_shapes(made)).keys():
+    found = moved(flatten(params), places)
+    if found.keys() != flatten(param_shapes(made)).keys():
         raise ValueError(f"the embeddings of {type(model).__name__} take no layers: none can be public")
-    return made, unflatten(moved)
+    return made, unflatten(found)
