@@ -3,9 +3,9 @@
     python benchmarks/for_cost.py [--json] [--show] [--quick]
 
 2quad_freediv + quad, folded, the head included and linear. The options alone, and together. What they cost in accuracy
-is in the zoo: `models/movie-minilm-l6-2quad-freediv/runs/`. Of the 12 layers (or 6) two and three are measured: the
-difference is what each of the others costs, but for their plans. So 12 layers differ by 4 % from those of bert_base.py.
-Weights are random: the cost does not depend on them. About 12 minutes on 2 idle cores.
+is in the zoo: `models/movie-minilm-l6-2quad-freediv/runs/`. Of the 12 layers (or 6) two and three are measured, or four
+where two share scores: the difference is what the others cost, but for their plans. So 12 layers differ by 4 % from
+those of bert_base.py. Weights are random: the cost does not depend on them. About 18 minutes on 2 idle cores.
 """
 
 import functools
@@ -28,13 +28,16 @@ def options(shape: str) -> dict[str, dict[str, Any]]:
     constant = {"layer_norm": (CONSTANT, AFTER_FEED_FORWARD)}
     heads = {"num_attention_heads": size.num_attention_heads // 2}
     features = {"intermediate_size": size.intermediate_size // 2}
+    scores = {"layers_sharing_scores": 2}
     quarter = {"num_attention_heads": size.num_attention_heads // 4, "intermediate_size": size.intermediate_size // 4}
     return {
         "no option": {},
         "no root after attention": constant,
         "half the heads": heads,
         "half the features": features,
+        "half the scores": scores,
         "all three": constant | heads | features,
+        "all four": constant | heads | features | scores,
         "all three, a quarter": constant | quarter,
     }
 
@@ -51,11 +54,12 @@ def cost(variant: str, layers: int, shape: str, tokens: int, vocab_size: int) ->
     return planned.run(secure.InProcess("ABY3", fraction_bits=planned.fraction_bits)).cost
 
 
-def measure(variant: str, layers: int, *size: Any) -> Record:
-    """Of `layers`, those after the third cost what the third does."""
-    two, three = (record(cost(variant, n, *size), variant=variant, num_layers=layers) for n in (2, 3))
+def measure(variant: str, layers: int, shape: str, *size: Any) -> Record:
+    """Of `layers`, those after the third cost what the third does; where two share scores, every two the next two."""
+    step = options(shape)[variant].get("layers_sharing_scores", 1)
+    few, more = (record(cost(variant, n, shape, *size), variant=variant, num_layers=layers) for n in (2, 2 + step))
     sums = ("bytes_sent_total", "rounds", "seconds", "lan_seconds", "wan_seconds")
-    return three | {name: three[name] + (layers - 3) * (three[name] - two[name]) for name in sums}
+    return more | {name: more[name] + (layers - 2 - step) / step * (more[name] - few[name]) for name in sums}
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:

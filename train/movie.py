@@ -79,7 +79,8 @@ LOGITS = Stage(epochs=10, learning_rate=5e-5, logit_weight=1.0)
 LABELS = Stage(epochs=12, learning_rate=5e-5, label_weight=1.0)
 
 
-# Distilled for cost, alone and together: no root after attention; half the heads, features or layers, or a quarter.
+# Distilled for cost, alone and together: no root after attention; half the heads, features, scores or layers, or a
+# quarter.
 AFTER_ATTENTION = ("layer_norm_constant", "layer_norm_chebyshev")
 HALF = {"layer_norm": AFTER_ATTENTION, "num_attention_heads": 6, "intermediate_size": 768}
 QUARTER = {"layer_norm": AFTER_ATTENTION, "num_attention_heads": 3, "intermediate_size": 384}
@@ -112,10 +113,12 @@ STUDENTS: dict[str, Conversion] = {
     "2quad-freediv/constant-after-attention": _student(layer_norm=AFTER_ATTENTION),
     "2quad-freediv/6-heads": _student(num_attention_heads=6),
     "2quad-freediv/768-features": _student(intermediate_size=768),
+    "2quad-freediv/shared-scores": _student(layers_sharing_scores=2),
     "2quad-freediv/3-layers": _student(num_hidden_layers=3),
     "2quad-freediv/for-cost": _student(**HALF),
     "2quad-freediv/for-cost-3-layers": _student(**HALF, num_hidden_layers=3),
     "2quad-freediv/for-cost-quarter": _student(**QUARTER),
+    "2quad-freediv/for-cost-shared-scores": _student(**HALF, layers_sharing_scores=2),
     **{f"2quad-freediv/public-{count}": _student(teacher=_folder(f"teacher/public-{count}")) for count in range(1, 7)},
 }
 

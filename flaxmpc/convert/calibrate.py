@@ -41,7 +41,7 @@ def calibrate_attention(student: WithHead, params: Mapping[str, Any], batch: Bat
     for layer in range(config.num_hidden_layers):
         path = f"{student.base_model_prefix}/layer_{layer}/attention"
         part = config.attention_of(layer)
-        if not isinstance(part, Calibrated):
+        if not isinstance(part, Calibrated) or config.source_of_scores(layer) != layer:
             continue
         _, states = apply_with_states(student)(unflatten(flat), used)
         offset = part.row_offset(states.scores[layer], mask)

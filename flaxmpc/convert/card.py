@@ -67,6 +67,8 @@ def _facts(folder: Path, config: EncoderConfig) -> Iterable[tuple[str, str]]:
     )
     if config.public_layers is not None:
         yield "public layers", f"{config.public_layers.num_hidden_layers} more, computed by the client"
+    if config.layers_sharing_scores > 1:
+        yield "layers that share scores", str(config.layers_sharing_scores)
     yield "labels", ", ".join(config.id2label)
     yield "longest text", f"{config.longest} tokens"
     yield "attention", _unique(f"`{config.attention_of(i).name}`" for i in layers)

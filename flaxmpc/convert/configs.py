@@ -84,6 +84,8 @@ class Conversion:
         num_attention_heads: the student's heads, a divisor of the teacher's, which are merged; by default all.
         intermediate_size: the features of the student's feed-forward; by default all. Those of the teacher's stay that
             move its output most.
+        layers_sharing_scores: so many neighbouring layers have the attention scores of the first of them; by default
+            every layer has its own.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
             rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
@@ -114,6 +116,7 @@ class Conversion:
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     intermediate_size: int | None = None
+    layers_sharing_scores: int | None = None
     stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
     pieces: float = 0.25

@@ -211,18 +211,21 @@ def _replaced(config: Conversion, own: EncoderConfig) -> EncoderConfig:
     """The teacher's config with the student's sizes, attention and activation.
 
     Raises:
-        ValueError: see `sizes`; an unknown part; embeddings to train that public layers read; or scores to match, with
-            other heads than the teacher's.
+        ValueError: see `sizes`; an unknown part; embeddings to train that public layers read; scores to match, with
+            others than the teacher's; or a teacher whose layers share scores.
     """
+    if own.layers_sharing_scores > 1:
+        raise ValueError(f"{config.teacher} has layers that share scores: convert the model that it was made of")
     if config.train_embeddings and own.public_layers is not None:
         raise ValueError(f"{config.teacher} has public layers, which read its embeddings: these can't be trained")
     fields = sizes(own, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
-    if fields["num_attention_heads"] != own.num_attention_heads:
-        for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
-            if stage.score_weight:
+    fields["layers_sharing_scores"] = 1 if config.layers_sharing_scores is None else config.layers_sharing_scores
+    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+        for field in ("num_attention_heads", "layers_sharing_scores"):
+            if stage.score_weight and fields[field] != getattr(own, field):
                 raise ValueError(
-                    f"{name} has score_weight {stage.score_weight:g}, and scores are matched head by head: "
-                    f"num_attention_heads can only be {own.num_attention_heads} then, the teacher's"
+                    f"{name} has score_weight {stage.score_weight:g}, and scores are matched head by head in every "
+                    f"layer: {field} can only be {getattr(own, field)} then, the teacher's"
                 )
     return dataclasses.replace(own, **fields, attention=config.attention, hidden_act=config.activation)
 

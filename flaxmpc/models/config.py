@@ -12,7 +12,7 @@ from jax import Array
 from flaxmpc import files
 from flaxmpc.errors import brief, unknown
 from flaxmpc.nn.activation import ACTIVATIONS, ActivationPart
-from flaxmpc.nn.attention import ATTENTION, AttentionPart, PerHead, common_degree
+from flaxmpc.nn.attention import ATTENTION, AttentionPart, PerHead, Shareable, common_degree
 from flaxmpc.nn.embedding import EMBEDDINGS
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import EXACT, NORMALIZATIONS, Normalization
@@ -43,6 +43,7 @@ _WHOLE = {
     "num_hidden_layers": (0, 128),
     "num_attention_heads": (1, 256),
     "intermediate_size": (1, 65_536),
+    "layers_sharing_scores": (1, 128),
     **dict.fromkeys(("max_position_embeddings", "model_max_length"), (1, MOST_POSITIONS)),
     "type_vocab_size": (0, 1_024),
     "pad_token_id": (0, MOST_TOKENS - 1),
@@ -221,6 +222,8 @@ class EncoderConfig:
         hidden_act: the activation of the feed-forward, see `flaxmpc.nn.activation.ACTIVATIONS`.
         layer_norm: the normalisation, see `flaxmpc.nn.normalization.NORMALIZATIONS`.
         classifier_activation: the activation between the two matrices of a sequence classifier's head.
+        layers_sharing_scores: how many neighbouring layers have the attention scores of the first of them, and so one
+            attention part (Xiao et al., IJCAI 2019); 1: every layer has its own.
         embedding: who looks the tokens up, see `flaxmpc.nn.embedding.EMBEDDINGS`.
         public_layers: the layers that the client computes, before those of this config: a `PublicLayers`, or None.
         shares_bias: whether the family's layers have a bias in common, so that none of them can be public.
@@ -257,6 +260,7 @@ class EncoderConfig:
     attention: Any = "softmax"
     layer_norm: Any = "layer_norm"
     classifier_activation: Any = "tanh"
+    layers_sharing_scores: int = 1
     embedding: Any = "public"
     public_layers: Any = None
 
@@ -313,6 +317,21 @@ class EncoderConfig:
                     f"attention of layer {layer} names {len(part.parts)} heads, "
                     f"num_attention_heads is {self.num_attention_heads}"
                 )
+            if self.layers_sharing_scores > 1:
+                self._check_shared(layer, part)
+
+    def _check_shared(self, layer: int, part: AttentionPart) -> None:
+        if not isinstance(part, Shareable):
+            raise ValueError(
+                f"layers_sharing_scores is {self.layers_sharing_scores}, but attention {part.name!r} has no "
+                "`numerators` to share"
+            )
+        source = self.source_of_scores(layer)
+        if part != (theirs := self.attention_of(source)):
+            raise ValueError(
+                f"layer {layer} shares the scores of layer {source}: its attention is {theirs.name!r} too, "
+                f"not {part.name!r}"
+            )
 
     def _check_public(self, public: PublicLayers) -> None:
         if not self.embedding.client_embeds:
@@ -386,6 +405,10 @@ class EncoderConfig:
     def attention_of(self, layer: int) -> AttentionPart:
         return self.attention[layer] if isinstance(self.attention, tuple) else self.attention
 
+    def source_of_scores(self, layer: int) -> int:
+        """The layer that computes the scores of this one: itself, or one before that it shares them with."""
+        return layer - layer % self.layers_sharing_scores
+
     def hidden_act_of(self, layer: int) -> ActivationPart:
         return self.hidden_act[layer] if isinstance(self.hidden_act, tuple) else self.hidden_act
 
@@ -453,8 +476,9 @@ class EncoderConfig:
             "embedding": EMBEDDINGS.spec(self.embedding),
             "public_layers": self.public_layers and self.public_layers.as_dict(),
         }
-        if self.public_layers is None:
-            del fields["public_layers"]
+        for field in ("public_layers", "layers_sharing_scores"):
+            if fields[field] == getattr(type(self), field):  # so what has none is read by what knows none
+                del fields[field]
         model_type = self.model_type if self._has_hf_parts else OWN + self.model_type
         return {"model_type": model_type, **{theirs.get(name, name): value for name, value in fields.items()}}
 
@@ -462,7 +486,7 @@ class EncoderConfig:
     def _has_hf_parts(self) -> bool:
         """Whether all parts are such as HF's models have."""
         layers = range(self.num_hidden_layers)
-        if self.public_layers is not None:
+        if self.public_layers is not None or self.layers_sharing_scores > 1:
             return False
         return self.classifier_activation == ACTIVATIONS[type(self).classifier_activation] and all(
             self.attention_of(i) == ATTENTION["softmax"]

@@ -21,13 +21,16 @@ from flaxmpc.nn.normalization import EXACT
 Hidden = Float[Array, "batch token hidden"]
 
 
-def _blocks(config: EncoderConfig, sizes: Any, parts: Sequence[tuple[Any, Any, Any]], **types: Any) -> list[Any]:
+def _blocks(
+    config: EncoderConfig, sizes: Any, parts: Sequence[tuple[Any, Any, Any]], shared: int = 1, **types: Any
+) -> list[Any]:
     """The layers of an encoder.
 
     Args:
         config: the encoder's.
         sizes: what says how many heads and features they have: the config, or `PublicLayers`.
         parts: of each layer the attention, the activation and the normalisations.
+        shared: how many neighbours share scores.
     """
     return [
         PostNormBlock(
@@ -40,6 +43,7 @@ def _blocks(config: EncoderConfig, sizes: Any, parts: Sequence[tuple[Any, Any, A
             config.hidden_dropout_prob,
             config.attention_probs_dropout_prob,
             kernel_init=nn.initializers.normal(config.initializer_range),
+            gives_weights=shared > 1 and i % shared == 0,
             name=f"layer_{i}",
             **types,
         )
@@ -118,7 +122,7 @@ class Encoder(nn.Module):
         self.embeddings = TokenEmbeddings(config, **types)
         layers = range(config.num_hidden_layers)
         parts = [(config.attention_of(i), config.hidden_act_of(i), config.layer_norms_of(i)) for i in layers]
-        self.layers = _blocks(config, config, parts, **types)
+        self.layers = _blocks(config, config, parts, config.layers_sharing_scores, **types)
         if self.add_pooling_layer:
             initial = nn.initializers.normal(config.initializer_range)
             self.pooler = Dense(config.hidden_size, kernel_init=initial, **types)
@@ -168,11 +172,16 @@ def through(
     deterministic: bool = True,
     first: bool = False,
 ) -> EncoderOutput:
-    """A state through blocks, one after the other; `bias` and `first` as `PostNormBlock` has them, of the last one."""
+    """A state through blocks, one after the other; `bias` and `first` as `PostNormBlock` has them, of the last one.
+
+    A block that gives weights has scores of its own; those after it share them, until the next.
+    """
     embeddings, unit = x, x.unit if isinstance(x, Lazy) else None
-    found = []
+    found, weights = [], None
     for i, layer in enumerate(layers):
         last = i == len(layers) - 1
-        x, seen = layer(x, mask, bias, deterministic, None if last else unit, first and last)
+        weights = None if layer.gives_weights else weights
+        x, seen = layer(x, mask, bias, deterministic, None if last else unit, first and last, weights)
+        weights = seen.weights
         found.append((x, seen))
     return EncoderOutput.of(embeddings, found)

@@ -29,7 +29,7 @@ def with_public_layers(model: WithHead, params: Mapping[str, Any], count: int) -
     acts = [own.hidden_act_of(layer) for layer in range(count)]
     for layer, act in enumerate(acts):
         exact = own.attention_of(layer) == ATTENTION["softmax"] and own.layer_norms_of(layer) == (EXACT, EXACT)
-        if not exact or act != acts[0]:
+        if not exact or act != acts[0] or own.layers_sharing_scores > 1:
             raise ValueError(f"layer {layer} has other parts than a published encoder: it can't be public")
     rest = range(count, own.num_hidden_layers)
     config = dataclasses.replace(

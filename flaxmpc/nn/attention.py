@@ -179,7 +179,7 @@ class AttentionPart(Protocol):
     products of two batches of matrices, such as scores and context; and `dropout`, for the weights while training. It
     gives the context, of the query's shape.
 
-    `Trained`, `Calibrated`, `Foldable` and `Homogeneous` are what a part may have beside.
+    `Trained`, `Calibrated`, `Foldable`, `Homogeneous` and `Shareable` are what a part may have beside.
     """
 
     @property
@@ -254,6 +254,36 @@ class Homogeneous(Foldable, Protocol):
         *,
         bias: Array | None = None,
         product: Product = matmul,
+    ) -> Context: ...
+
+
+@runtime_checkable
+class Shareable(AttentionPart, Protocol):
+    """A part whose numerators another layer can use: `numerators` computes them, and `mixed` a context from them.
+
+    `mixed(numerators(...), ...)` is what the call gives.
+    """
+
+    def numerators(
+        self,
+        query: Queries,
+        key: Keys,
+        mask: Mask,
+        scalars: Scalars,
+        *,
+        bias: Array | None = None,
+        product: Product = matmul,
+    ) -> Scores: ...
+
+    def mixed(
+        self,
+        numerators: Scores,
+        value: Values,
+        mask: Mask,
+        scalars: Scalars,
+        *,
+        product: Product = matmul,
+        dropout: Dropout | None = None,
     ) -> Context: ...
 
 
@@ -347,8 +377,39 @@ class Attention:
         plain = bias is None and mask.pairs is None and dropout is None
         if self.linear and plain and key.shape[-1] * value.shape[-1] < query.shape[-2] * key.shape[-2]:
             return product(query, product(key.swapaxes(-1, -2), value))
-        numerator = mask.hide(self.f(scores_of(query, key, bias, product), mask, shift))
-        return product(numerator if dropout is None else dropout(numerator), value)
+        scalars = {} if shift is None else {"shift": shift}
+        numerators = self.numerators(query, key, mask, scalars, bias=bias, product=product)
+        return product(numerators if dropout is None else dropout(numerators), value)
+
+    def numerators(
+        self,
+        query: Queries,
+        key: Keys,
+        mask: Mask,
+        scalars: Scalars,
+        *,
+        bias: Array | None = None,
+        product: Product = matmul,
+    ) -> Scores:
+        """f(s_ij), 0 for the pairs that the mask hides."""
+        return mask.hide(self.f(scores_of(query, key, bias, product), mask, scalars.get("shift")))
+
+    def mixed(
+        self,
+        numerators: Scores,
+        value: Values,
+        mask: Mask,
+        scalars: Scalars,
+        *,
+        product: Product = matmul,
+        dropout: Dropout | None = None,
+    ) -> Context:
+        """The context of values, weighted by numerators that are there. A row sum is taken anew."""
+
+        def mix(columns: Array, dropout: Dropout | None = None) -> Context:
+            return product(numerators if dropout is None else dropout(numerators), columns)
+
+        return self.normaliser(mix, value, mask, scalars.get("scale"), dropout)
 
     def scalars(self, num_heads: int) -> Scalars:
         """`shift` c where f has one, and `scale` r where nothing divides."""

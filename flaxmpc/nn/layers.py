@@ -14,7 +14,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from flaxmpc.nn.activation import IDENTITY, ActivationPart, SquareForm, Squares
-from flaxmpc.nn.attention import AttentionPart, Homogeneous, Scalars, folded, scalars_of, scores_of
+from flaxmpc.nn.attention import AttentionPart, Homogeneous, Scalars, Shareable, folded, scalars_of, scores_of
 from flaxmpc.nn.lazy import Lazy, State, Stream, Unit, side_by_side, size, square_mean_by_product
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import EXACT, InverseRoot, Linear, Normalization, Ranged, centred, variance
@@ -136,13 +136,34 @@ def activate(x: State, act: ActivationPart) -> State:
     return Lazy.held(square, product=x.product).plus(form.offset)
 
 
+class Weights(NamedTuple):
+    """What an attention weighs the values with, for layers that share its scores.
+
+    Attributes:
+        numerators: (batch, head, query, key).
+        scalars: what is left of the part's scalars for `Shareable.mixed`.
+        for_value: of a lazy state, the factor (head,) of the values' matrix that the scalars fold into.
+        scores: of an array, Q K^T / sqrt(d) (+ bias).
+    """
+
+    numerators: Float[Array, "batch head query key"]
+    scalars: Scalars
+    for_value: Any = None
+    scores: Float[Array, "batch head query key"] | None = None
+
+    def first(self, count: int) -> "Weights":
+        """Those of the first queries."""
+        return self._replace(numerators=self.numerators[:, :, :count])
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with an attention part. Returns the output and the scores (of an array).
+    """Multi-head self-attention with an attention part.
 
     Attributes:
         part: the attention, such as those in `flaxmpc.nn.attention.ATTENTION`.
         num_heads: how many heads share the features; it divides their number.
         dropout: rate, for the attention's weights while training.
+        gives_weights: whether other layers share the scores. Then it also returns `Weights`; the part is `Shareable`.
     """
 
     part: AttentionPart
@@ -151,6 +172,7 @@ class SelfAttention(nn.Module):
     kernel_init: Any = nn.initializers.normal(0.02)
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    gives_weights: bool = False
 
     @nn.compact
     def __call__(
@@ -160,27 +182,38 @@ class SelfAttention(nn.Module):
         bias: Array | None = None,
         deterministic: bool = True,
         queries: Lazy | None = None,
-    ) -> tuple[State, Float[Array, "batch head query key"] | None]:
-        """The output and the scores.
+        weights: Weights | None = None,
+    ) -> tuple[State, Float[Array, "batch head query key"] | None, Weights | None]:
+        """The output; the scores, of an array; and the weights, where it `gives_weights`.
 
         Args:
             bias: what is added to the scores, (1 or batch, head, query, key), as for positions; a unit is in it
                 already.
             queries: the first tokens of a lazy state, where nobody reads the output of the others.
+            weights: those of an earlier layer, whose scores this one shares: it has no queries, keys and scalars.
         """
         features = x.shape[-1]
-        dense = {"kernel_init": self.kernel_init, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        options = {"kernel_init": self.kernel_init, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = {name: Dense(features, name=name, **options) for name in ("query", "key", "value", "output")}
         if queries is not None:
-            mask, bias = mask.first(queries.shape[1]), None if bias is None else bias[:, :, : queries.shape[1]]
+            count = queries.shape[1]
+            mask, bias = mask.first(count), None if bias is None else bias[:, :, :count]
+        if weights is not None:
+            if isinstance(x, Lazy):
+                read = x if queries is None else queries
+                context = self._lazily_mixed(dense["value"](x), mask, weights.first(read.shape[1]), read.unit)
+            else:
+                context = self._mixed(dense["value"](x), mask, weights, deterministic)
+            return dense["output"](context), weights.scores, weights
         sources = {"query": x if queries is None else queries, "key": x, "value": x}
-        projected = [Dense(features, name=name, **dense)(source) for name, source in sources.items()]
+        projected = [dense[name](source) for name, source in sources.items()]
         start = scalars_of(self.part, self.num_heads)
         scalars = {name: jnp.asarray(self.param(name, lambda _, value=value: value)) for name, value in start.items()}
         if isinstance(x, Lazy):
-            context, scores = self._lazy(projected, mask, scalars, bias, together=queries is None), None
+            scores, (context, given) = None, self._lazy(projected, mask, scalars, bias, together=queries is None)
         else:
-            context, scores = self._plain(projected, mask, scalars, bias, deterministic)
-        return Dense(features, name="output", **dense)(context), scores
+            context, scores, given = self._plain(projected, mask, scalars, bias, deterministic)
+        return dense["output"](context), scores, given
 
     def _split(self, y: Float[Array, "batch token features"]) -> Float[Array, "batch head token depth"]:
         return y.reshape(*y.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)
@@ -190,16 +223,25 @@ class SelfAttention(nn.Module):
         batch, heads, tokens, depth = context.shape
         return context.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * depth)
 
+    def _dropout(self, deterministic: bool) -> Any:
+        return None if deterministic else nn.Dropout(self.dropout, deterministic=False)
+
     def _plain(
         self, projected: list[Any], mask: Mask, scalars: Scalars, bias: Array | None, deterministic: bool
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Weights | None]:
         query, key, value = map(self._split, projected)
         query = query / math.sqrt(query.shape[-1])
-        dropout = None if deterministic else nn.Dropout(self.dropout, deterministic=False)
-        context = self.part(query, key, value, mask, scalars, bias=bias, dropout=dropout)
-        return self._merge(context), scores_of(query, key, bias)
+        scores = scores_of(query, key, bias)
+        if self.gives_weights:
+            numerators = self._shareable.numerators(query, key, mask, scalars, bias=bias)
+            weights = Weights(numerators, scalars, scores=scores)
+            return self._mixed(projected[2], mask, weights, deterministic), scores, weights
+        context = self.part(query, key, value, mask, scalars, bias=bias, dropout=self._dropout(deterministic))
+        return self._merge(context), scores, None
 
-    def _lazy(self, projected: list[Any], mask: Mask, scalars: Scalars, bias: Array | None, together: bool) -> Lazy:
+    def _lazy(
+        self, projected: list[Any], mask: Mask, scalars: Scalars, bias: Array | None, together: bool
+    ) -> tuple[Lazy, Weights | None]:
         """What can be of the scalars goes into the matrices. `together`: one product makes queries, keys and values."""
         query, key, value = projected
         unit, product, heads = query.unit, query.product, self.num_heads
@@ -212,16 +254,45 @@ class SelfAttention(nn.Module):
             key = _with_feature(key, jnp.ones((heads,)))
         products = [[query, key, value]] if together else [[query], [key, value]]
         q, k, v = (self._split(y) for states in products for y in _forced(states))
-        if unit is None:
-            context = self.part(q, k, v, mask, scalars, bias=bias, product=product)
-        else:
-            assert isinstance(self.part, Homogeneous), "a state has a unit where attention takes it"
+        if unit is not None:
             if left := sorted(scalars.keys() - {"shift"}):
                 raise ValueError(
                     f"attention {self.part.name!r} says that it folds, but {left[0]!r} is left of its scalars"
                 )
+            scalars = {}
+        weights = None
+        if self.gives_weights:
+            numerators = self._shareable.numerators(q, k, mask, scalars, bias=bias, product=product)
+            weights = Weights(numerators, scalars, for_value)
+            context = self._context(v, mask, weights, unit, product)
+        elif unit is None:
+            context = self.part(q, k, v, mask, scalars, bias=bias, product=product)
+        else:
+            assert isinstance(self.part, Homogeneous), "a state has a unit where attention takes it"
             context = self.part.mix(q, k, v, mask, bias=bias, product=product)
-        return Lazy.held(self._merge(context), unit, product)
+        return Lazy.held(self._merge(context), unit, product), weights
+
+    @property
+    def _shareable(self) -> Shareable:
+        assert isinstance(self.part, Shareable), "a config has no other where layers share scores"
+        return self.part
+
+    def _mixed(self, value: Any, mask: Mask, weights: Weights, deterministic: bool) -> Array:
+        """The context of values, by weights that are there."""
+        split, dropout = self._split(value), self._dropout(deterministic)
+        return self._merge(self._shareable.mixed(weights.numerators, split, mask, weights.scalars, dropout=dropout))
+
+    def _lazily_mixed(self, value: Any, mask: Mask, weights: Weights, unit: Unit | None) -> Lazy:
+        """The same of a lazy state, in the unit of the queries."""
+        factor = jnp.repeat(weights.for_value, value.shape[-1] // self.num_heads)
+        forced = self._split(value.map(lambda rows: rows * factor).force())
+        return Lazy.held(self._merge(self._context(forced, mask, weights, unit, value.product)), unit, value.product)
+
+    def _context(self, value: Array, mask: Mask, weights: Weights, unit: Unit | None, product: Product) -> Array:
+        """Of a lazy state's values, forced. With a unit mask and 1/n are in values and numerators already."""
+        if unit is not None:
+            return product(weights.numerators, value)
+        return self._shareable.mixed(weights.numerators, value, mask, weights.scalars, product=product)
 
 
 def _forced(states: list[Lazy]) -> list[Array]:
@@ -244,15 +315,17 @@ def _with_feature(x: Lazy, value: Float[Array, " head"]) -> Lazy:
 
 
 class Seen(NamedTuple):
-    """What distillation and calibration look at in a block that computed an array; all None where it was lazy.
+    """What a block gives beside its output. What distillation and calibration look at is None where it was lazy.
 
     Attributes:
         scores: Q K^T / sqrt(d) (+ bias) before the mask, (batch, head, query, key).
         variances: (batch, token, 1) each, what the block's normalisations met, in their order.
+        weights: of the attention, for the blocks that share its scores; None where none does. Lazy ones have them too.
     """
 
     scores: Float[Array, "batch head query key"] | None
     variances: tuple[Float[Array, "batch token 1"] | None, ...]
+    weights: Weights | None
 
 
 class _Block(nn.Module):
@@ -265,6 +338,7 @@ class _Block(nn.Module):
         intermediate_size: how many features the feed-forward has between its matrices.
         epsilon: what the normalisations add to a variance.
         hidden_dropout, attention_dropout: rates while training.
+        gives_weights: whether later blocks share the attention's scores.
     """
 
     attention_part: AttentionPart
@@ -278,9 +352,10 @@ class _Block(nn.Module):
     kernel_init: Any = nn.initializers.normal(0.02)
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    gives_weights: bool = False
 
     def _attention(self) -> SelfAttention:
-        rest = (self.attention_dropout, self.kernel_init, self.dtype, self.param_dtype)
+        rest = (self.attention_dropout, self.kernel_init, self.dtype, self.param_dtype, self.gives_weights)
         return SelfAttention(self.attention_part, self.num_attention_heads, *rest, name="attention")
 
     def _norm(self, place: int, name: str) -> Norm:
@@ -304,21 +379,22 @@ class PostNormBlock(_Block):
         deterministic: bool = True,
         into: Unit | None = None,
         first: bool = False,
+        weights: Weights | None = None,
     ) -> tuple[State, Seen]:
         """The block's output, of a lazy state only the first token's, (batch, 1, hidden), where `first` says so.
 
         Args:
-            bias: what attention adds to its scores, see `SelfAttention`.
+            bias, weights: what attention adds to its scores, and whose scores it shares, see `SelfAttention`.
             into: the unit that a lazy result is wanted in, of the next block.
         """
         dropout = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
         queries = x.tokens(1) if first and isinstance(x, Lazy) else None
-        y, scores = self._attention()(x, mask, bias, deterministic, queries)
+        y, scores, given = self._attention()(x, mask, bias, deterministic, queries, weights)
         x = _sum(x if queries is None else queries, y, dropout)
         met = _met(self.norms[0], x)
         x = self._norm(0, "attention_layer_norm")(x)
         x = _sum(x, self._feed_forward(x, x.shape[-1]), dropout)
-        seen = Seen(scores, (met, _met(self.norms[1], x)))
+        seen = Seen(scores, (met, _met(self.norms[1], x)), given)
         return self._norm(1, "output_layer_norm")(x, into), seen
 
 
@@ -330,14 +406,20 @@ class PreNormBlock(_Block):
 
     @nn.compact
     def __call__(
-        self, x: State | Stream, mask: Mask, bias: Array | None = None, deterministic: bool = True
+        self,
+        x: State | Stream,
+        mask: Mask,
+        bias: Array | None = None,
+        deterministic: bool = True,
+        weights: Weights | None = None,
     ) -> tuple[Any, Seen]:
-        """Args: bias: what attention adds to its scores, see `SelfAttention`."""
+        """Args: bias, weights: what attention adds to its scores, and whose scores it shares, see `SelfAttention`."""
         dropout = nn.Dropout(self.hidden_dropout, deterministic=deterministic)
         first = _met(self.norms[0], x)
-        y, scores = self._attention()(self._norm(0, "attention_layer_norm")(x), mask, bias, deterministic)
+        normed = self._norm(0, "attention_layer_norm")(x)
+        y, scores, given = self._attention()(normed, mask, bias, deterministic, None, weights)
         x = _sum(x, y, dropout)
-        seen = Seen(scores, (first, _met(self.norms[1], x)))
+        seen = Seen(scores, (first, _met(self.norms[1], x)), given)
         return _sum(x, self._feed_forward(self._norm(1, "output_layer_norm")(x), x.shape[-1]), dropout), seen
 
 

@@ -145,6 +145,21 @@ def test_a_student_may_be_smaller_than_its_teacher(teacher, data, tmp_path):
         convert(dataclasses.replace(config, num_attention_heads=2))
 
 
+def test_a_students_layers_may_share_scores(teacher, data, tmp_path):
+    config = conversion(teacher, data, tmp_path / "shared", layers_sharing_scores=2, aby3_sentences=2)
+    results = convert(config)
+    loaded = folders.load(config.out)
+    assert loaded.model.config.layers_sharing_scores == 2
+    assert "query" not in loaded.params["bert"]["layer_1"]["attention"]
+    assert results["accuracy"] > 0.7
+    measured = evaluate(config.out, ref2k_sentences=4, aby3_sentences=2)
+    assert measured["ref2k_agreement"] == measured["aby3_agreement"] == 1
+    assert measured["ref2k_max_logit_difference"] < 0.05
+    assert "| layers that share scores | 2 |" in card.text(config.out)
+    with pytest.raises(ValueError, match="shared has layers that share scores: convert the model that it was made of"):
+        convert(conversion(config.out, data, tmp_path / "again"))
+
+
 def test_sizes_that_a_teacher_cannot_give_are_refused_before_anything_is_written(teacher, data, tmp_path):
     for changes, message in (
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3: the teacher has 2"),
@@ -153,6 +168,15 @@ def test_sizes_that_a_teacher_cannot_give_are_refused_before_anything_is_written
         (
             {"num_attention_heads": 1, "stage1": dataclasses.replace(STAGE, score_weight=0.5)},
             r"stage1 has score_weight 0.5, .* num_attention_heads can only be 2 then",
+        ),
+        (
+            {"layers_sharing_scores": 2, "stage2": dataclasses.replace(STAGE, score_weight=0.5)},
+            r"stage2 has score_weight 0.5, .* layers_sharing_scores can only be 1 then",
+        ),
+        ({"layers_sharing_scores": 0}, r"layers_sharing_scores 0 is not a whole number in 1\.\.128"),
+        (
+            {"layers_sharing_scores": 2, "attention": ("softmax", "2quad")},
+            "layer 1 shares the scores of layer 0: its attention is 'softmax' too, not '2quad'",
         ),
     ):
         with pytest.raises(ValueError, match=message):

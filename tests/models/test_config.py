@@ -225,6 +225,23 @@ def test_a_list_of_the_wrong_length_is_refused(fields, message):
         dataclasses.replace(TINY, **fields)
 
 
+def test_layers_that_share_scores_have_one_attention(tmp_path):
+    shared = dataclasses.replace(TINY, num_hidden_layers=5, layers_sharing_scores=2, attention="2quad")
+    assert [shared.source_of_scores(layer) for layer in range(5)] == [0, 0, 2, 2, 4]
+    assert shared.to_dict()["model_type"] == "flaxmpc-bert", "HF would load another function"
+    assert BertConfig.from_dict(shared.to_dict()) == shared
+    assert "layers_sharing_scores" not in TINY.to_dict()
+    for changes, message in (
+        ({"attention": ["2quad", "scaling"] * 2 + ["2quad"]}, r"layer 1 shares .* of layer 0: .* 'scaling'$"),
+        ({"attention": [["2quad", "scaling"]] * 5}, r"attention '2quad\+scaling' has no `numerators` to share"),
+        ({"layers_sharing_scores": 0}, r"layers_sharing_scores 0 is not a whole number in 1\.\.128"),
+        ({"layers_sharing_scores": None}, r"layers_sharing_scores None is not a whole number"),
+        ({"layers_sharing_scores": True}, r"layers_sharing_scores True is not a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(shared, **changes)
+
+
 @pytest.mark.parametrize(
     ("field", "name", "closest"),
     [

@@ -175,11 +175,27 @@ def test_self_attention(part, pairs):
     x = jnp.asarray(value_of(state), jnp.float32) / 4
     state = state.map(lambda rows: rows / 4)
     variables = params_of(module, X, seen)
-    plain, scores = applied(module, variables, x, seen)
-    lazy, nothing = applied(module, variables, state, seen)
+    plain, scores, _ = applied(module, variables, x, seen)
+    lazy, *nothing = applied(module, variables, state, seen)
     assert scores.shape == (2, 2, 5, 5)
-    assert nothing is None
+    assert nothing == [None, None]
     np.testing.assert_allclose(value_of(lazy)[VALID], np.asarray(plain)[VALID], rtol=1e-3, atol=1e-3)
+    giving = SelfAttention(part, 2, gives_weights=True)
+    np.testing.assert_allclose(applied(giving, variables, x, seen)[0], plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["softmax", "2quad_freediv", "softmax_freediv", "scaling"])
+def test_shared_scores_weigh_the_values_of_another_layer(part):
+    """With the same values a layer that shares the scores of another gives what the other gives."""
+    giving, taking = (SelfAttention(ATTENTION[part], 2, gives_weights=gives) for gives in (True, False))
+    seen = Mask.from_tokens(TOKENS)
+    variables = params_of(giving, X, seen)
+    plain, scores, weights = applied(giving, variables, X, seen)
+    own = {"params": {name: variables["params"][name] for name in ("value", "output")}}
+    found, same, given = applied(taking, own, X, seen, None, True, None, weights)
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(same, scores)
+    assert given is weights, "for the next"
 
 
 def test_a_bias_of_positions_is_added_to_the_scores():
@@ -190,7 +206,7 @@ def test_a_bias_of_positions_is_added_to_the_scores():
     close_scores = np.asarray(with_bias[1]) - np.asarray(without[1])
     np.testing.assert_allclose(close_scores, np.broadcast_to(bias, (2, 2, 5, 5)), atol=1e-5)
     assert np.abs(np.asarray(with_bias[0]) - np.asarray(without[0])).max() > 1e-3
-    lazy, _ = applied(module, variables, Lazy.held(X), seen, bias)
+    lazy, *_ = applied(module, variables, Lazy.held(X), seen, bias)
     np.testing.assert_allclose(value_of(lazy), with_bias[0], atol=1e-4)
 
 
@@ -202,11 +218,12 @@ def block(**fields) -> PostNormBlock:
 def test_a_block_sees_what_its_normalisations_meet():
     module, seen = block(), Mask.from_tokens(TOKENS)
     variables = params_of(module, X, seen)
-    _, (scores, variances) = applied(module, variables, X, seen)
+    _, (scores, variances, weights) = applied(module, variables, X, seen)
+    assert weights is None
     assert scores.shape == (2, 2, 5, 5)
     assert [one.shape for one in variances] == [(2, 5, 1)] * 2
     _, of_lazy = applied(module, variables, Lazy.held(X), seen)
-    assert of_lazy == (None, (None, None))
+    assert of_lazy == (None, (None, None), None)
 
 
 @pytest.mark.parametrize("wrap", [nn.remat, nn.checkpoint], ids=["remat", "checkpoint"])

@@ -156,6 +156,26 @@ def test_variants_mixed_by_head_and_by_layer(attention):
     assert_the_same_function(model, random_params(model))
 
 
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_layers_that_share_scores(attention, group):
+    """The third layer has its own again, the fourth computes the first token alone."""
+    model = model_of(attention=attention, num_hidden_layers=4, layers_sharing_scores=2, layer_norm="layer_norm")
+    params = random_params(model)
+    for layer in (1, 3):
+        assert set(params["bert"][f"layer_{layer}"]["attention"]) == {"value", "output"}
+    assert_the_same_function(model, params)
+    if attention in ("softmax", "2quad_freediv"):
+        _, client, function, weights, _ = private(model, params, CONFIG)
+        shared = shared_of(model, client, IDS, MASK)
+        logits, cost = secure.jit(function, parties=group("ABY3")).run(weights, *shared)
+        np.testing.assert_allclose(logits, output(model, params), atol=0.03)
+        own = model_of(attention=attention, num_hidden_layers=4, layer_norm="layer_norm")
+        _, client, function, weights, _ = private(own, random_params(own), CONFIG)
+        _, more = secure.jit(function, parties=group("ABY3")).run(weights, *shared)
+        assert cost.bytes_sent < more.bytes_sent
+        assert cost.rounds < more.rounds
+
+
 def test_a_constant_that_became_negative_or_zero():
     model = model_of(attention=["2quad_freediv", "relu_freediv"])
     params = random_params(model)
