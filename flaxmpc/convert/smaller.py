@@ -65,6 +65,7 @@ def smaller_params(
     - The feed-forward's features: those stay that move its output most on the batches, by the variance of the
       activation times the squared norm of the feature's row in the second matrix. The others are replaced by their
       mean, which goes into the bias.
+    - Scores: layers that share those of another have no queries and keys.
     """
     own, prefix = teacher.config, teacher.base_model_prefix
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
@@ -77,7 +78,7 @@ def smaller_params(
     dropped = tuple(f"{prefix}/layer_{layer}/" for layer in range(own.num_hidden_layers) if layer not in layers)
     kept = moved({path: leaf for path, leaf in flat.items() if not path.startswith(dropped)}, places)
     shapes = flatten(param_shapes(teacher.clone(config=config)))
-    return unflatten({path: _merged(leaf, shapes[path].shape) for path, leaf in kept.items()})
+    return unflatten({path: _merged(leaf, shapes[path].shape) for path, leaf in kept.items() if path in shapes})
 
 
 def _merged(leaf: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
