@@ -114,6 +114,7 @@ STUDENTS: dict[str, Conversion] = {
     "2quad-freediv/6-heads": _student(num_attention_heads=6),
     "2quad-freediv/768-features": _student(intermediate_size=768),
     "2quad-freediv/shared-scores": _student(layers_sharing_scores=2),
+    "2quad-freediv/budget": _student(budget="wan=20s"),
     "2quad-freediv/3-layers": _student(num_hidden_layers=3),
     "2quad-freediv/for-cost": _student(**HALF),
     "2quad-freediv/for-cost-3-layers": _student(**HALF, num_hidden_layers=3),
@@ -130,6 +131,8 @@ def _publish(name: str, out: Path) -> None:
     if variant:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         record = {part: files.read_object(out / f"{part}.json") for part in ("recipe", "results")}
+        if (search := out.with_name(f"{out.name}.run") / "search.json").is_file():
+            record["search"] = files.read_object(search)
         files.write_json(folder / "runs" / f"{variant}.json", record)
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.outputs import Intermediates
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.nn.attention import Calibrated
+from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import EXACT, Clipped, Linear, Normalization, Ranged
 
 Place = tuple[int, int]
@@ -43,18 +44,49 @@ def calibrate_attention(student: WithHead, params: Mapping[str, Any], batch: Bat
         part = config.attention_of(layer)
         if not isinstance(part, Calibrated) or config.source_of_scores(layer) != layer:
             continue
-        _, states = apply_with_states(student)(unflatten(flat), used)
-        offset = part.row_offset(states.scores[layer], mask)
-        if offset is not None:
-            hidden = (states.embeddings, *states.hidden_states)[layer]
-            query = hidden @ flat[f"{path}/query/kernel"] + flat[f"{path}/query/bias"]
-            bias = _key_bias(np.asarray(query), np.asarray(offset), np.asarray(mask.tokens), config)
-            flat[f"{path}/key/bias"] = flat[f"{path}/key/bias"] + bias
-            _, states = apply_with_states(student)(unflatten(flat), used)
-        scalars = {name: flat[f"{path}/{name}"] for name in part.scalars(config.num_attention_heads)}
-        found = part.calibrated(states.scores[layer], mask, scalars)
-        flat |= {f"{path}/{name}": scalar for name, scalar in found.items()}
+        own = {name.removeprefix(f"{path}/"): leaf for name, leaf in flat.items() if name.startswith(f"{path}/")}
+
+        def met(own: Mapping[str, Any], path: str = path, flat: Mapping[str, Any] = flat) -> Intermediates:
+            changed = {f"{path}/{name}": leaf for name, leaf in own.items()}
+            return apply_with_states(student)(unflatten({**flat, **changed}), used).intermediates
+
+        states = met(own)
+        hidden = (states.embeddings, *states.hidden_states)[layer]
+        attended = Attended(hidden, states.scores[layer], lambda own, i=layer: met(own).scores[i], mask)
+        found = calibrated_layer(part, own, attended, config)
+        flat |= {f"{path}/{name}": leaf for name, leaf in found.items()}
     return unflatten(jax.device_get(flat))
+
+
+class Attended(NamedTuple):
+    """What an attention is calibrated on.
+
+    Attributes:
+        hidden: the states that it is given, (batch, token, hidden).
+        scores: those that it makes of them, (batch, head, query, key).
+        scores_of: the scores that other parameters of the attention, by their paths, would make.
+        mask: of the states.
+    """
+
+    hidden: Any
+    scores: Any
+    scores_of: Callable[[Mapping[str, Any]], Any]
+    mask: Mask
+
+
+def calibrated_layer(
+    part: Calibrated, own: Mapping[str, Any], attended: Attended, config: EncoderConfig
+) -> dict[str, Any]:
+    """One layer's attention's parameters, by their paths, with its part's scalars set: see `calibrate_attention`."""
+    found, scores, mask = dict(own), attended.scores, attended.mask
+    offset = part.row_offset(scores, mask)
+    if offset is not None:
+        query = attended.hidden @ found["query/kernel"] + found["query/bias"]
+        bias = _key_bias(np.asarray(query), np.asarray(offset), np.asarray(mask.tokens), config)
+        found["key/bias"] = found["key/bias"] + bias
+        scores = attended.scores_of(found)
+    scalars = {name: found[name] for name in part.scalars(config.num_attention_heads)}
+    return found | dict(part.calibrated(scores, mask, scalars))
 
 
 def _key_bias(query: np.ndarray, offset: np.ndarray, mask: np.ndarray, config: EncoderConfig) -> np.ndarray:
@@ -107,8 +139,8 @@ def ranges(seen: Mapping[Place, np.ndarray]) -> dict[Place, tuple[float, float]]
     return found
 
 
-Norms = tuple[Normalization, Normalization]
-"""The normalisations of a student's layers: after attention, after the feed-forward."""
+Norms = Mapping[Place, Normalization]
+"""The normalisations that a student is to have, by their places."""
 
 
 def with_norms(config: EncoderConfig, seen: Mapping[Place, np.ndarray], norms: Norms) -> EncoderConfig:
@@ -121,7 +153,7 @@ def with_norms(config: EncoderConfig, seen: Mapping[Place, np.ndarray], norms: N
     """
 
     def start(place: Place, own: Any) -> Any:
-        part = norms[place[1]]
+        part = norms[place]
         if isinstance(part, Ranged):
             return own
         return part.calibrated(seen[place]) if isinstance(part, Linear) else part
@@ -147,7 +179,7 @@ def with_calibrated(
     """
 
     def fitted(place: Place, own: Any) -> Any:
-        part = norms[place[1]]
+        part = norms[place]
         if not isinstance(part, Ranged) or not (own == EXACT or isinstance(own, Ranged)):
             return own
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from flaxmpc.convert.budget import Budget
 from flaxmpc.convert.distill import Stage
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION
@@ -76,9 +77,9 @@ class Conversion:
         attention: the student's attention: a name for all layers, or one for each.
         activation: the student's activation: a name for all layers, or one for each.
         layer_norm: the student's LayerNorm: a name for all, or one for those after attention and one for those after
-            the feed-forward. `layer_norm_constant` is calibrated on the teacher. `layer_norm_chebyshev` is calibrated
-            when stage 2 begins, and trained to stay in its range. So the student must be near its teacher by then:
-            without a stage 1 `layer_norm` does better.
+            the feed-forward, or such two for every layer. `layer_norm_constant` is calibrated on the teacher.
+            `layer_norm_chebyshev` is calibrated when stage 2 begins, and trained to stay in its range. So the student
+            must be near its teacher by then: without a stage 1 `layer_norm` does better.
         num_hidden_layers: the student's layers; by default as many as the teacher's. They start as layers of the
             teacher's, spread evenly, and match the hidden states of these.
         num_attention_heads: the student's heads, a divisor of the teacher's, which are merged; by default all.
@@ -86,6 +87,9 @@ class Conversion:
             move its output most.
         layers_sharing_scores: so many neighbouring layers have the attention scores of the first of them; by default
             every layer has its own.
+        budget: what a request of the longest text may take on ABY3, without a plan of bits: lan=2s or wan=20s
+            (modelled), bytes=300MB (of all parties), or rounds=200. Attention, activation and LayerNorms are then
+            chosen for every layer, from what each part loses in a short training, and what it costs.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
             rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
@@ -112,11 +116,12 @@ class Conversion:
     out: Path
     attention: Annotated[str | tuple[str, ...], _of(ATTENTION, "NAME [NAME ...]")] = "2quad_freediv"
     activation: Annotated[str | tuple[str, ...], _of(ACTIVATIONS, "NAME [NAME ...]")] = "quad"
-    layer_norm: Annotated[str | tuple[str, str], _of(NORMALIZATIONS, "NAME [NAME]")] = "layer_norm_chebyshev"
+    layer_norm: Annotated[str | tuple[str, ...], _of(NORMALIZATIONS, "NAME [NAME ...]")] = "layer_norm_chebyshev"
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     intermediate_size: int | None = None
     layers_sharing_scores: int | None = None
+    budget: str | None = None
     stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
     pieces: float = 0.25
@@ -136,3 +141,9 @@ class Conversion:
 
     def __post_init__(self):
         _require_length(self.max_length)
+        if self.budget is None:
+            return
+        Budget.parse(self.budget)
+        for field in ("attention", "activation", "layer_norm", "layers_sharing_scores"):
+            if getattr(self, field) != getattr(type(self), field):
+                raise ValueError(f"a budget chooses the parts of every layer: leave {field} out, or the budget")

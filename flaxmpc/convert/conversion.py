@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +10,13 @@ import numpy as np
 
 from flaxmpc import files
 from flaxmpc.convert import calibrate, contents
+from flaxmpc.convert.budget import Budget
 from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_student
 from flaxmpc.convert.finetune import Evaluate, classification_loss, in_order, learn, lengths, looking_up, predict
 from flaxmpc.convert.head import linear_head
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
+from flaxmpc.convert.search import PartNames, search
 from flaxmpc.convert.smaller import layers_kept, sizes, smaller_params
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import SPLITS, Batch, Split, batches
@@ -230,6 +232,23 @@ def _replaced(config: Conversion, own: EncoderConfig) -> EncoderConfig:
     return dataclasses.replace(own, **fields, attention=config.attention, hidden_act=config.activation)
 
 
+def _norms(names: str | Sequence[str], num_layers: int) -> calibrate.Norms:
+    """The normalisations of a student, from a name for all, two, or two for every layer.
+
+    Raises:
+        ValueError: another number of names, or an unknown one.
+    """
+    listed = (names, names) if isinstance(names, str) else tuple(names)
+    if len(listed) == 2:
+        listed *= num_layers
+    if len(listed) != 2 * num_layers:
+        raise ValueError(
+            f"layer_norm names {len(listed)} parts: one, two (after attention, after the feed-forward), or two for "
+            f"each of the {num_layers} layers"
+        )
+    return {divmod(i, 2): NORMALIZATIONS.resolve(name) for i, name in enumerate(listed)}
+
+
 def _calibrated(student: WithHead, params: Any, material: _Material, norms: calibrate.Norms) -> WithHead:
     """The student with LayerNorms for the variances of what is trained on, see `calibrate.with_calibrated`."""
     finite = student.clone(config=calibrate.for_training(student.config))
@@ -244,6 +263,30 @@ def _refuse_other_order(config: Conversion, teacher: folders.LoadedModel, train:
     some = train[np.linspace(0, len(train) - 1, min(len(train), 256)).astype(int)]
     logits = predict(teacher.model, teacher.params, some)
     refuse_other_order(logits, some.labels, f"{config.teacher} on {config.data}")
+
+
+def _searched(
+    config: Conversion,
+    teacher: folders.LoadedModel,
+    replaced: EncoderConfig,
+    material: _Material,
+    layers: Sequence[int],
+    seen: Mapping[calibrate.Place, np.ndarray],
+    run: Path,
+) -> PartNames:
+    """The parts that a search chose within the budget, once for a run: search.json in its folder keeps what it found.
+
+    Raises:
+        ValueError: see `search`; or search.json is damaged.
+    """
+    path = run / "search.json"
+    budget = Budget.parse(config.budget or "")
+    if not path.is_file():
+        student = teacher.model.clone(config=replaced)
+        found = search(teacher, student, layers, seen, material.train, material.validation, budget, seed=config.seed)
+        files.write_json(path, found.as_dict(budget))
+    mend = "remove it, and the parts are searched again"
+    return PartNames.read(files.read_object(path, mend=mend), len(layers), f"{path} is damaged: {mend}")
 
 
 def _storage(config: Conversion) -> dict[str, int]:
@@ -333,11 +376,9 @@ def convert(config: Conversion) -> dict[str, Any]:
     """
     teacher = _teacher(config)
     own = teacher.model.config
-    names = config.layer_norm if isinstance(config.layer_norm, tuple) else (config.layer_norm,) * 2
-    after_attention, after_feed_forward = map(NORMALIZATIONS.resolve, names)
-    norms = after_attention, after_feed_forward
     replaced = _replaced(config, own)
     layers = layers_kept(own.num_hidden_layers, replaced.num_hidden_layers)
+    norms = _norms(config.layer_norm, len(layers))
     material = _material(config, teacher)
     task = material.task
     if hosts.from_first(np.bool_(done(config, hosts.agreed(material.inputs)))):
@@ -354,12 +395,17 @@ def convert(config: Conversion) -> dict[str, Any]:
     some = list(itertools.islice(batches(task.train, batch_size=64, lengths=padded, seed=config.seed), 8))
     met = calibrate.variances(teacher.model, teacher.params, some)
     seen = {(i, place): met[layer, place] for i, layer in enumerate(layers) for place in (0, 1)}
-    replaced = calibrate.with_norms(dataclasses.replace(replaced, **answers), seen, norms)
+    replaced = dataclasses.replace(replaced, **answers)
+    if config.budget is not None:
+        found = _searched(config, teacher, replaced, material, layers, seen, run)
+        replaced = dataclasses.replace(replaced, attention=found.attention, hidden_act=found.activation)
+        norms = _norms(found.layer_norm, len(layers))
+    replaced = calibrate.with_norms(replaced, seen, norms)
     student = teacher.model.clone(config=replaced)
     params = _start(config, student, teacher, run, some)
     results |= _figures(task, predict(student, params, task.test), "untrained_")
 
-    ranged = any(isinstance(norm, Ranged) for norm in norms)
+    ranged = any(isinstance(norm, Ranged) for norm in norms.values())
     ranges = calibrate.ranges(seen) if ranged else None
     distilled = _stages(config, teacher, material, layers, ranges, run)
     params, figures = distilled("stage1", student, params, material.everything)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from flaxmpc.models.outputs import Intermediates
 
 
-def _masked_mean(values: Any, mask: Array) -> Array:
+def masked_mean(values: Any, mask: Array) -> Array:
+    """The mean of the values where the mask is 1; it is broadcast to their shape."""
     mask = jnp.broadcast_to(mask, values.shape)
     return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
 
@@ -19,8 +20,8 @@ def _masked_mean(values: Any, mask: Array) -> Array:
 def label_loss(logits: Float[Array, "batch label"], labels: Array, row_mask: Float[Array, " batch"]) -> Array:
     """Softmax cross-entropy with the true labels (batch,); with one output, a regression, the squared difference."""
     if logits.shape[-1] == 1:
-        return _masked_mean(jnp.square(logits[:, 0] - labels), row_mask)
-    return _masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), row_mask)
+        return masked_mean(jnp.square(logits[:, 0] - labels), row_mask)
+    return masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), row_mask)
 
 
 def logit_loss(
@@ -31,8 +32,8 @@ def logit_loss(
     With one output, a regression, the squared difference.
     """
     if logits.shape[-1] == 1:
-        return _masked_mean(jnp.square(logits - teacher)[:, 0], row_mask)
-    return _masked_mean(optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher)), row_mask)
+        return masked_mean(jnp.square(logits - teacher)[:, 0], row_mask)
+    return masked_mean(optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher)), row_mask)
 
 
 def hidden_loss(student: Intermediates, teacher: Intermediates, token_mask: Float[Array, "batch token"]) -> Array:
@@ -42,7 +43,7 @@ def hidden_loss(student: Intermediates, teacher: Intermediates, token_mask: Floa
     """
     mask = token_mask[..., None]
     pairs = zip((student.embeddings, *student.hidden_states), (teacher.embeddings, *teacher.hidden_states), strict=True)
-    return sum((_masked_mean(jnp.square(ours - theirs), mask) for ours, theirs in pairs), jnp.zeros(()))
+    return sum((masked_mean(jnp.square(ours - theirs), mask) for ours, theirs in pairs), jnp.zeros(()))
 
 
 def score_loss(student: Intermediates, teacher: Intermediates, token_mask: Float[Array, "batch token"]) -> Array:
@@ -59,7 +60,7 @@ def score_loss(student: Intermediates, teacher: Intermediates, token_mask: Float
 
     pairs = zip(student.scores, teacher.scores, strict=True)
     return sum(
-        (_masked_mean(jnp.square(centred(ours) - centred(theirs)), pair_mask) for ours, theirs in pairs), jnp.zeros(())
+        (masked_mean(jnp.square(centred(ours) - centred(theirs)), pair_mask) for ours, theirs in pairs), jnp.zeros(())
     )
 
 
@@ -80,5 +81,5 @@ def range_loss(
     for name, (low, high) in ranges.items():
         log = jnp.log(variances[name])
         outside = jax.nn.relu(log - jnp.log(high)) + jax.nn.relu(jnp.log(low) - log)
-        total += _masked_mean(jnp.square(outside), token_mask[..., None])
+        total += masked_mean(jnp.square(outside), token_mask[..., None])
     return total

@@ -23,6 +23,7 @@ LENGTHS = (16,)
 
 # Of the LayerNorms of two layers.
 PLACES = [(layer, place) for layer in range(2) for place in range(2)]
+EVERYWHERE: Any = dict.fromkeys(PLACES, CHEBYSHEV)
 
 
 def model_of(tiny, **changes) -> BertForSequenceClassification:
@@ -103,30 +104,30 @@ def test_ranges_where_the_variances_allow_it(tiny):
     config = model_of(tiny).config
     seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
     seen[1, 1] = np.array([1e-3, 1.0, 1e4])
-    fitted = calibrate.with_calibrated(config, seen, seen, (CHEBYSHEV, CHEBYSHEV))
+    fitted = calibrate.with_calibrated(config, seen, seen, EVERYWHERE)
     first, second = fitted.layer_norms_of(0)
     assert first == second
     assert first.name == "layer_norm_chebyshev"
     assert first.low < 0.2  # pyright: ignore[reportAttributeAccessIssue]
     assert first.high > 3.0  # pyright: ignore[reportAttributeAccessIssue]
     assert fitted.layer_norms_of(1)[1] == EXACT
-    assert calibrate.with_calibrated(fitted, seen, seen, (CHEBYSHEV, CHEBYSHEV)) == fitted
+    assert calibrate.with_calibrated(fitted, seen, seen, EVERYWHERE) == fitted
 
 
 def test_a_range_that_holds_the_variances_is_kept_and_another_is_found_anew(tiny):
     config = model_of(tiny).config
     seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
-    before: Any = calibrate.with_calibrated(config, seen, seen, (CHEBYSHEV, CHEBYSHEV))
+    before: Any = calibrate.with_calibrated(config, seen, seen, EVERYWHERE)
     seen[0, 1] = np.array([0.3, 2.0])
     seen[1, 0] = np.array([0.2, 6.0])
-    after: Any = calibrate.with_calibrated(before, seen, seen, (CHEBYSHEV, CHEBYSHEV))
+    after: Any = calibrate.with_calibrated(before, seen, seen, EVERYWHERE)
     assert after.layer_norms_of(0) == before.layer_norms_of(0)
     assert after.layer_norms_of(1)[1] == before.layer_norms_of(1)[1]
     assert before.layer_norms_of(1)[0].high < 6.0 < after.layer_norms_of(1)[0].high
 
 
 def test_constants_are_calibrated_first_and_ranges_later(tiny):
-    config, norms = model_of(tiny).config, (CONSTANT, CHEBYSHEV)
+    config, norms = model_of(tiny).config, {place: (CONSTANT, CHEBYSHEV)[place[1]] for place in PLACES}
     seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
     seen[1, 0] = np.array([4.0])
     start: Any = calibrate.with_norms(config, seen, norms)
@@ -144,9 +145,9 @@ def test_a_layer_norm_is_exact_where_sentences_not_trained_on_leave_its_range(fa
     config = model_of(tiny).config
     seen = {place: np.array([0.2, 1.0, 3.0]) for place in PLACES}
     held_out = {**seen, (1, 0): np.array([far, 1.0])}
-    calibrated = calibrate.with_calibrated(config, seen, seen, (CHEBYSHEV, CHEBYSHEV))
+    calibrated = calibrate.with_calibrated(config, seen, seen, EVERYWHERE)
     for start in (config, calibrated):
-        found = calibrate.with_calibrated(start, seen, held_out, (CHEBYSHEV, CHEBYSHEV))
+        found = calibrate.with_calibrated(start, seen, held_out, EVERYWHERE)
         assert found.layer_norms_of(0) == calibrated.layer_norms_of(0)
         assert found.layer_norms_of(1) == (EXACT, calibrated.layer_norms_of(1)[1])
 

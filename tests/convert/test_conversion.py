@@ -124,9 +124,15 @@ def test_layer_norms_after_attention_may_be_others(teacher, data, tmp_path):
     norms = [config.layer_norms_of(layer) for layer in range(2)]
     assert [(first.name, second.name) for first, second in norms] == [names] * 2
     assert len({first.inverse for first, _ in norms}) == 2, "each is calibrated"
-    convert(conversion(teacher, data, tmp_path / "rms", **{**UNTRAINED, "layer_norm": ("layer_norm", "rms_norm")}))
+    names = ("layer_norm", "rms_norm", "layer_norm_constant", "layer_norm")
+    convert(conversion(teacher, data, tmp_path / "rms", **{**UNTRAINED, "layer_norm": names}))
     config = folders.load(tmp_path / "rms").model.config
-    assert [norm.name for norm in config.layer_norms_of(1)] == ["layer_norm", "rms_norm"]
+    assert tuple(norm.name for layer in range(2) for norm in config.layer_norms_of(layer)) == names
+    for wrong in ((), names[:3], names * 2):
+        with pytest.raises(
+            ValueError, match=f"^layer_norm names {len(wrong)} parts: one, two .* each of the 2 layers$"
+        ):
+            convert(conversion(teacher, data, tmp_path / "wrong", **{**UNTRAINED, "layer_norm": wrong}))
 
 
 def test_a_student_may_be_smaller_than_its_teacher(teacher, data, tmp_path):

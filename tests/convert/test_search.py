@@ -1,0 +1,147 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from flaxmpc import secure
+from flaxmpc.convert import search as searching
+from flaxmpc.convert.calibrate import variances
+from flaxmpc.convert.configs import Conversion
+from flaxmpc.convert.conversion import convert
+from flaxmpc.convert.distill import Stage
+from flaxmpc.convert.finetune import in_order, predict
+from flaxmpc.convert.search import DEFAULT, norm_of, options_for, part_costs, part_losses, with_parts
+from flaxmpc.data.batches import Split
+from flaxmpc.models import folder as folders
+
+NONE = Stage(epochs=0, learning_rate=1.0)
+WORDS = ["a", "the", "film", "movie", "gripping", "tedious", "good", "bad"]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Few parts, so that there is little to compile."""
+    monkeypatch.setattr(searching, "ATTENTIONS", ("2quad_freediv",))
+    monkeypatch.setattr(searching, "ACTS", ("quad", "identity"))
+
+
+@pytest.fixture(scope="module")
+def teacher(write_classifier, tmp_path_factory):
+    own = {"attention": "softmax", "hidden_act": "gelu", "layer_norm": "layer_norm", "model_max_length": 16}
+    return write_classifier(tmp_path_factory.mktemp("teacher"), **own)
+
+
+@pytest.fixture(scope="module")
+def loaded(teacher):
+    return folders.load(teacher)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    ids = [[2, *rng.integers(5, 18, rng.integers(1, 13)).tolist(), 3] for _ in range(40)]
+    return Split(ids, np.arange(40) % 2)
+
+
+@pytest.fixture(scope="module")
+def seen(loaded, rows):
+    return variances(loaded.model, loaded.params, in_order(rows, most=16))
+
+
+def test_its_teachers_own_parts_lose_nothing_and_training_makes_others_lose_less(loaded, seen, rows, few):
+    options = options_for(loaded.model.config, range(2))
+    assert options[0, "attention"] == ("softmax", "2quad_freediv")
+    untrained, trained = (part_losses(loaded, range(2), seen, options, rows, rows, steps=steps) for steps in (1, 60))
+    for where, names in options.items():
+        assert set(trained[where]) == set(names)
+        for own in ("softmax", "gelu", "layer_norm_chebyshev"):
+            assert trained[where].get(own, 0.0) == 0.0
+    others = [(where, name) for where, own in trained.items() for name in own if own[name]]
+    assert len(others) == 2 * (1 + 2 + 2)
+    fell = [trained[where][name] < untrained[where][name] for where, name in others]
+    assert np.mean(fell) > 0.7
+
+
+def test_a_loss_is_that_of_the_teacher_with_this_part(loaded, seen, rows, few):
+    own = loaded.model.config
+    options = options_for(own, range(2))
+    losses = part_losses(loaded, range(2), seen, options, rows, rows, steps=0)
+    theirs = predict(loaded.model, loaded.params, rows)
+    constant = [norm_of("layer_norm_constant", seen[layer, 1]) for layer in range(2)]
+    for layer in range(2):
+        acts = tuple("quad" if i == layer else "gelu" for i in range(2))
+        norms = tuple(("layer_norm", constant[i] if i == layer else "layer_norm") for i in range(2))
+        for where, fields in (
+            ((layer, "activation"), {"hidden_act": acts}),
+            ((layer, "after_feed_forward"), {"layer_norm": norms}),
+        ):
+            changed = loaded.model.clone(config=dataclasses.replace(own, **fields))
+            off = np.square(predict(changed, loaded.params, rows) - theirs).mean() / theirs.var(0).mean()
+            name = "quad" if where[1] == "activation" else "layer_norm_constant"
+            assert losses[where][name] == pytest.approx(off, rel=1e-3)
+
+
+def test_costs_are_of_the_places_that_a_part_may_have(loaded, seen, few):
+    """What all layers cost together is the sum, where every layer has the same part: no state changes its unit."""
+    every = options_for(loaded.model.config, range(2))
+    options = {where: names for where, names in every.items() if where[1] in ("activation", "after_attention")}
+    parties = secure.InProcess("ABY3")
+
+    def of(model):
+        return searching.request_cost(model, 16, parties).rounds
+
+    costs = part_costs(loaded.model, seen, options, of)
+    for where, own in costs.items():
+        assert own[DEFAULT[where[1]]] == 0.0
+    plain = dataclasses.replace(loaded.model.config, attention="softmax", hidden_act="gelu", layer_norm="layer_norm")
+
+    def total(changed):
+        parts = {where: DEFAULT[where[1]] for where in every} | changed
+        return of(loaded.model.clone(config=with_parts(plain, parts, seen)))
+
+    base = total({})
+    for field, name in (("activation", "gelu"), ("activation", "identity"), ("after_attention", "layer_norm_constant")):
+        both = {(layer, field): name for layer in range(2)}
+        assert total(both) - base == pytest.approx(sum(costs[where][name] for where in both), abs=1)
+
+
+def conversion(teacher, tmp_path, **changes) -> Conversion:
+    rng = np.random.default_rng(0)
+    texts = {" ".join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(90)}
+    data = tmp_path / "data.csv"
+    rows = [f"{text},{('negative', 'positive')[i % 2]}" for i, text in enumerate(sorted(texts))]
+    data.write_text("\n".join(["sentence,label", *rows]) + "\n")
+    fields = {"stage1": NONE, "stage2": NONE, "max_length": 16, "aby3_sentences": 0, **changes}
+    return Conversion(teacher, str(data), tmp_path / "own", **fields)
+
+
+def test_a_student_for_a_budget(teacher, tmp_path, few, monkeypatch):
+    monkeypatch.setattr(searching, "ACTS", ("quad",))
+    monkeypatch.setattr(searching, "STEPS", 2)
+    config = conversion(teacher, tmp_path, budget="rounds=250")
+    least = (
+        r"the cheapest parts take [\d.]+ rounds \(16 tokens, ABY3\): a smaller student takes less, see --num-hidden-"
+    )
+    with pytest.raises(ValueError, match=f"^the budget is 1 rounds, and {least}"):
+        convert(dataclasses.replace(config, out=tmp_path / "none", budget="rounds=1"))
+    convert(config)
+    kept = json.loads((tmp_path / "own.run" / "search.json").read_text())
+    chosen = kept["chosen"]["parts"]
+    assert kept["front"][0]["cost"] <= kept["chosen"]["cost"] <= 250 < kept["front"][-1]["cost"]
+    assert kept["chosen"]["loss"] >= kept["front"][-1]["loss"] == 0.0, "the dearest is the teacher's"
+    made = folders.load(config.out).model.config
+    assert [made.attention_of(i).name for i in range(2)] == chosen["attention"]
+    assert [made.hidden_act_of(i).name for i in range(2)] == chosen["activation"]
+    assert json.loads((config.out / "recipe.json").read_text())["budget"] == "rounds=250"
+    (tmp_path / "own.run" / "search.json").write_text('{"chosen": {"parts": {"attention": ["softmax"]}}}')
+    (config.out / "recipe.json").unlink()
+    with pytest.raises(ValueError, match=r"search\.json is damaged: remove it, and the parts are searched again$"):
+        convert(config)
+
+
+@pytest.mark.parametrize("field", ["attention", "activation", "layer_norm", "layers_sharing_scores"])
+def test_a_budget_and_a_part_are_refused_together(tmp_path, field):
+    value = 2 if field == "layers_sharing_scores" else "softmax"
+    with pytest.raises(ValueError, match=f"^a budget chooses the parts of every layer: leave {field} out, or the bud"):
+        conversion(tmp_path / "teacher", tmp_path, **{field: value}, budget="wan=20s")
