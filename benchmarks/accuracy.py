@@ -54,7 +54,10 @@ def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             yield path.parent.name, recipe, json.loads((path.parent / "results.json").read_text("utf-8"))
         for other in sorted(path.parent.glob("runs/*.json")):
             found = json.loads(other.read_text("utf-8"))
-            yield f"{path.parent.name}/{other.stem}", found["recipe"], found["results"]
+            recipe = found["recipe"]
+            if "attention" in recipe:  # what a search chose stands beside the recipe
+                chosen = found["search"]["chosen"]["parts"] if "search" in found else {}
+                yield f"{path.parent.name}/{other.stem}", recipe | chosen, found["results"]
 
 
 def records() -> list[Record]:
