@@ -439,3 +439,42 @@ def test_every_student_of_the_zoo_is_in_the_table_of_accuracies(load, capsys):
     saved = (BENCHMARKS / "results" / "accuracy.md").read_text("utf-8")
     assert saved.strip() == sys.modules["harness"].markdown([head, *rows])
     assert saved in (BENCHMARKS.parent / "README.md").read_text("utf-8")
+
+
+def test_the_front_of_a_search_stands_beside_choices_by_hand(load, tmp_path, monkeypatch, capsys):
+    front, harness = load("front"), sys.modules["harness"]
+    monkeypatch.setattr(front, "ZOO", tmp_path)
+    with pytest.raises(SystemExit, match=r"no run in models/\*/runs has a search"):
+        front.main(harness.Options(show=True))
+    places = [f"layer {layer}, {field}" for layer in range(2) for field in front.FIELDS]
+    names = {"attention": ("softmax", "2quad_freediv"), "activation": ("gelu", "quad")}
+    norms = ("layer_norm_chebyshev", "layer_norm_constant")
+    options = {place: names.get(place.split(", ")[1], norms) for place in places}
+    losses = {place: {name: float(i) for i, name in enumerate(own)} for place, own in options.items()}
+    costs = {place: {name: 10.0 - i for i, name in enumerate(own)} for place, own in options.items()}
+    parts = {"attention": ["softmax"] * 2, "activation": ["gelu"] * 2, "layer_norm": [norms[0]] * 4}
+    chosen = {"parts": parts, "loss": 0.5, "cost": 120.0}
+    search = {"budget": {"what": "rounds", "most": 125.0}, "base": 100.0, "chosen": chosen, "losses": losses}
+    search |= {"costs": costs, "front": [{**chosen, "cost": cost, "loss": 8 - cost / 20} for cost in (100.0, 140.0)]}
+    results = {"accuracy": 0.86, "difference": -0.01, "ci_low": -0.02, "ci_high": 0.0}
+    (tmp_path / "student" / "runs").mkdir(parents=True)
+    run = {"recipe": {}, "results": results, "search": search}
+    (tmp_path / "student" / "runs" / "budget.json").write_text(json.dumps(run))
+    front.main(harness.Options(show=True, json=True))
+    records = json.loads(capsys.readouterr().out)
+    by_choice = {row["choice"]: row for row in records}
+    # scaling and softmax_freediv were no options of this search.
+    assert set(by_choice) == {
+        "searched",
+        "chosen",
+        "the teacher's",
+        "2quad_freediv + quad",
+        "no root after attention",
+        "no root",
+    }
+    assert (by_choice["the teacher's"]["loss"], by_choice["the teacher's"]["cost"]) == (0.0, 100 + 8 * 10.0)
+    assert (by_choice["no root"]["loss"], by_choice["no root"]["cost"]) == (8.0, 100 + 8 * 9.0)
+    head, *rows = front.table(records)
+    assert [len(row) for row in rows] == [len(head)] * len(records)
+    assert "-1.00 -2.00 +0.00" in {row[-1] for row in rows}
+    front.plot(records).savefig(tmp_path / "front.png")
