@@ -36,6 +36,7 @@ SCRIPTS = {
     "scaling": {"axis", "value", "bytes_sent_total_exponent", "bytes_polynomial"},
     "embedding": {"variant", "num_layers", "client_bytes"},
     "outliers": {"texts", "count", "diverged", "right", "none", "unnoticed"},
+    "kernel": {"system", "size", "multiplications_per_second"},
     "network": {"network", "modelled_seconds", "measured_seconds", "relative_error"},
     "peers": {"unit", "system", "variant", "warm", "num_tokens", "error", "mean_error", "openings", "repetitions"},
     "pareto": {
