@@ -37,6 +37,7 @@ SCRIPTS = {
     "embedding": {"variant", "num_layers", "client_bytes"},
     "outliers": {"texts", "count", "diverged", "right", "none", "unnoticed"},
     "kernel": {"system", "size", "multiplications_per_second"},
+    "msb_error": {"trunc_allow_msb_error", "size", "elements", "wrong", "expected"},
     "network": {"network", "modelled_seconds", "measured_seconds", "relative_error"},
     "peers": {"unit", "system", "variant", "warm", "num_tokens", "error", "mean_error", "openings", "repetitions"},
     "pareto": {
