@@ -39,7 +39,7 @@ NORMS = (CHEBYSHEV.name, CONSTANT.name)
 nothing that this training could see: it is as exact as its range asks for.
 """
 
-DEFAULT = {
+REFERENCE = {
     "attention": "2quad_freediv",
     "activation": "quad",
     "after_attention": CHEBYSHEV.name,
@@ -92,7 +92,7 @@ class Search(NamedTuple):
     """What a search found.
 
     Attributes:
-        base: what a request costs with the parts of `DEFAULT` everywhere.
+        base: what a request costs with the parts of `REFERENCE` everywhere.
         chosen: the choice, its cost as it was measured.
         front: of other budgets the choices, with the costs that were expected of them.
         losses, costs: of each part in each place.
@@ -166,7 +166,7 @@ def part_costs(
     options: Mapping[Where, Sequence[str]],
     of: Callable[[Any], float],
 ) -> Table:
-    """What each part costs in its place more than the one of `DEFAULT`.
+    """What each part costs in its place more than the one of `REFERENCE`.
 
     Measured on two layers, as the last one may compute the first token alone. All others have the cost of the first.
 
@@ -180,7 +180,7 @@ def part_costs(
     layers = (0, last) if last else (0,)
 
     def cost(changed: Mapping[Where, str]) -> float:
-        parts = {(i, field): name for i in range(len(layers)) for field, name in DEFAULT.items()}
+        parts = {(i, field): name for i in range(len(layers)) for field, name in REFERENCE.items()}
         of_two = {(i, place): seen[layer, place] for i, layer in enumerate(layers) for place in (0, 1)}
         small = dataclasses.replace(model.config, **_LISTLESS, num_hidden_layers=len(layers))
         return of(model.clone(config=with_parts(small, {**parts, **changed}, of_two)))
@@ -190,7 +190,7 @@ def part_costs(
     measured = {}
     for is_last, field, name in track(sorted(kinds), description="what parts cost"):
         where = (len(layers) - 1 if is_last else 0, field)
-        measured[is_last, field, name] = 0.0 if name == DEFAULT[field] else cost({where: name}) - default
+        measured[is_last, field, name] = 0.0 if name == REFERENCE[field] else cost({where: name}) - default
     return {
         (layer, field): {name: measured[layer == last, field, name] for name in names}
         for (layer, field), names in options.items()
@@ -449,7 +449,7 @@ def search(
         return cost(student.clone(config=with_parts(config, parts, seen)))
 
     costs = part_costs(student, seen, options, cost)
-    base = measured({where: DEFAULT[where[1]] for where in options})
+    base = measured({where: REFERENCE[where[1]] for where in options})
     cheapest = {where: min(own, key=own.__getitem__) for where, own in costs.items()}
     if (least := measured(cheapest)) > budget.most:
         raise ValueError(

@@ -11,7 +11,7 @@ from flaxmpc.convert.configs import Conversion
 from flaxmpc.convert.conversion import convert
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.finetune import in_order, predict
-from flaxmpc.convert.search import DEFAULT, norm_of, options_for, part_costs, part_losses, with_parts
+from flaxmpc.convert.search import REFERENCE, norm_of, options_for, part_costs, part_losses, with_parts
 from flaxmpc.data.batches import Split
 from flaxmpc.models import folder as folders
 
@@ -93,11 +93,11 @@ def test_costs_are_of_the_places_that_a_part_may_have(loaded, seen, few):
 
     costs = part_costs(loaded.model, seen, options, of)
     for where, own in costs.items():
-        assert own[DEFAULT[where[1]]] == 0.0
+        assert own[REFERENCE[where[1]]] == 0.0
     plain = dataclasses.replace(loaded.model.config, attention="softmax", hidden_act="gelu", layer_norm="layer_norm")
 
     def total(changed):
-        parts = {where: DEFAULT[where[1]] for where in every} | changed
+        parts = {where: REFERENCE[where[1]] for where in every} | changed
         return of(loaded.model.clone(config=with_parts(plain, parts, seen)))
 
     base = total({})
