@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from flaxmpc import files
@@ -16,7 +17,7 @@ from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_stu
 from flaxmpc.convert.finetune import Evaluate, classification_loss, in_order, learn, lengths, looking_up, predict
 from flaxmpc.convert.head import linear_head
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
-from flaxmpc.convert.search import PartNames, search
+from flaxmpc.convert.search import STEPS, PartNames, near_teacher, search
 from flaxmpc.convert.smaller import layers_kept, sizes, smaller_params
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import SPLITS, Batch, Split, batches
@@ -277,8 +278,10 @@ def _searched(
     """The parts that a search chose within the budget, once for a run: search.json in its folder keeps what it found.
 
     Raises:
-        ValueError: see `search`; or search.json is damaged.
+        ValueError: see `search`; search.json is damaged; or there are several hosts, which could choose differently.
     """
+    if jax.process_count() > 1:
+        raise ValueError("a budget is for one host: convert there for a budget, or name the parts for several hosts")
     path = run / "search.json"
     budget = Budget.parse(config.budget or "")
     if not path.is_file():
@@ -403,6 +406,8 @@ def convert(config: Conversion) -> dict[str, Any]:
     replaced = calibrate.with_norms(replaced, seen, norms)
     student = teacher.model.clone(config=replaced)
     params = _start(config, student, teacher, run, some)
+    if config.budget is not None:
+        params = near_teacher(student, params, teacher, layers, material.train, seed=config.seed, steps=STEPS)
     results |= _figures(task, predict(student, params, task.test), "untrained_")
 
     ranged = any(isinstance(norm, Ranged) for norm in norms.values())

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from flaxmpc import secure
 from flaxmpc.convert.budget import Budget, Choice, Table, Where, choose, front
-from flaxmpc.convert.calibrate import Attended, Place, calibrated_layer, ranges
+from flaxmpc.convert.calibrate import Attended, Place, calibrated_layer, for_training, ranges
 from flaxmpc.convert.finetune import apply_with_states
 from flaxmpc.data.batches import Batch, Split, batches
 from flaxmpc.models.base import WithHead, param_shapes
@@ -312,8 +312,8 @@ def part_losses(
     train: Split,
     held_out: Split,
     *,
-    seed: int = 0,
-    steps: int = STEPS,
+    seed: int,
+    steps: int,
 ) -> Table:
     """What each part loses in its place: the mean squared difference of the logits that it makes, in the variance of
     the teacher's, where it stands alone in the teacher and its layer was trained a little to give what it gave.
@@ -328,14 +328,10 @@ def part_losses(
         steps: of the training.
     """
     teacher, own = _Teacher(loaded), loaded.model.config
-    longest = max(len(row) for split in (train, held_out) for row in split.input_ids)
-    lengths = sorted({min(32, longest), longest})
     rng = np.random.default_rng(seed)
-    count = min(_BATCH, len(train))
-    first, *some = (
-        next(_batches(train, rng.choice(len(train), count, replace=False), lengths)) for _ in range(steps + 1)
-    )
-    judged = list(_batches(held_out, rng.permutation(len(held_out))[:_HELD_OUT], lengths))
+    first, *some = _drawn(train, rng, steps + 1)
+    first = Batch(*(array[first.row_mask > 0] for array in first))
+    judged = list(_batches(held_out, rng.permutation(len(held_out))[:_HELD_OUT]))
     known = [teacher.states(batch) for batch in judged]
     theirs = [
         teacher.logits(states[-1], len(teacher.layers), batch) for states, batch in zip(known, judged, strict=True)
@@ -378,8 +374,15 @@ def part_losses(
     return losses
 
 
-def _batches(split: Split, rows: np.ndarray, lengths: Sequence[int]) -> Iterator[Batch]:
-    return batches(split[rows], batch_size=_BATCH, lengths=lengths)
+def _batches(split: Split, rows: np.ndarray) -> Iterator[Batch]:
+    longest = max(len(row) for row in split.input_ids)
+    return batches(split[rows], batch_size=_BATCH, lengths=sorted({min(32, longest), longest}))
+
+
+def _drawn(split: Split, rng: np.random.Generator, count: int) -> list[Batch]:
+    """So many batches, of rows that are drawn anew for each."""
+    size = min(_BATCH, len(split))
+    return [next(_batches(split, rng.choice(len(split), size, replace=False))) for _ in range(count)]
 
 
 def _changed(
@@ -399,16 +402,60 @@ def _changed(
     return {"layer_norm": tuple(norms)}
 
 
+def near_teacher(
+    student: WithHead,
+    params: Mapping[str, Any],
+    loaded: LoadedModel,
+    layers: Sequence[int],
+    train: Split,
+    *,
+    seed: int,
+    steps: int,
+) -> dict[str, Any]:
+    """A student's parameters with each layer trained alone to give what its teacher's gives, from what that is given.
+
+    Without it a student of many other parts may diverge before it has learned anything: layers that don't divide by a
+    deviation pass on what they get too large.
+
+    Args:
+        student, params: the student as it starts.
+        loaded, layers, train, seed, steps: see `part_losses`.
+    """
+    teacher, prefix = _Teacher(loaded), student.base_model_prefix
+    finite = student.clone(config=for_training(student.config))
+    flat = flatten(jax.tree.map(jnp.asarray, dict(params)))
+    inside = tuple(f"{prefix}/{name}" for name in ("layer_", "embeddings/"))
+    rest = {path: leaf for path, leaf in flat.items() if not path.startswith(inside)}
+    before = (0, *(layer + 1 for layer in layers[:-1]))
+    trained = [
+        {path.removeprefix(own): leaf for path, leaf in flat.items() if path.startswith(own)}
+        for own in (f"{prefix}/layer_{i}/" for i in range(len(layers)))
+    ]
+    moments = [_optimizer.init(own) for own in trained]
+    for batch in track(_drawn(train, np.random.default_rng(seed), steps), description="layers alone"):
+        states = teacher.states(batch)
+        for i, layer in enumerate(layers):
+            step = _step(_alone(finite, i))
+            trained[i], moments[i] = step(trained[i], moments[i], rest, states[before[i]], states[layer + 1], batch)
+    own = {f"{prefix}/layer_{i}/{path}": leaf for i, layer in enumerate(trained) for path, leaf in layer.items()}
+    return unflatten(jax.device_get({**flat, **own}))
+
+
 # ---------------------------------------------------------------------------------------------------------- the search
 
 
 def options_for(teacher: EncoderConfig, layers: Sequence[int]) -> dict[Where, tuple[str, ...]]:
-    """The parts that each place of a student may have: ours, and its teacher's attention and activation."""
+    """The parts that each place of a student may have: ours, and its teacher's attention and activation where they are
+    registered.
+    """
     found: dict[Where, tuple[str, ...]] = {}
     for i, layer in enumerate(layers):
-        found[i, "attention"] = tuple(dict.fromkeys((teacher.attention_of(layer).name, *ATTENTIONS)))
-        found[i, "activation"] = tuple(dict.fromkeys((teacher.hidden_act_of(layer).name, *ACTS)))
+        attention, act = teacher.attention_of(layer).name, teacher.hidden_act_of(layer).name
+        found[i, "attention"] = tuple(name for name in dict.fromkeys((attention, *ATTENTIONS)) if name in ATTENTION)
+        found[i, "activation"] = tuple(name for name in dict.fromkeys((act, *ACTS)) if name in ACTIVATIONS)
         found |= {(i, field): NORMS for field in NORM_PLACES}
+    if layers:  # else nobody would see that a student diverges, see `private`
+        found[len(layers) - 1, "after_feed_forward"] = (CHEBYSHEV.name,)
     return found
 
 
@@ -421,7 +468,7 @@ def search(
     held_out: Split,
     budget: Budget,
     *,
-    seed: int = 0,
+    seed: int,
 ) -> Search:
     """The parts of a student that lose least within a budget for a request of its longest text on ABY3.
 
@@ -435,8 +482,10 @@ def search(
         budget: what a request may take.
 
     Raises:
-        ValueError: no choice is within the budget; says what the cheapest takes.
+        ValueError: no choice is within the budget, and says what the cheapest takes; or the student has no layers.
     """
+    if not layers:
+        raise ValueError("a budget chooses the parts of layers, and this student has none: leave the budget out")
     options = options_for(loaded.model.config, layers)
     parties = secure.InProcess("ABY3")
     tokens = student.config.longest
@@ -456,7 +505,7 @@ def search(
             f"the budget is {budget.text(budget.most)}, and the cheapest parts take {budget.text(least)} "
             f"({tokens} tokens, ABY3): a smaller student takes less, see --num-hidden-layers"
         )
-    losses = part_losses(loaded, layers, seen, options, train, held_out, seed=seed)
+    losses = part_losses(loaded, layers, seen, options, train, held_out, seed=seed, steps=STEPS)
     choices = front(losses, costs, base)
     room = budget.most - base
     for _ in range(_TRIES):

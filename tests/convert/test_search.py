@@ -9,9 +9,9 @@ from flaxmpc.convert import search as searching
 from flaxmpc.convert.calibrate import variances
 from flaxmpc.convert.configs import Conversion
 from flaxmpc.convert.conversion import convert
-from flaxmpc.convert.distill import Stage
-from flaxmpc.convert.finetune import in_order, predict
-from flaxmpc.convert.search import REFERENCE, norm_of, options_for, part_costs, part_losses, with_parts
+from flaxmpc.convert.distill import Stage, start_student
+from flaxmpc.convert.finetune import apply_with_states, in_order, predict
+from flaxmpc.convert.search import REFERENCE, near_teacher, norm_of, options_for, part_costs, part_losses, with_parts
 from flaxmpc.data.batches import Split
 from flaxmpc.models import folder as folders
 
@@ -52,7 +52,9 @@ def seen(loaded, rows):
 def test_its_teachers_own_parts_lose_nothing_and_training_makes_others_lose_less(loaded, seen, rows, few):
     options = options_for(loaded.model.config, range(2))
     assert options[0, "attention"] == ("softmax", "2quad_freediv")
-    untrained, trained = (part_losses(loaded, range(2), seen, options, rows, rows, steps=steps) for steps in (1, 60))
+    untrained, trained = (
+        part_losses(loaded, range(2), seen, options, rows, rows, seed=0, steps=steps) for steps in (1, 60)
+    )
     for where, names in options.items():
         assert set(trained[where]) == set(names)
         for own in ("softmax", "gelu", "layer_norm_chebyshev"):
@@ -66,7 +68,7 @@ def test_its_teachers_own_parts_lose_nothing_and_training_makes_others_lose_less
 def test_a_loss_is_that_of_the_teacher_with_this_part(loaded, seen, rows, few):
     own = loaded.model.config
     options = options_for(own, range(2))
-    losses = part_losses(loaded, range(2), seen, options, rows, rows, steps=0)
+    losses = part_losses(loaded, range(2), seen, options, rows, rows, seed=0, steps=0)
     theirs = predict(loaded.model, loaded.params, rows)
     constant = [norm_of("layer_norm_constant", seen[layer, 1]) for layer in range(2)]
     for layer in range(2):
@@ -145,3 +147,24 @@ def test_a_budget_and_a_part_are_refused_together(tmp_path, field):
     value = 2 if field == "layers_sharing_scores" else "softmax"
     with pytest.raises(ValueError, match=f"^a budget chooses the parts of every layer: leave {field} out, or the bud"):
         conversion(tmp_path / "teacher", tmp_path, **{field: value}, budget="wan=20s")
+
+
+def test_layers_that_were_trained_alone_are_near_their_teachers(loaded, seen, rows):
+    """A student without roots diverges as it starts; its last layer keeps one, or nobody would see that."""
+    assert options_for(loaded.model.config, range(2))[1, "after_feed_forward"] == ("layer_norm_chebyshev",)
+    norms = ((norm_of("layer_norm_constant", seen[0, 0]), norm_of("layer_norm_constant", seen[0, 1])), "layer_norm")
+    parts = {"attention": "scaling", "hidden_act": "quad", "layer_norm": norms}
+    student = loaded.model.clone(config=dataclasses.replace(loaded.model.config, **parts))
+    start = start_student(student, loaded.params)
+
+    def distance(params) -> float:
+        (batch, *_) = in_order(rows, most=16)
+        theirs, ours = (apply_with_states(m)(p, batch) for m, p in ((loaded.model, loaded.params), (student, params)))
+        tokens = batch.attention_mask[..., None]
+        pairs = zip(ours.intermediates.hidden_states, theirs.intermediates.hidden_states, strict=True)
+        return float(sum(np.square((a - b) * tokens).sum() for a, b in pairs))
+
+    found = near_teacher(student, start, loaded, range(2), rows, seed=0, steps=60)
+    assert distance(found) < 0.7 * distance(start)
+    embeddings = [params["bert"]["embeddings"]["word_embeddings"] for params in (start, found)]
+    np.testing.assert_array_equal(*embeddings)
