@@ -316,6 +316,14 @@ def test_every_model_is_the_same_on_a_lazy_state(name):
     np.testing.assert_allclose(found, plain, rtol=0, atol=2e-5 * max(1.0, np.abs(plain).max()))
 
 
+@pytest.mark.parametrize("family", DISTINCT.values(), ids=lambda family: family.prefix)
+def test_layers_that_share_scores_are_the_same_on_a_lazy_state(family):
+    shared = {"attention": "2quad_freediv", "hidden_act": "quad", "num_hidden_layers": 3, "layers_sharing_scores": 2}
+    model, params, inputs = case(family.models[0].__name__, **shared)
+    plain = np.asarray(applied(model, params, *inputs))
+    np.testing.assert_allclose(lazily(model, params, *inputs), plain, atol=2e-5 * max(1.0, np.abs(plain).max()))
+
+
 # The other families differ from BERT, whose attention is tried elsewhere, in what enters and leaves the layers.
 ON_SHARES = [
     pytest.param(family, attention, marks=() if family is MPNET or attention in ("softmax", "2quad_freediv") else slow)
