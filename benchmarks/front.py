@@ -23,7 +23,6 @@ BY_HAND = {
     "softmax_freediv + quad": ("softmax_freediv", "quad", *POLYNOMIALS),
     "2quad_freediv + quad": ("2quad_freediv", "quad", *POLYNOMIALS),
     "no root after attention": ("2quad_freediv", "quad", "layer_norm_constant", "layer_norm_chebyshev"),
-    "no root": ("2quad_freediv", "quad", "layer_norm_constant", "layer_norm_constant"),
     "scaling + quad": ("scaling", "quad", *POLYNOMIALS),
 }
 

@@ -473,10 +473,9 @@ def test_the_front_of_a_search_stands_beside_choices_by_hand(load, tmp_path, mon
         "the teacher's",
         "2quad_freediv + quad",
         "no root after attention",
-        "no root",
     }
     assert (by_choice["the teacher's"]["loss"], by_choice["the teacher's"]["cost"]) == (0.0, 100 + 8 * 10.0)
-    assert (by_choice["no root"]["loss"], by_choice["no root"]["cost"]) == (8.0, 100 + 8 * 9.0)
+    assert (by_choice["no root after attention"]["loss"], by_choice["no root after attention"]["cost"]) == (6.0, 174.0)
     head, *rows = front.table(records)
     assert [len(row) for row in rows] == [len(head)] * len(records)
     assert "-1.00 -2.00 +0.00" in {row[-1] for row in rows}
