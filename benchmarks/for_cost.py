@@ -49,7 +49,7 @@ def cost(variant: str, layers: int, shape: str, tokens: int, vocab_size: int) ->
     layer_norm = [fields.get("layer_norm", CHEBYSHEV_PARTS)] * layers
     parts = {"attention": "2quad_freediv", "hidden_act": "quad", "classifier_activation": "identity"}
     changes = {**fields, **parts, "layer_norm": layer_norm, "num_hidden_layers": layers, "vocab_size": vocab_size}
-    made = ours(fitted(preset(shape, **changes), 1, tokens), folded=True, batch=1, tokens=tokens)
+    made = ours(fitted(preset(shape, **changes), 1, tokens), folded=True, batch=1, tokens=tokens, planned=True)
     planned = made.planned(made.plan())
     return planned.run(secure.InProcess("ABY3", fraction_bits=planned.fraction_bits)).cost
 

@@ -140,13 +140,17 @@ def as_written(model: WithHead) -> Callable[..., jax.Array]:
     return from_embeddings if model.config.embedding.client_embeds else from_tokens
 
 
-def ours(config: EncoderConfig, *, folded: bool, batch: int, tokens: int) -> Workload:
-    """A classifier of this package as it is served: the client's part is done, the head is included."""
+def ours(config: EncoderConfig, *, folded: bool, batch: int, tokens: int, planned: bool = False) -> Workload:
+    """A classifier of this package as it is served: the client's part is done, the head is included.
+
+    `planned`: as it is for a plan of bits, which is still to be made.
+    """
     config = dataclasses.replace(config, num_texts=1)  # else the types of pairs are shared too
     model = family_of(config.model_type).models[0](config)
     params = random_params(param_shapes(model))
     if folded:
-        _, client, function, weights, _ = private(model, params, secure.Config())
+        bits = secure.FRACTION_BITS if planned else secure.Config().fraction_bits
+        _, client, function, weights, _ = private(model, params, secure.Config(fraction_bits=bits))
     else:
         client, weights = without_embeddings(model, params) if config.embedding.client_embeds else ({}, params)
         function = as_written(model)
@@ -230,4 +234,4 @@ def workload(name: str, shape: str, layers: int, *, batch: int = 1, tokens: int 
     variant = VARIANTS[name]
     config = variant.config(shape, layers, **fields)
     config = fitted(config, batch, tokens) if variant.planned else config
-    return ours(config, folded=variant.folded, batch=batch, tokens=tokens)
+    return ours(config, folded=variant.folded, batch=batch, tokens=tokens, planned=variant.planned)

@@ -111,8 +111,7 @@ def test_a_folded_base_layer_is_within_its_bytes_and_rounds(load):
             record = records[description] = measure()
             print(f"{description}: {record['bytes_sent_total'] / 1e6:.1f} MB, {record['rounds']:.0f} rounds")
     assert records["ABY3 2quad_freediv_chebyshev"]["bytes_sent_total"] <= 105e6
-    # 12 heads of 128 tokens stand in two convolutions: 5 rounds more than in one, in half its time.
-    assert records["ABY3 2quad_freediv_chebyshev"]["rounds"] <= 72
+    assert records["ABY3 2quad_freediv_chebyshev"]["rounds"] <= 67
     assert records["SEMI2K 2quad_freediv_folded"]["rounds"] <= 150
     assert records["SEMI2K 2quad_freediv_folded"]["bytes_sent_total"] <= 205e6
     assert records["SEMI2K 2quad_freediv_folded warm"]["bytes_sent_total"] <= 72e6

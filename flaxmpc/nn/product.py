@@ -1,5 +1,6 @@
 """How the products of two batches of secret matrices are computed: head by head, or grouped."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,27 +19,30 @@ def matmul(a: Float[Array, "batch head m k"], b: Float[Array, "batch head k n"])
     return jax.lax.batch_matmul(a, b)
 
 
-# XLA turns a grouped convolution into a dilated one, whose work grows with the square of the groups. One of the most
-# work takes 0.2 s where three parties share 2 cores, as long as a few messages on a slow line. Of 128 tokens, 12 heads
-# of 64 features stand in two, 6 heads of 128 in one. In one, BERT-Base has 845 rounds in place of 904, and four of its
-# layers take 6.5 s in place of 6.2 there.
-_MOST_GROUPS, _MOST_WORK = 24, 3 * 2**25
+# XLA turns a grouped convolution into a dilated one, whose work grows with the square of the groups. A product and its
+# truncation take 2.7 rounds, a product alone one: so where a plan of bits leaves truncations out, more convolutions of
+# less work take less time, on a slow line too.
+_MOST_GROUPS, _MOST_WORK, _LESS_WORK = 24, 2**28, 3 * 2**25
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="most_work")
 def grouped_conv(
-    a: Float[Array, "batch head m k"], b: Float[Array, "batch head k n"]
+    a: Float[Array, "batch head m k"], b: Float[Array, "batch head k n"], most_work: int = _MOST_WORK
 ) -> Float[Array, "batch head m n"]:
     """The same product as grouped 1-D convolutions of width 1: the same bytes in MPC, 2.7 rounds each.
 
     As few convolutions as there can be, of as many products each, have up to 24 and no more than so much work.
     """
     (batch, heads, m, k), n = a.shape, b.shape[-1]
-    most = max(1, min(_MOST_GROUPS, math.isqrt(_MOST_WORK // (m * k * n))))
+    most = max(1, min(_MOST_GROUPS, math.isqrt(most_work // (m * k * n))))
     step = -(-batch * heads // -(-batch * heads // most))
     a, b = a.reshape(-1, m, k), b.reshape(-1, k, n)
     pieces = [_one_conv(a[i : i + step], b[i : i + step]) for i in range(0, batch * heads, step)]
     return jnp.concatenate(pieces).reshape(batch, heads, m, n)
+
+
+grouped_conv_of_less_work: Product = functools.partial(grouped_conv, most_work=_LESS_WORK)
+"""`grouped_conv` for a plan of bits. Of 128 tokens, 12 heads of 64 features stand in two convolutions, not in one."""
 
 
 def rows_together(rows: int, product: Product) -> int:
@@ -46,7 +50,7 @@ def rows_together(rows: int, product: Product) -> int:
 
     Products one by one take rounds each, so one takes all. Of a grouped one each group takes as few as there can be.
     """
-    if product is not grouped_conv:
+    if product is matmul:
         return rows
     return rows // next(groups for groups in range(_MOST_GROUPS, 0, -1) if rows % groups == 0)
 

@@ -16,7 +16,7 @@ from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.layers import STRAINS
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import CHEBYSHEV, Linear, Ranged
-from flaxmpc.nn.product import Product, grouped_conv, matmul
+from flaxmpc.nn.product import Product, grouped_conv, grouped_conv_of_less_work, matmul
 from flaxmpc.serve import plans
 from flaxmpc.serve.classify import Classifier, Client, TextRun, limit
 
@@ -102,8 +102,10 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, *, checke
 
 
 def product_for(config: secure.Config) -> Product:
-    """How parties compute many small products."""
-    return grouped_conv if config.grouped_products else matmul
+    """How parties compute many small products: those with the fraction bits of plans truncate few of them."""
+    if not config.grouped_products:
+        return matmul
+    return grouped_conv_of_less_work if config.fraction_bits == secure.FRACTION_BITS else grouped_conv
 
 
 def _example(config: EncoderConfig) -> tuple[Any, Mask]:
@@ -258,7 +260,8 @@ def plan_bits(
         ValueError: no text, or one that the model does not take; no plan has the error, see `secure.plan`.
         SecureError: a part of the model has more than sums and products, such as a division; names it.
     """
-    found = private_classifier(loaded, secure.Config(), checked=True)
+    model = sequence_classifier(loaded.model, loaded.folder)
+    found = private(model, loaded.params, secure.Config(fraction_bits=secure.FRACTION_BITS), checked=True)
     client = found.client(loaded.tokenizer)
     encoded = client.encode(texts)
     runs = [client.run(encoded, [place], 1) for place in range(len(texts))]
