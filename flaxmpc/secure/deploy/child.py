@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -59,13 +60,16 @@ class WorkerProcess:
         with self._lock:
             # A frozen process takes no bytes either, so the bound is not on the answer alone.
             bound = threading.Timer(timeout, self.kill)
+            end = time.monotonic() + timeout
             bound.start()
             try:
                 self._pipe.send_bytes(m.encode(command))
                 return msgspec.msgpack.decode(self._pipe.recv_bytes(), type=m.Answer)
             except (EOFError, OSError) as error:
                 self.kill()
-                raise WorkerLost(f"the worker's process ended (exit code {self._process.returncode})") from error
+                ended = f"the worker's process ended (exit code {self._process.returncode})"
+                late = time.monotonic() >= end
+                raise WorkerLost(f"no answer in time, within {timeout:g} s" if late else ended) from error
             finally:
                 bound.cancel()
 

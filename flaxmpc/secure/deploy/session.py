@@ -23,12 +23,17 @@ _POLL = 1.0  # seconds between sweeps while nothing asks for one
 
 @dataclasses.dataclass(eq=False)
 class Session:
-    """A worker in a group of workers, and what hangs on it; it lasts until one of them is lost."""
+    """A worker in a group of workers, and what hangs on it; it lasts until one of them is lost.
+
+    Attributes:
+        lost: why it ended; empty while it lasts.
+    """
 
     id: str
     worker: WorkerProcess
     turns: Turns
     held: Held
+    lost: str = ""
 
 
 @dataclasses.dataclass(eq=False)
@@ -85,8 +90,8 @@ class Sessions:
         try:
             answer = session.worker.call(order, self.cluster.timeout_seconds)
         except WorkerLost as error:
-            self.drop(session, f"party {self.rank} lost its worker")
-            raise Refused(StatusCode.ABORTED, f"{error}; {STARTED_ANEW}") from error
+            self.drop(session, f"party {self.rank} lost its worker: {error}")
+            raise Refused(StatusCode.ABORTED, f"{session.lost}; {STARTED_ANEW}") from error
         if answer.error is not None:
             raise Refused(StatusCode.INVALID_ARGUMENT, answer.error)
         return answer
@@ -96,8 +101,9 @@ class Sessions:
         return dict(self.kept.models) if self.kept is not None else {}
 
     def drop(self, session: Session, reason: str) -> None:
-        """Ends a session: its worker, its shares and what waits for it."""
+        """Ends a session, if none did before: its worker, its shares and what waits for it."""
         with self._lock:
+            session.lost = session.lost or reason
             if self._session is not session:
                 return
             session.held.close()  # before a new session is chosen for: no put is switched to meanwhile
@@ -119,7 +125,7 @@ class Sessions:
             late = time.perf_counter() - start > bound
             reason = f"the run took longer than run_seconds {bound}" if late else str(error)
             self.drop(session, f"party {self.rank} lost its worker: {reason}")
-            answer = m.Answer(error=f"party {self.rank}: {reason}", in_step=False)
+            answer = m.Answer(error=session.lost, in_step=False)  # where something else ended it, that is why
         if answer.error is None:
             # Here, and not where the owner is answered, who may be gone.
             session.held.add(name for request in requests if request.given is None for name in request.outputs)
@@ -135,7 +141,7 @@ class Sessions:
         self.abort_join()
         with self._forming:
             if self._session is not None:
-                self.drop(self._session, "party 0 started a session")
+                self.drop(self._session, "party 0 lost this session, and started another")
             worker = self._join(session_id)
             turns = Turns.of(self.cluster, self.rank)
             seconds = self.cluster.timeout_seconds

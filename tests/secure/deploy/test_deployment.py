@@ -1,6 +1,7 @@
 """Real party processes on loopback: what they compute, whom they serve, and how every fault ends."""
 
 import base64
+import concurrent.futures
 import contextlib
 import datetime
 import json
@@ -413,6 +414,21 @@ def test_a_party_that_is_frozen_is_bounded(mortal):
         with pytest.raises(secure.SecureError, match=r"put them again|can't be reached|in time"):
             owner.put(np.zeros((256, 256), np.float32))
     check_served(mortal)
+
+
+def test_a_run_that_another_party_ended_says_why(mortal):
+    with mortal.connect() as owner:
+        publish(owner)
+    os.kill(mortal.worker_of(1), signal.SIGSTOP)
+    with mortal.connect("client") as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, client)
+        mortal.wait_for_requests(1)
+        os.kill(mortal.worker_of(0), signal.SIGKILL)
+        with pytest.raises(secure.SecureError, match="lost"):
+            asked.result()
+    check_served(mortal)
+    errors = [event["error"] for event in mortal.events(1, "run") if event["error"]]
+    assert errors[-1] == "party 0 lost this session, and started another"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
