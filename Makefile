@@ -72,7 +72,7 @@ bench-peers: setup $(PEERS)/.ready ## parts of CrypTen, MPCFormer and SHAFT besi
 	$(BIN)/python benchmarks/peers.py $(if $(QUICK),--quick)
 
 # Script and expected minutes on 2 idle cores.
-BENCHES := layer_cost:2 families:4 parts:3 steps:1 attention:10 embedding:4 scaling:4 network:4 pareto:1 outliers:10 for_cost:18 msb_error:2 kernel:1 bert_base:40
+BENCHES := layer_cost:2 families:4 parts:3 steps:1 attention:10 embedding:4 scaling:4 network:4 pareto:1 public_layers:1 outliers:10 for_cost:18 msb_error:2 kernel:1 bert_base:40
 bench: setup ## all benchmarks of costs, an hour and a half on 2 cores; QUICK=1 for 5 minutes that save nothing
 	@for entry in $(BENCHES); do \
 		echo "$${entry%:*}.py$(if $(QUICK),, (about $${entry#*:} minutes))"; \

@@ -216,6 +216,8 @@ _HEADINGS = {
     "bytes_per_layer": "MB/layer",
     "rounds_per_layer": "rounds/layer",
     "accuracy": "accuracy %",
+    "teacher_accuracy": "teacher %",
+    "public_layers": "public layers",
     "mean_error": "mean error",
     "num_tokens": "tokens",
     "num_layers": "layers",
@@ -244,7 +246,7 @@ def _cell(column: str, value: Any) -> str:
         return f"{value:.1g}"
     if column.endswith("bytes") or column in ("bytes_sent_total", "bytes_per_layer"):
         value = value / 1e6
-    elif column == "accuracy":
+    elif column.endswith("accuracy"):
         value = 100 * value
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 

@@ -33,6 +33,7 @@ SCRIPTS = {
     "steps": {"step", "variant", "kept"},
     "families": {"variant", "num_layers"},
     "for_cost": {"variant", "num_layers"},
+    "public_layers": {"public_layers", "teacher_accuracy", "accuracy", "num_tokens"},
     "scaling": {"axis", "value", "bytes_sent_total_exponent", "bytes_polynomial"},
     "embedding": {"variant", "num_layers", "client_bytes"},
     "outliers": {"texts", "count", "diverged", "right", "none", "unnoticed"},

@@ -1,6 +1,6 @@
 """Writes the card of a model, README.md, from what its folder holds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,16 @@ def _facts(folder: Path, config: EncoderConfig) -> Iterable[tuple[str, str]]:
         yield "layers that share scores", str(config.layers_sharing_scores)
     yield "labels", ", ".join(config.id2label)
     yield "longest text", f"{config.longest} tokens"
+    if layers:
+        yield from _parts(config, layers)
+    yield "activation in the head", f"`{config.classifier_activation.name}`"
+    yield "embedding", f"`{config.embedding.name}`"
+    weights = folder / "model.safetensors"
+    yield "weights", f"{weights.stat().st_size / 1e6:.1f} MB" if weights.is_file() else "not shipped: by recipe"
+
+
+def _parts(config: EncoderConfig, layers: Sequence[int]) -> Iterable[tuple[str, str]]:
+    """The facts of the parts that these layers have."""
     yield "attention", _unique(f"`{config.attention_of(i).name}`" for i in layers)
     yield "activation", _unique(f"`{config.hidden_act_of(i).name}`" for i in layers)
     norms = [norm for i in layers for norm in config.layer_norms_of(i)]
@@ -81,10 +91,6 @@ def _facts(folder: Path, config: EncoderConfig) -> Iterable[tuple[str, str]]:
         yield "LayerNorm", f"`{ranged[0].name}`, {levels} levels in {len(ranged)} LayerNorms, ranges from data{exact}"
     else:
         yield "LayerNorm", f"`{norms[0].name}`, exact"
-    yield "activation in the head", f"`{config.classifier_activation.name}`"
-    yield "embedding", f"`{config.embedding.name}`"
-    weights = folder / "model.safetensors"
-    yield "weights", f"{weights.stat().st_size / 1e6:.1f} MB" if weights.is_file() else "not shipped: by recipe"
 
 
 def _names(results: Mapping[str, Any]) -> list[str]:

@@ -215,10 +215,12 @@ def _replaced(config: Conversion, own: EncoderConfig) -> EncoderConfig:
 
     Raises:
         ValueError: see `sizes`; an unknown part; embeddings to train that public layers read; scores to match, with
-            others than the teacher's; or a teacher whose layers share scores.
+            others than the teacher's; a teacher whose layers share scores; or a budget where all layers are public.
     """
     if own.layers_sharing_scores > 1:
         raise ValueError(f"{config.teacher} has layers that share scores: convert the model that it was made of")
+    if config.budget is not None and not own.num_hidden_layers:
+        raise ValueError(f"{config.teacher} has no layer whose parts a budget could choose: all of them are public")
     if config.train_embeddings and own.public_layers is not None:
         raise ValueError(f"{config.teacher} has public layers, which read its embeddings: these can't be trained")
     fields = sizes(own, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)

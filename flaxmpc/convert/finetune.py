@@ -99,6 +99,8 @@ def first_bad_layer(model: WithHead) -> Callable[[Mapping[str, Any], Batch], str
             if not np.isfinite(np.asarray(output)[rows]).all():
                 return f"the output of {path}"
         scores = [float(np.abs(np.asarray(layer)[rows]).max()) for layer in states.scores]
+        if not scores:  # all layers are public
+            return "the gradient: all outputs are finite"
         largest = int(np.argmax(scores))
         return f"the gradient: all outputs are finite, the largest score, {scores[largest]:.3g}, in layer_{largest}"
 

@@ -20,6 +20,9 @@ from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.conversion import convert, finetune_encoder
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.evaluate import evaluate
+from flaxmpc.convert.finetune import first_bad_layer, in_order
+from flaxmpc.convert.recipe import make
+from flaxmpc.data import tasks
 from flaxmpc.models import folder as folders
 from flaxmpc.models.params import flatten
 from flaxmpc.training import fit
@@ -217,6 +220,28 @@ def test_public_layers_stay_the_published_ones(encoder, data, tmp_path):
         finetune_encoder(dataclasses.replace(tuning, encoder=tuning.out, out=tmp_path / "again"))
     with pytest.raises(ValueError, match="train_embeddings makes them secret, and public_layers read them"):
         dataclasses.replace(tuning, train_embeddings=True)
+
+
+def test_where_all_layers_are_public_the_head_is_trained_converted_and_measured(encoder, data, tmp_path):
+    tuning = FineTuning(encoder, str(data), tmp_path / "teacher", Schedule(4, 1e-2, batch_size=8), 16, public_layers=2)
+    accuracy = make(tuning)["accuracy"]
+    results = make(conversion(tuning.out, data, tmp_path / "student", aby3_sentences=2))
+    assert abs(results["accuracy"] - accuracy) < 0.15
+    assert results["ref2k_agreement"] == results["aby3_agreement"] == 1.0
+    for folder in (tuning.out, tmp_path / "student"):
+        text = (folder / "README.md").read_text()
+        assert "| public layers | 2 more, computed by the client |" in text
+        assert "| attention |" not in text
+    head = folders.load(tuning.out)
+    rows = tasks.load(str(data), head.tokenizer, 16).test
+    assert first_bad_layer(head.model)(head.params, next(in_order(rows))) == "the gradient: all outputs are finite"
+    for changes, message in (
+        ({"budget": "rounds=9"}, "teacher has no layer whose parts a budget could choose: all of them are public"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(conversion(tuning.out, data, tmp_path / "other", **changes))
+        assert not (tmp_path / "other.run").exists()
 
 
 def test_embeddings_stay_the_published_ones_unless_they_are_trained(teacher, student, data, tmp_path):
