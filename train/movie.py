@@ -20,38 +20,24 @@ CPU runtime make a step faster (stable jax on Linux):
 """
 
 import dataclasses
-import shutil
-from pathlib import Path
 from typing import Annotated
 
 import tyro
+from entries import RUNS, publish, run_of
 
-from flaxmpc import files
-from flaxmpc.convert import card
 from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.recipe import make, minilm_l6, with_epochs
 from flaxmpc.data.batches import movie_sentences
 from flaxmpc.models import folder as folders
-from flaxmpc.models import zoo
-from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
-from flaxmpc.serve import plans
 from flaxmpc.serve.private import plan_bits
 from flaxmpc.training.fit import Schedule
 
-ROOT = Path(__file__).parent.parent
-RUNS, ZOO = ROOT / "runs", ROOT / "models"
 TEACHER = "movie-minilm-l6"
 REVIEWS = RUNS / "film-reviews.tsv"
 
 # The entries whose weights are in the repository; the others are made by their recipe.
 SHIPPED = ("2quad-freediv",)
-
-
-def _folder(name: str) -> Path:
-    """Where a run is made: "teacher/public-1" is TEACHER-public-1, "2quad/seed-1" TEACHER-2quad-seed-1."""
-    parts = name.split("/")
-    return RUNS / "-".join([TEACHER, *(part for part in parts if part != "teacher")])
 
 
 def _teacher(**changes) -> FineTuning:
@@ -120,29 +106,11 @@ STUDENTS: dict[str, Conversion] = {
     "2quad-freediv/for-cost-3-layers": _student(**HALF, num_hidden_layers=3),
     "2quad-freediv/for-cost-quarter": _student(**QUARTER),
     "2quad-freediv/for-cost-shared-scores": _student(**HALF, layers_sharing_scores=2),
-    **{f"2quad-freediv/public-{count}": _student(teacher=_folder(f"teacher/public-{count}")) for count in range(1, 7)},
+    **{
+        f"2quad-freediv/public-{count}": _student(teacher=run_of(TEACHER, f"teacher/public-{count}"))
+        for count in range(1, 7)
+    },
 }
-
-
-def _publish(name: str, out: Path) -> None:
-    """Copies what the zoo keeps of a run: the entry, or the figures of another run of it."""
-    entry, _, variant = name.partition("/")
-    folder = ZOO / (TEACHER if entry == "teacher" else f"{TEACHER}-{entry}")
-    if variant:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        record = {part: files.read_object(out / f"{part}.json") for part in ("recipe", "results")}
-        if (search := out.with_name(f"{out.name}.run") / "search.json").is_file():
-            record["search"] = files.read_object(search)
-        files.write_json(folder / "runs" / f"{variant}.json", record)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = ("model.safetensors", plans.FILE, *TOKENIZER_FILES) if entry in SHIPPED else ()
-    for file in ("config.json", "recipe.json", "results.json", *weights):
-        if (out / file).is_file():
-            shutil.copy(out / file, folder / file)
-    results = zoo.results(folder) | {"made_by": f"train/movie.py {entry}"}
-    files.write_json(folder / "results.json", results)
-    card.write(folder)
 
 
 def main(
@@ -157,7 +125,7 @@ def main(
     """
     if name not in (known := TEACHERS | STUDENTS):
         raise SystemExit(f"unknown {name!r}: {', '.join(known)}")
-    config = dataclasses.replace(known[name], out=_folder(name))
+    config = dataclasses.replace(known[name], out=run_of(TEACHER, name))
     if epochs is not None:
         make(with_epochs(config, epochs))
         return
@@ -165,7 +133,7 @@ def main(
     if name in SHIPPED:
         plan_bits(folders.load(config.out), movie_sentences()["validation"]["sentence"][:100], error=0.008)
         make(config)  # measures again, by the plan
-    _publish(name, config.out)
+    publish(TEACHER, name, shipped=name in SHIPPED, made_by=f"train/movie.py {name}")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ class Task:
         id2label: the names of the classes in order of their ids; one name for regression.
         metrics: names in `flaxmpc.training.metrics.METRICS`; the first decides which checkpoint is best.
         text_columns: one, or two for pairs.
-        warnings: what is odd but no error, a sentence each: texts that are cut, texts that two splits share, a text
-            with two labels, numbers that look like classes.
+        warnings: what is odd but no error, a sentence each: texts that are cut, rows that are left out, a text with
+            two labels, numbers that look like classes.
     """
 
     name: str
@@ -80,6 +80,9 @@ def load(
     test labels are not public, so this holds for all of GLUE (for MNLI with the matched validation split). A single
     table is split by `split_of` in three. So all splits are the same at every run, and need no seed.
 
+    No two splits share a text: a row of train whose text is in validation or test is left out, and so is a row of
+    validation whose text is in test.
+
     Labels are names (strings), ids from 0 without gaps (integers), true and false, or numbers for regression (any float
     among them); numbers may be written as strings. Where a column's classes have names, as `datasets.ClassLabel` gives
     them, it is these that count and not their order.
@@ -94,7 +97,7 @@ def load(
     Raises:
         ValueError: an unknown name; a broken file; a missing column (says which exist); no rows; a missing, negative
             or unknown label, one of another kind than most, one that differs from another only in case, or an empty
-            text (says in which row); a class that train lacks.
+            text (says in which row); a split without a text of its own; a class that train lacks.
         FileNotFoundError: a folder with no data in it.
         ConnectionError: the hub cannot be reached.
     """
@@ -108,9 +111,10 @@ def load(
     texts = {split: columns.texts(table, named, warnings if glue else None) for split, table in found.items()}
     labels, id2label = read_labels(found, label_column, glue.id2label if glue else None, warnings)
     rows = _three({split: Rows(texts[split], labels[split]) for split in found})
-    _refuse_lacking(name, len(found.get(ALL) or found["train"]), rows, id2label)
+    _refuse_empty(name, len(found.get(ALL) or found["train"]), rows)
+    rows = _apart(name, rows, warnings)
+    _refuse_lacking(name, rows["train"], id2label)
     warnings += _contradictions(rows) if len(id2label) > 1 else []
-    warnings += _leaks(rows)
     encoded = {split: _encoded(split, rows[split], tokenizer, max_length, warnings) for split in SPLITS}
     default = ("pearson", "spearman") if len(id2label) == 1 else ("accuracy",)
     return Task(
@@ -210,12 +214,16 @@ def _three(rows: dict[str, Rows]) -> dict[str, Rows]:
     return {"train": whole.where(~chosen), "validation": whole.where(chosen), "test": held_out}
 
 
-def _refuse_lacking(name: str, whole: int, rows: Mapping[str, Rows], id2label: Sequence[str]) -> None:
-    """ValueError: a split has no rows, or train no row of some class. `whole` is the number of rows that were split."""
+def _refuse_empty(name: str, whole: int, rows: Mapping[str, Rows]) -> None:
+    """ValueError: a split has no rows. `whole` is the number of rows that were split."""
     for split in SPLITS:
         if not rows[split].texts:
             raise ValueError(f"{name} has {whole} rows to be split: too few, none falls in {split}")
-    lacking = sorted(set(range(len(id2label))) - set(rows["train"].labels.tolist()))
+
+
+def _refuse_lacking(name: str, train: Rows, id2label: Sequence[str]) -> None:
+    """ValueError: train has no row of some class."""
+    lacking = sorted(set(range(len(id2label))) - set(train.labels.tolist()))
     if len(id2label) > 1 and lacking:
         raise ValueError(f"the training split of {name} has no row of class {lacking[0]} ({id2label[lacking[0]]})")
 
@@ -239,15 +247,24 @@ def _contradictions(rows: Mapping[str, Rows]) -> list[str]:
     return found
 
 
-def _leaks(rows: Mapping[str, Rows]) -> list[str]:
-    """A warning for every two splits that share texts."""
-    seen = {split: set(rows[split].texts) for split in SPLITS}
-    shared = {
-        (split, other): sum(text in seen[other] for text in rows[split].texts)
-        for split, other in (("validation", "train"), ("test", "train"), ("test", "validation"))
-    }
-    return [
-        f"{count} of {len(rows[split].texts)} texts of {split} are in {other} too"
-        for (split, other), count in shared.items()
-        if count
-    ]
+def _apart(name: str, rows: Mapping[str, Rows], warnings: list[str]) -> dict[str, Rows]:
+    """Leaves out of train the rows whose text is in validation or test, and of validation those whose is in test.
+
+    What a model has learned, or was chosen by, would count as what it can do. Says in `warnings` how many are left out.
+
+    Raises:
+        ValueError: a split has no other rows.
+    """
+    kept: dict[str, Rows] = {}
+    later: set[Text] = set()
+    for split in reversed(SPLITS):  # test first
+        own = rows[split]
+        new = np.array([text not in later for text in own.texts])
+        others = " or ".join(other for other in SPLITS if other in kept)
+        if not new.any():
+            raise ValueError(f"all {len(new)} texts of {name}'s {split} are in {others} too: a split needs its own")
+        if not new.all():
+            warnings.append(f"{split}: {(~new).sum()} of {len(new)} rows are left out, as their texts are in {others}")
+        kept[split] = own if new.all() else own.where(new)
+        later.update(own.texts)
+    return kept

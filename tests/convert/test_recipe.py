@@ -1,5 +1,6 @@
 """The recipes in train/, and what they and the commands share."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -26,6 +27,8 @@ TRAIN = Path(__file__).parents[2] / "train"
 
 
 def script(name: str) -> types.ModuleType:
+    if str(TRAIN) not in sys.path:  # as it is for a script of that folder
+        sys.path.append(str(TRAIN))
     spec = importlib.util.spec_from_file_location(name, TRAIN / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -115,6 +118,51 @@ def test_every_student_of_the_movie_recipe_differs_from_the_others():
     assert len(set(resolved)) == len(resolved)
     with pytest.raises(SystemExit, match="unknown 'nothing'"):
         movie.main("nothing")
+
+
+def test_every_entry_of_minilm_on_glue_differs_from_the_others():
+    glue = script("glue_minilm")
+    names = ("teacher", *glue.STUDENTS)
+    resolved = [json.dumps(runs.resolve(glue.config_of(task, name))) for task in glue.TASKS for name in names]
+    assert len(set(resolved)) == len(resolved)
+    assert len({glue.config_of(task, name).out for task in glue.TASKS for name in names}) == len(resolved)
+    for arguments, message in ((("sst", "teacher"), "unknown 'sst': sst2, "), (("rte", "x"), "unknown 'x': teacher, ")):
+        with pytest.raises(SystemExit, match=message):
+            glue.main(*arguments)
+
+
+@pytest.mark.slow  # a minute and a half
+def test_an_entry_of_glue_is_made_and_published(tmp_path, monkeypatch, write_classifier):
+    """From tasks with texts in common, in the files that GLUE ships."""
+    folders_of = {"CoLA": tmp_path / "runs/glue/CoLA", "SST-2": tmp_path / "runs/glue/SST-2"}
+    words = ["a", "the", "film", "movie", "acted", "very", "beautifully"]
+    texts = [f"{a} {b} {c}" for a in words for b in words for c in ("good", "gripping", "bad", "tedious")]
+    for folder in folders_of.values():
+        folder.mkdir(parents=True)
+    for split, own in (("train", texts[:-20]), ("dev", texts[-24:])):
+        lines = [f"x\t{int(text.endswith('g'))}\t\t{text}\n" for text in own]
+        (folders_of["CoLA"] / f"{split}.tsv").write_text("".join(lines))
+    (folders_of["SST-2"] / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"{text}\t0\n" for text in texts))
+
+    glue = script("glue_minilm")
+    entries = sys.modules["entries"]
+    for name, module in (("RUNS", entries), ("ZOO", entries), ("GLUE", glue)):
+        place = {"RUNS": "runs", "ZOO": "models", "GLUE": "runs/glue"}[name]
+        monkeypatch.setattr(module, name, tmp_path / place)
+    encoder = write_classifier(tmp_path / "encoder", attention="softmax", hidden_act="gelu")
+    monkeypatch.setattr(glue, "minilm_l6", lambda: encoder)
+    short = {"cola": dataclasses.replace(glue.TASKS["cola"], epochs=1, stage1_epochs=1, max_length=16)}
+    monkeypatch.setattr(glue, "TASKS", short)
+    for name in ("teacher", "2quad-freediv", "2quad-freediv/seed-1"):
+        glue.main("cola", name)
+    assert json.loads((tmp_path / "models/cola-minilm-l6/results.json").read_text())["test_sentences"] == 24
+    student = tmp_path / "models/cola-minilm-l6-2quad-freediv"
+    results = json.loads((student / "results.json").read_text())
+    assert results["made_by"] == "train/glue_minilm.py cola 2quad-freediv"
+    assert results["ref2k_agreement"] >= 0.9
+    assert (student / "README.md").is_file()
+    assert not (student / "model.safetensors").exists()
+    assert json.loads((student / "runs/seed-1.json").read_text())["recipe"]["seed"] == 1
 
 
 def test_film_reviews_become_a_column_of_their_sentences(tmp_path):

@@ -176,7 +176,8 @@ def test_glue_with_classes_in_another_order(tmp_path, read):
     )
     columns = {"premise": [f"a {i}" for i in range(60)], "hypothesis": ["b"] * 60, "label": [i % 3 for i in range(60)]}
     rows = datasets.Dataset.from_dict(columns, features=turned)
-    datasets.DatasetDict({"train": rows, "validation_matched": rows}).save_to_disk(str(tmp_path))
+    held_out = datasets.Dataset.from_dict({**columns, "hypothesis": ["c"] * 60}, features=turned)
+    datasets.DatasetDict({"train": rows, "validation_matched": held_out}).save_to_disk(str(tmp_path))
     task = read(f"mnli={tmp_path}")
     assert task.id2label == ("entailment", "neutral", "contradiction")
     assert task.test.labels.tolist() == [(i + 2) % 3 for i in range(60)]

@@ -109,7 +109,8 @@ def test_equal_texts_never_stand_in_two_splits(tmp_path_factory, sentences):
 )
 def test_the_kinds_of_labels(tmp_path, read, labels, id2label, dtype):
     rows = films(60, labels=labels)
-    task = read(folder_of(tmp_path, train=rows, dev=rows[:9], test=rows[:9]))
+    others = (films(9, start, labels) for start in (60, 90))
+    task = read(folder_of(tmp_path, train=rows, dev=next(others), test=next(others)))
     assert task.id2label == id2label
     assert task.num_labels == len(id2label)
     assert task.regression == (id2label == REGRESSION)
@@ -171,13 +172,24 @@ def test_long_texts_are_cut_and_counted(tmp_path, read):
     assert max(map(len, task.train.input_ids)) == 16
 
 
-def test_texts_that_splits_share_are_counted(tmp_path, read):
-    task = read(folder_of(tmp_path, train=films(8), dev=films(4, 7), test=[*films(3, 6), *films(1, 6)]))
+def test_no_two_splits_share_a_text(tmp_path, read):
+    task = read(folder_of(tmp_path, train=films(8), dev=films(4, 6), test=[*films(3, 6), *films(1, 6)]))
     assert task.warnings == (
-        "1 of 4 texts of validation are in train too",
-        "3 of 4 texts of test are in train too",
-        "2 of 4 texts of test are in validation too",
+        "validation: 3 of 4 rows are left out, as their texts are in test",
+        "train: 2 of 8 rows are left out, as their texts are in validation or test",
     )
+    assert [len(split) for split in (task.train, task.validation, task.test)] == [6, 1, 4]
+    train, validation, test = (set(split.texts or ()) for split in (task.train, task.validation, task.test))
+    assert not train & (validation | test)
+    assert not validation & test
+    assert "film number 9" in validation
+
+
+def test_a_split_without_a_text_of_its_own_is_refused(tmp_path, read):
+    with pytest.raises(ValueError, match=r"^all 3 texts of .*'s validation are in test too: a split needs its own$"):
+        read(folder_of(tmp_path, train=films(8), dev=films(3, 50), test=films(3, 50)))
+    with pytest.raises(ValueError, match=r"^all 3 texts of .*'s train are in validation or test too: a split needs"):
+        read(folder_of(tmp_path, train=films(3, 50), dev=films(3, 60), test=films(6, 50)))
 
 
 def test_texts_with_two_labels_are_counted(tmp_path, read):
@@ -241,8 +253,8 @@ def test_a_class_that_training_does_not_know_is_refused(tmp_path, read, labels, 
 
 
 def test_a_class_that_training_lacks_is_named(tmp_path, read):
-    rows = [(f"a {i}", "b", ("entailment", "neutral")[i % 2]) for i in range(60)]
     for split in ("train", "dev"):
+        rows = [(f"a {i}", split, ("entailment", "neutral")[i % 2]) for i in range(60)]
         write(tmp_path / f"{split}.csv", rows, ("premise", "hypothesis", "label"))
     with pytest.raises(ValueError, match=r"training split of mnli has no row of class 2 \(contradiction\)"):
         read(f"mnli={tmp_path}")

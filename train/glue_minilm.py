@@ -1,0 +1,112 @@
+"""MiniLM-L6 on tasks of GLUE: teachers and students. The zoo's sst2-*, mrpc-*, cola-*, rte-* and stsb-* entries.
+
+    ln -s FOLDER runs/glue                          # GLUE as it ships: SST-2/train.tsv, MRPC/train.tsv, ...
+    python train/glue_minilm.py sst2 teacher
+    python train/glue_minilm.py sst2 2quad-freediv  # then also: 2quad-freediv/seed-1, softmax-freediv, ...
+
+GLUE's dev rows are the test rows here, looked at once; a tenth of its train rows chooses the epochs. Method: as in
+movie.py. The small tasks have too few texts for stage 1, so it learns from the texts of another task too, without
+labels: RTE's for MRPC and STS-B, STS-B's for RTE, SST-2's for CoLA. STS-B's are not for MRPC, as some are of MRPC's own
+rows. A killed run goes on from its last checkpoint when it is started again. How several are made at a time is in
+movie.py.
+"""
+
+import dataclasses
+import os
+from typing import Annotated, Any
+
+import tyro
+from entries import RUNS, publish, run_of
+
+from flaxmpc.convert.configs import Conversion, FineTuning
+from flaxmpc.convert.recipe import make, minilm_l6, with_epochs
+from flaxmpc.training.fit import Schedule
+
+GLUE = RUNS / "glue"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """How a task is learned.
+
+    Attributes:
+        folder: the name of its folder in GLUE.
+        epochs, stage1_epochs: of the teacher's fine-tuning, and of a student's first stage.
+        max_length: the number of tokens that a text is cut at.
+        unlabelled: the file of texts without labels, in GLUE.
+    """
+
+    folder: str
+    epochs: int
+    stage1_epochs: int
+    max_length: int = 64
+    unlabelled: str | None = None
+
+
+TASKS = {
+    "sst2": Task("SST-2", epochs=2, stage1_epochs=2),
+    "mrpc": Task("MRPC", epochs=5, stage1_epochs=6, max_length=128, unlabelled="RTE/train.tsv"),
+    "cola": Task("CoLA", epochs=6, stage1_epochs=3, unlabelled="SST-2/train.tsv"),
+    "rte": Task("RTE", epochs=8, stage1_epochs=6, max_length=128, unlabelled="STS-B/train.tsv"),
+    "stsb": Task("STS-B", epochs=6, stage1_epochs=5, max_length=128, unlabelled="RTE/train.tsv"),
+}
+
+# What a student has in place of the teacher's parts, by the name of the entry; after a slash, another run of it.
+STUDENTS: dict[str, dict[str, Any]] = {
+    "2quad-freediv": {},
+    "2quad-freediv/seed-1": {"seed": 1},
+    "2quad-freediv/seed-2": {"seed": 2},
+    "softmax-freediv": {"attention": "softmax_freediv"},
+    "softmax-freediv/seed-1": {"attention": "softmax_freediv", "seed": 1},
+    "softmax-freediv/seed-2": {"attention": "softmax_freediv", "seed": 2},
+    "softmax": {"attention": "softmax"},
+    "2quad": {"attention": "2quad"},
+    "2quad-freediv/3-layers": {"num_hidden_layers": 3},
+}
+
+
+def config_of(task: str, name: str) -> FineTuning | Conversion:
+    """What a task's entry is made by."""
+    own = TASKS[task]
+    data = f"{task}={os.path.relpath(GLUE / own.folder)}"
+    out = run_of(f"{task}-minilm-l6", name)
+    if name == "teacher":
+        schedule = Schedule(epochs=own.epochs, learning_rate=5e-5)
+        return FineTuning(minilm_l6(), data, out, schedule, max_length=own.max_length)
+    return Conversion(
+        teacher=run_of(f"{task}-minilm-l6", "teacher"),
+        data=data,
+        out=out,
+        unlabelled=None if own.unlabelled is None else GLUE / own.unlabelled,
+        stage1=dataclasses.replace(Conversion.stage1, epochs=own.stage1_epochs),
+        max_length=own.max_length,
+        **STUDENTS[name],
+    )
+
+
+def main(
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")],
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")],
+    epochs: Annotated[int | None, tyro.conf.arg(help_behavior_hint="")] = None,
+) -> None:
+    """Makes one model in runs/, evaluates it, and writes what the zoo keeps of it to models/.
+
+    Args:
+        task: sst2, mrpc, cola, rte or stsb.
+        name: teacher, or one of the students: see STUDENTS.
+        epochs: of every stage, in place of the recipe's: to see that it runs; the zoo is left as it is.
+    """
+    if task not in TASKS:
+        raise SystemExit(f"unknown {task!r}: {', '.join(TASKS)}")
+    if name not in ("teacher", *STUDENTS):
+        raise SystemExit(f"unknown {name!r}: teacher, {', '.join(STUDENTS)}")
+    config = config_of(task, name)
+    if epochs is not None:
+        make(with_epochs(config, epochs))
+        return
+    make(config)
+    publish(f"{task}-minilm-l6", name, shipped=False, made_by=f"train/glue_minilm.py {task} {name}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
