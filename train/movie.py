@@ -100,7 +100,7 @@ STUDENTS: dict[str, Conversion] = {
     "2quad-freediv/6-heads": _student(num_attention_heads=6),
     "2quad-freediv/768-features": _student(intermediate_size=768),
     "2quad-freediv/shared-scores": _student(layers_sharing_scores=2),
-    "2quad-freediv/budget": _student(budget="rounds=200"),
+    "2quad-freediv/budget": _student(budget="rounds=280"),
     "2quad-freediv/3-layers": _student(num_hidden_layers=3),
     "2quad-freediv/for-cost": _student(**HALF),
     "2quad-freediv/for-cost-3-layers": _student(**HALF, num_hidden_layers=3),

@@ -1,18 +1,22 @@
 """A budget for a request on shares, and the choice of parts that loses least within it."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 
 from flaxmpc import secure
 from flaxmpc.errors import brief
+from flaxmpc.secure.solver import Within, solve
 
 Where = tuple[int, str]
 """A place for a part: its layer, and "attention", "activation", "after_attention" or "after_feed_forward"."""
+
+Part = tuple[Where, str]
+"""A part by its name, in a place."""
 
 Table = Mapping[Where, Mapping[str, float]]
 """A number for each part that a place may have, by the part's name."""
@@ -83,49 +87,54 @@ class Choice(NamedTuple):
     cost: float
 
 
-def choose(losses: Table, costs: Table, most: float) -> Choice | None:
-    """The choice of the least sum of losses whose costs sum to `most` at most; None: there is none."""
+def choose(losses: Table, costs: Table, most: float, apart: Sequence[Sequence[Part]] = ()) -> Choice | None:
+    """The choice of the least sum of losses whose costs sum to `most` at most; of several the cheapest.
+
+    Args:
+        losses, costs: of every part in every place.
+        most: the most that the costs may sum to; infinity for any.
+        apart: groups of parts of which a choice has one at most.
+
+    Returns:
+        None where there is no such choice.
+    """
     options = [(where, name) for where, own in losses.items() for name in own]
     loss, cost = (np.array([table[where][name] for where, name in options]) for table in (losses, costs))
-    places = list(losses)
-    one_each = np.array([[float(where == place) for where, _ in options] for place in places])
-    found = scipy.optimize.milp(
-        loss,
-        constraints=[
-            scipy.optimize.LinearConstraint(one_each, 1, 1),
-            scipy.optimize.LinearConstraint(cost[None], -np.inf, most),
-        ],
-        integrality=np.ones(len(options)),
-        bounds=scipy.optimize.Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:
+    rows = [Within(np.array([[float(where == place) for where, _ in options] for place in losses]), 1, 1)]
+    rows += [Within(np.array([[float(option in group) for option in options]]), 0, 1) for group in apart]
+    if most < math.inf:
+        rows.append(Within(cost[None], -np.inf, most))
+
+    def best(amount: np.ndarray, rows: Sequence[Within]) -> np.ndarray | None:
+        found = solve(amount, rows, (0, 1), np.ones(len(options)), {"mip_rel_gap": 0.0})
+        return None if found is None else np.round(found)
+
+    found = best(loss, rows)
+    if found is None:
         return None
-    taken = [option for option, x in zip(options, found.x, strict=True) if x > 0.5]
-    # Of parts that lose as much, the cheapest.
-    parts = {
-        where: min(
-            (other for other, loss in losses[where].items() if loss == losses[where][name]),
-            key=costs[where].__getitem__,
-        )
-        for where, name in taken
-    }
-    total_loss, total_cost = (sum(table[where][name] for where, name in parts.items()) for table in (losses, costs))
-    return Choice(parts, total_loss, total_cost)
+    as_good = Within(loss[None], -np.inf, loss @ found + 1e-9 * np.abs(loss).sum())
+    cheaper = best(cost, [*rows, as_good])
+    found = found if cheaper is None else cheaper
+    parts = dict(option for option, x in zip(options, found, strict=True) if x)
+    return Choice(parts, float(loss @ found), float(cost @ found))
 
 
-def front(losses: Table, costs: Table, base: float, points: int = 24) -> list[Choice]:
+def front(
+    losses: Table, costs: Table, base: float, apart: Sequence[Sequence[Part]] = (), points: int = 24
+) -> list[Choice]:
     """Choices that lose least for budgets from the cheapest to the dearest, cheapest first; each a part dearer.
 
     Args:
-        losses, costs: see `choose`.
+        losses, costs, apart: see `choose`.
         base: what a request costs beside; it is added to the costs of the choices.
         points: how many budgets are looked at.
     """
-    least, most = (base + sum(pick(own.values()) for own in costs.values()) for pick in (min, max))
+    cheapest = choose(costs, costs, math.inf, apart)
+    assert cheapest is not None, "every place has a part that is in no group"
+    most = sum(max(own.values()) for own in costs.values())
     found: list[Choice] = []
-    for within in np.geomspace(least, most, points):
-        made = choose(losses, costs, float(within) * (1 + 1e-9) - base)
+    for within in np.geomspace(base + cheapest.cost, base + most, points):
+        made = choose(losses, costs, float(within) * (1 + 1e-9) - base, apart)
         if made is not None and (not found or made.parts != found[-1].parts):
             found.append(made)
     return [choice._replace(cost=base + choice.cost) for choice in found]

@@ -22,6 +22,7 @@ from flaxmpc.secure.fixed import Fixed
 from flaxmpc.secure.instructions import Instruction, exact_bits
 from flaxmpc.secure.observed import Observed, Site, rounds_known
 from flaxmpc.secure.ring import MOST_DROPPED
+from flaxmpc.secure.solver import Within, solve
 
 _IN_FLOAT32 = 23.0  # bits of an argument
 # Numbers of one sign have so many bits at least. An iteration such as Newton's mends small errors of its start, so they
@@ -225,7 +226,6 @@ class _Program:
 
     def _solved(self, cost: np.ndarray, fixed: Mapping[int, float], seconds: float | None = None) -> np.ndarray | None:
         """The variables of the lowest cost; within `seconds` those that say what is truncated are whole."""
-        import scipy.optimize
         import scipy.sparse
 
         low, high = np.array([(fixed[i], fixed[i]) if i in fixed else own for i, own in enumerate(self._bounds)]).T
@@ -236,14 +236,13 @@ class _Program:
         matrix = scipy.sparse.csr_array((factors, (rows, variables)), (len(self._rows), len(low)))
         whole = np.zeros(len(low))
         whole[[] if seconds is None else list(self._truncated.values())] = 1
-        found = scipy.optimize.milp(
+        return solve(
             cost,
-            constraints=scipy.optimize.LinearConstraint(matrix, -np.inf, [bound for _, bound in self._rows]),  # pyright: ignore[reportArgumentType]
-            bounds=scipy.optimize.Bounds(low, high),
-            integrality=whole,
-            options={"mip_rel_gap": _GAP} | ({} if seconds is None else {"time_limit": seconds}),
+            [Within(matrix, -np.inf, np.array([bound for _, bound in self._rows]))],
+            (low, high),
+            whole,
+            {"mip_rel_gap": _GAP} | ({} if seconds is None else {"time_limit": seconds}),
         )
-        return found.x
 
 
 def _made(seen: Observed, bits: Mapping[Site, int], error: float) -> BitPlan:

@@ -61,17 +61,19 @@ def test_what_a_run_takes_of_each_budget(group):
     assert Budget("rounds", 1.0).text(280.0) == "280 rounds"
 
 
-@hypothesis.given(TABLES, NUMBERS)
+@hypothesis.given(TABLES, NUMBERS, st.booleans())
 @hypothesis.settings(deadline=None, max_examples=60)
-def test_the_choice_is_the_best_of_all_within_the_budget(drawn, most):
+def test_the_choice_is_the_best_of_all_within_the_budget(drawn, most, apart):
     losses, costs = tables(drawn)
+    groups = [[(where, next(iter(own))) for where, own in losses.items()]] if apart else []
     every = [dict(zip(losses, names, strict=True)) for names in itertools.product(*losses.values())]
 
     def total(table, parts):
         return sum(table[where][name] for where, name in parts.items())
 
+    every = [parts for parts in every if all(sum(parts[where] == name for where, name in own) <= 1 for own in groups)]
     within = [parts for parts in every if total(costs, parts) <= most + 1e-9]
-    found = choose(losses, costs, most + 1e-9)
+    found = choose(losses, costs, most + 1e-9, groups)
     if not within:
         assert found is None
         return

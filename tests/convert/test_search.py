@@ -1,19 +1,33 @@
 import dataclasses
+import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 
 from flaxmpc import secure
 from flaxmpc.convert import search as searching
+from flaxmpc.convert.budget import choose
 from flaxmpc.convert.calibrate import variances
 from flaxmpc.convert.configs import Conversion
 from flaxmpc.convert.conversion import convert
 from flaxmpc.convert.distill import Stage, start_student
 from flaxmpc.convert.finetune import apply_with_states, in_order, predict
-from flaxmpc.convert.search import REFERENCE, near_teacher, norm_of, options_for, part_costs, part_losses, with_parts
+from flaxmpc.convert.search import (
+    NORM_PLACES,
+    REFERENCE,
+    near_teacher,
+    neighbours,
+    norm_of,
+    options_for,
+    part_costs,
+    part_losses,
+    with_parts,
+)
 from flaxmpc.data.batches import Split
 from flaxmpc.models import folder as folders
+from flaxmpc.nn.normalization import CHEBYSHEV, CONSTANT
 
 NONE = Stage(epochs=0, learning_rate=1.0)
 WORDS = ["a", "the", "film", "movie", "gripping", "tedious", "good", "bad"]
@@ -147,6 +161,19 @@ def test_a_budget_and_a_part_are_refused_together(tmp_path, field):
     value = 2 if field == "layers_sharing_scores" else "softmax"
     with pytest.raises(ValueError, match=f"^a budget chooses the parts of every layer: leave {field} out, or the bud"):
         conversion(tmp_path / "teacher", tmp_path, **{field: value}, budget="wan=20s")
+
+
+def test_no_two_layers_in_a_row_are_without_a_root_after_the_feed_forward():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        places = [(layer, field) for layer in range(6) for field in NORM_PLACES]
+        losses = {where: {CHEBYSHEV.name: 1.0, CONSTANT.name: rng.uniform(0, 1.2)} for where in places}
+        costs = {where: {CHEBYSHEV.name: 0.0, CONSTANT.name: -16.7} for where in places}
+        found = choose(losses, costs, math.inf, neighbours(6))
+        assert found is not None
+        after = [found.parts[layer, "after_feed_forward"] == CONSTANT.name for layer in range(6)]
+        assert not any(a and b for a, b in itertools.pairwise(after))
+        assert any(after)
 
 
 def test_layers_that_were_trained_alone_are_near_their_teachers(loaded, seen, rows):
