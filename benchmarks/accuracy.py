@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from harness import RESULTS, Options, Record, markdown, rich_table
-from rich.console import Console
+from harness import Options, Record, collected
 
 ZOO = Path(__file__).parent.parent / "models"
 
@@ -122,16 +121,9 @@ def main(options: Options) -> None:
     """Prints the table or the records; without --show and --quick also writes table and plot."""
     found = records()
     rows = table(found)
-    if not (options.show or options.quick):
-        RESULTS.mkdir(exist_ok=True)
-        plot(found).savefig(RESULTS / "accuracy.png", dpi=150)
-        (RESULTS / "accuracy.md").write_text(markdown(rows) + "\n", "utf-8")
-    if options.json:
-        print(json.dumps(found))
-    else:
-        # In the clear, then under MPC: together they are wider than 80 columns.
-        for columns in (slice(1, 4), slice(4, None)):
-            Console().print(rich_table([[row[0], *row[columns]] for row in rows]))
+    # In the clear, then under MPC: together they are wider than 80 columns.
+    printed = [[[row[0], *row[columns]] for row in rows] for columns in (slice(1, 4), slice(4, None))]
+    collected("accuracy", found, rows, plot, options, printed)
 
 
 if __name__ == "__main__":

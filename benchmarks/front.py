@@ -13,8 +13,7 @@ from typing import Any
 
 import tyro
 from accuracy import ZOO
-from harness import RESULTS, Options, Record, figure, markdown, rich_table
-from rich.console import Console
+from harness import Options, Record, collected, figure
 
 FIELDS = ("attention", "activation", "after_attention", "after_feed_forward")
 POLYNOMIALS = ("layer_norm_chebyshev", "layer_norm_chebyshev")
@@ -114,14 +113,7 @@ def main(options: Options) -> None:
     if not found:
         raise SystemExit("no run in models/*/runs has a search: `train/movie.py 2quad-freediv/budget` makes one")
     rows = table(found)
-    if not (options.show or options.quick):
-        RESULTS.mkdir(exist_ok=True)
-        plot(found).savefig(RESULTS / "front.png", dpi=150)
-        (RESULTS / "front.md").write_text(markdown(rows) + "\n", "utf-8")
-    if options.json:
-        print(json.dumps(found))
-    else:
-        Console().print(rich_table([row[1:] for row in rows]))
+    collected("front", found, rows, plot, options, [[row[1:] for row in rows]])
 
 
 if __name__ == "__main__":

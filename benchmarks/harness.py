@@ -135,6 +135,35 @@ class Benchmark:
             plot(records).savefig(f"{stem}{suffix and '-' + suffix}.png", dpi=150)
 
 
+def collected(
+    name: str,
+    found: list[Record],
+    rows: list[list[str]],
+    plot: Callable[[list[Record]], "Figure"],
+    options: Options,
+    printed: Sequence[list[list[str]]],
+) -> None:
+    """Shows a benchmark that measures nothing: what models left with them. Without --show and --quick it is saved too.
+
+    Args:
+        name: of its files.
+        found: the records.
+        rows: the table of the records, the first row the heading, as it is saved.
+        plot: makes the figure that is saved.
+        options: the command's.
+        printed: the tables that the terminal gets.
+    """
+    if not (options.show or options.quick):
+        RESULTS.mkdir(exist_ok=True)
+        plot(found).savefig(RESULTS / f"{name}.png", dpi=150)
+        (RESULTS / f"{name}.md").write_text(markdown(rows) + "\n", "utf-8")
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for table in printed:
+            Console().print(rich_table(table))
+
+
 def saved(name: str) -> list[Record]:
     """The newest saved records of a benchmark; none if there are none."""
     found = [json.loads(path.read_text("utf-8")) for path in RESULTS.glob(f"{name}-*.json")]
