@@ -4,13 +4,15 @@ Of several hosts (`jax.distributed`) the first keeps checkpoints and metrics, an
 they need no common folder.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +157,21 @@ class Objective:
     locate: Callable[[Params, Batch], str] | None = None
 
 
+class _Started(NamedTuple):
+    """A step that devices may still compute: what it was started with, and its metrics."""
+
+    number: int
+    batch: Batch
+    before: Params
+    metrics: dict[str, jax.Array]
+
+
+Stepped = tuple[int, dict[str, float]]
+"""The number of a step, its loss and metrics."""
+
+_AHEAD = 2  # batches that are prepared before they are asked for
+
+
 class _Trainer:
     """The state of a run on all devices of all hosts, and one step after the other.
 
@@ -184,6 +201,7 @@ class _Trainer:
         self._step = train_step(objective.loss, optimizer)
         self._key = jax.random.key(seed)
         self._divergence = _Divergence()
+        self._started: _Started | None = None
 
     def restore(self, state: Any) -> None:
         """Goes on from a state that was kept."""
@@ -194,23 +212,54 @@ class _Trainer:
         return jax.device_get(merge(trained, self._fixed))
 
     def _rows(self, batch: Batch) -> Any:
-        """Every host's rows of a batch, prepared, as one global array."""
+        """Every host's rows of a batch, prepared, as one global array. What is on a device already stays there."""
         count = len(batch.row_mask) // jax.process_count()
         start = jax.process_index() * count
         own = self._objective.prepare(Batch(*(array[start : start + count] for array in batch)))
-        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self._split, np.asarray(leaf)), own)
 
-    def step(self, number: int, batch: Batch) -> dict[str, float]:
-        """Step `number`, from 0, over all epochs. Returns its loss and metrics.
+        def placed(leaf: Any) -> jax.Array:
+            if isinstance(leaf, jax.Array) and jax.process_count() == 1:
+                return jax.device_put(leaf, self._split)
+            return jax.make_array_from_process_local_data(self._split, np.asarray(leaf))
+
+        return jax.tree.map(placed, own)
+
+    def ahead(self, numbered: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch, Any]]:
+        """Batches with their numbers and their rows, made by a thread of its own while devices compute."""
+
+        def following() -> tuple[int, Batch, Any] | None:
+            found = next(numbered, None)
+            return None if found is None else (*found, self._rows(found[1]))
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = collections.deque(pool.submit(following) for _ in range(_AHEAD))
+            while (found := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(following))
+                yield found
+
+    def step(self, number: int, batch: Batch, rows: Any) -> list[Stepped]:
+        """Starts step `number`, from 0, over all epochs, and returns the one before, see `finish`.
+
+        So devices have the next step while the host reads what came of the last.
+        """
+        before = self.state["params"]
+        key = jax.random.fold_in(self._key, number)
+        self.state, metrics = self._step(before, self.state["optimizer"], self._fixed, rows, key)
+        done = self.finish()
+        self._started = _Started(number, batch, before, metrics)
+        return done
+
+    def finish(self) -> list[Stepped]:
+        """Waits for the step that was started last; returns it, or nothing where it was returned before.
 
         Raises:
             FloatingPointError: the loss is not finite or has diverged; says at which step and in which layer.
         """
-        before = self.state["params"]
-        rows = self._rows(batch)
-        key = jax.random.fold_in(self._key, number)
-        self.state, metrics = self._step(before, self.state["optimizer"], self._fixed, rows, key)
-        values = {metric: float(value) for metric, value in metrics.items()}
+        if self._started is None:
+            return []
+        number, batch, before, metrics = self._started
+        self._started = None
+        values = {metric: float(value) for metric, value in jax.device_get(metrics).items()}
         if (what := self._divergence.bad(values["loss"])) is not None:
             locate = self._objective.locate
             where = "" if locate is None else f", first in {locate(self.whole(before), batch)}"
@@ -219,7 +268,7 @@ class _Trainer:
                 f"{self._schedule.learning_rate:g} or a longer warm-up than {self._schedule.warmup:g} may do. The last "
                 f"checkpoint is in {self._folder}"
             )
-        return values
+        return [(number, values)]
 
 
 def fit(
@@ -278,13 +327,20 @@ def fit(
             done=done,
         )
         stack.enter_context(log)
+
+        def noted(steps: list[Stepped]) -> None:
+            for number, values in steps:
+                log.step(number, values)
+
         for epoch in range(done // steps_per_epoch, schedule.epochs):
-            for number, batch in enumerate(epoch_batches(epoch), epoch * steps_per_epoch):
-                if number < done:
-                    continue
-                log.step(number, trainer.step(number, batch))
+            numbered = enumerate(epoch_batches(epoch), epoch * steps_per_epoch)
+            left = ((number, batch) for number, batch in numbered if number >= done)
+            for number, batch, rows in trainer.ahead(left):
+                noted(trainer.step(number, batch, rows))
                 if (number + 1) % schedule.checkpoint_every == 0 and (number + 1) % steps_per_epoch:
+                    noted(trainer.finish())  # no state of a step that went wrong is kept
                     latest.save(number + 1, trainer.state)
+            noted(trainer.finish())
             figures = {} if objective.evaluate is None else objective.evaluate(trainer.whole(trainer.state["params"]))
             if best is not None:
                 best.save(epoch, trainer.state["params"], {**figures, "epoch": epoch}, wait=True)

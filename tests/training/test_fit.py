@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from flaxmpc.data.batches import Batch
+from flaxmpc.training.checkpoint import Checkpoints
 from flaxmpc.training.fit import Objective, Schedule, fit, merge, partition
 
 PARAMS = {
@@ -222,6 +224,55 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     third = list(epoch_batches(0))[2].input_ids
     with pytest.raises(FloatingPointError, match=r"^toy: the loss is nan at step 2; a lower learning rate than 0\.3"):
         train(tmp_path / "toy", loss=diverges)
+
+
+@pytest.mark.parametrize("bad", [0, 3, 4, 6])
+def test_no_state_after_a_step_that_went_wrong_is_kept(bad, tmp_path):
+    """Metrics are read when the next step has started; before a checkpoint they are waited for."""
+    wrong = [batch for epoch in (0, 1) for batch in epoch_batches(epoch)][bad].input_ids
+
+    def diverges(params, batch, key):
+        value, metrics = loss(params, batch, key)
+        return jnp.where((batch.input_ids == wrong).all(), jnp.nan, value), metrics
+
+    schedule = dataclasses.replace(SCHEDULE, checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match=f"the loss is nan at step {bad};"):
+        train(tmp_path / "run", schedule, loss=diverges)
+    with Checkpoints(tmp_path / "run" / "checkpoints") as kept:
+        assert kept.step() == (bad or -1)
+    assert len(records(tmp_path / "run")) == bad // 4
+    whole = train(tmp_path / "whole", schedule)
+    assert same(train(tmp_path / "run", schedule), whole)  # from that checkpoint on, with a loss that is right
+
+
+def test_batches_are_prepared_while_devices_compute(tmp_path):
+    prepared = []
+
+    def prepare(batch):
+        prepared.append(threading.current_thread())
+        return batch
+
+    train(tmp_path / "run", prepare=prepare)
+    assert len(prepared) == 16
+    assert threading.main_thread() not in prepared
+    assert not any(thread.is_alive() for thread in prepared)
+
+
+def test_what_fails_while_a_batch_is_prepared_ends_the_run(tmp_path):
+    def prepare(batch):
+        raise RuntimeError(f"no memory for {len(batch.label)} rows")
+
+    with pytest.raises(RuntimeError, match=r"^no memory for 6 rows$"):
+        train(tmp_path / "run", prepare=prepare)
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_what_is_prepared_on_a_device_does_not_go_through_the_host(tmp_path, monkeypatch):
+    def from_the_host(*_):
+        raise AssertionError("it was on a device")
+
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", from_the_host)
+    train(tmp_path / "run", prepare=lambda batch: jax.tree.map(jnp.asarray, batch))
 
 
 def test_the_loss_gets_what_is_prepared_of_a_batch(tmp_path):
