@@ -89,7 +89,8 @@ class Conversion:
             every layer has its own.
         budget: what a request of the longest text may take on ABY3, without a plan of bits: lan=2s or wan=20s
             (modelled), bytes=300MB (of all parties), or rounds=200. Attention, activation and LayerNorms are then
-            chosen for every layer, from what each part loses in a short training, and what it costs.
+            chosen for every layer, from what each part loses in a short training, and what it costs. Of two layers
+            in a row one keeps a root after the feed-forward: without, a student diverges.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
             rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
