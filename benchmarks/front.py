@@ -6,7 +6,7 @@ Nothing is measured here: a search leaves what it found with its student, in mod
 of 64 tokens on ABY3, without a plan of bits. A loss is a sum over places, of the mean squared difference of the logits
 that a part makes in its place after a short training, in the variance of the teacher's: it ranks choices, and what
 a whole student of one loses after distillation is in its results. By hand are choices of the same parts in every layer.
-A search takes no two `layer_norm_constant` after the feed-forward of two layers in a row, see `convert.search.neighbours`.
+No search has `layer_norm_constant` after the feed-forward of two layers in a row, see `convert.search.neighbours`.
 """
 
 import json
