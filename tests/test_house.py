@@ -117,3 +117,10 @@ def test_no_two_public_things_have_one_name():
             homes.setdefault(name, []).append(module)
     twice = {name: found for name, found in homes.items() if len(found) > 1}
     assert not twice
+
+
+def test_contributors_are_told_of_these_rooms():
+    lines = (ROOT / "CONTRIBUTING.md").read_text("utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    told = {re.findall(r"`(.+?)`", first)[0]: set(re.findall(r"`(.+?)`", last)) for first, _, last in cells}
+    assert told == {room.replace(".", "/"): {other.replace(".", "/") for other in own} for room, own in ROOMS.items()}
