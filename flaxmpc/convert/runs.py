@@ -36,6 +36,9 @@ def _folder(config: Any) -> Path:
 def run_folder(config: Any, inputs: Digests) -> Path:
     """Gives the folder of checkpoints. The resolved config and the inputs are written there, and known again.
 
+    A folder with a config and nothing else has nothing to lose, such as after a budget that was refused: it is begun
+    anew.
+
     Raises:
         ValueError: the folder holds a run of another config, or from other data or weights, and names what differs;
             or something else.
@@ -44,7 +47,8 @@ def run_folder(config: Any, inputs: Digests) -> Path:
     resolved = recipe(config, inputs)
     path = folder / "config.json"
     mend = "remove the folder, or name another with --runs"
-    if path.is_file():
+    begun = folder.is_dir() and any(entry.name not in (path.name, f"{path.name}.new") for entry in folder.iterdir())
+    if path.is_file() and begun:
         before = files.read_object(path, mend=mend)
         other = [field for field in resolved if field != "inputs" and before.get(field) != resolved[field]]
         other += [brief(field) for field in before if field not in resolved]
@@ -55,7 +59,7 @@ def run_folder(config: Any, inputs: Digests) -> Path:
         if changed:
             raise ValueError(f"the {' and the '.join(changed)} changed since the run in {folder} began: {mend}")
         return folder
-    if folder.is_dir() and any(entry.name != "config.json.new" for entry in folder.iterdir()):
+    if begun:
         raise ValueError(f"{folder} has no config.json, which says what run it holds: {mend}")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, resolved)

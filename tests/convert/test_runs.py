@@ -1,6 +1,7 @@
 """What a run's folders must hold, and that they are its own. Whole conversions are in test_conversion.py."""
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,13 @@ INPUTS = {"data": "00ff", "encoder": "1234"}
 @pytest.fixture
 def config(tmp_path) -> FineTuning:
     return FineTuning(Path("encoder"), "movie", tmp_path / "out")
+
+
+def begun(config: FineTuning) -> Path:
+    """The config.json of a run that has more than that to lose."""
+    folder = runs.run_folder(config, INPUTS)
+    (folder / "stage1").mkdir()
+    return folder / "config.json"
 
 
 def test_both_folders_of_a_config_are_claimed(config):
@@ -46,14 +54,14 @@ def test_a_run_is_known_again(config):
 
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"[]"])
 def test_a_damaged_config_is_named(content, config):
-    path = runs.run_folder(config, INPUTS) / "config.json"
+    path = begun(config)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"out\.run/config\.json .*: remove the folder, or"):
         runs.run_folder(config, INPUTS)
 
 
 def test_a_changed_bit_of_a_config_is_seen(config):
-    path = runs.run_folder(config, INPUTS) / "config.json"
+    path = begun(config)
     before = path.read_bytes()
     for place in range(0, len(before), 5):
         for bit in (0, 5):
@@ -64,6 +72,15 @@ def test_a_changed_bit_of_a_config_is_seen(config):
                 same = False
             with contextlib.nullcontext() if same else pytest.raises(ValueError, match=r"out\.run"):
                 runs.run_folder(config, INPUTS)
+
+
+def test_a_run_with_nothing_to_lose_is_begun_anew_with_another_config(config):
+    folder = runs.run_folder(dataclasses.replace(config, seed=1), INPUTS)
+    assert runs.run_folder(config, INPUTS) == folder
+    assert json.loads((folder / "config.json").read_text())["seed"] == 0
+    (folder / "search.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"out\.run holds a run with another seed: remove the folder, or"):
+        runs.run_folder(dataclasses.replace(config, seed=1), INPUTS)
 
 
 def test_checkpoints_of_nobody_knows_what_are_not_gone_on_with(config):
