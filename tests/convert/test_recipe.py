@@ -240,7 +240,7 @@ def test_weights_in_pieces_become_a_folder(tmp_path, monkeypatch):
 def test_shipped_recipes_are_those_of_the_scripts():
     movie = script("movie")
     found = {}
-    for path in movie.ZOO.glob(f"{movie.TEACHER}-*/recipe.json"):
+    for path in sys.modules["entries"].ZOO.glob(f"{movie.TEACHER}-*/recipe.json"):
         entry = path.parent.name.removeprefix(f"{movie.TEACHER}-")
         found[entry] = json.loads(path.read_text())
         for run in path.parent.glob("runs/*.json"):
