@@ -245,10 +245,12 @@ def test_shipped_recipes_are_those_of_the_scripts():
         found[entry] = json.loads(path.read_text())
         for run in path.parent.glob("runs/*.json"):
             found[f"{entry}/{run.stem}"] = json.loads(run.read_text())["recipe"]
-    assert "2quad-freediv" in found
+    for run in (sys.modules["entries"].ZOO / movie.TEACHER).glob("runs/*.json"):
+        found[f"teacher/{run.stem}"] = json.loads(run.read_text())["recipe"]
+    assert found.keys() >= {"2quad-freediv", "teacher/public-3"}
     for each in found.values():
         each.pop("inputs", None)
-    assert found == {name: runs.resolve(movie.STUDENTS[name]) for name in found}
+    assert found == {name: runs.resolve((movie.TEACHERS | movie.STUDENTS)[name]) for name in found}
 
 
 def test_epochs_go_to_every_stage():
