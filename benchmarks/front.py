@@ -57,6 +57,8 @@ def records() -> list[Record]:
 
 def plot(found: list[Record]) -> Any:
     """Loss against cost, a panel for each search."""
+    from matplotlib.ticker import LogLocator
+
     models = list(dict.fromkeys(row["model"] for row in found))
     made, axes = figure(1, len(models), figsize=(7 * len(models), 4.5))
     for axis, model in zip(axes[0], models, strict=True):
@@ -70,15 +72,19 @@ def plot(found: list[Record]) -> Any:
             label="front of the search",
         )
         for i, row in enumerate(row for row in rows if row["choice"] != "searched"):
-            label = "the student of this search" if row["choice"] == "chosen" else row["choice"]
+            label = "the student of this search, its cost as measured" if row["choice"] == "chosen" else row["choice"]
             axis.plot(row["cost"], row["loss"], "*" if row["choice"] == "chosen" else "o", color=f"C{i}", label=label)
         axis.set(
             xscale="log",
             xlabel=f"cost of a request: {LABELS[rows[0]['budget']]}",
-            ylabel="loss, see above",
+            ylabel="loss: of the logits' variance, summed over places",
             title=model,
         )
         axis.set_yscale("symlog", linthresh=0.1)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.minorticks_off()
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_major_formatter("{x:g}")
         axis.legend(frameon=False, fontsize="small")
         axis.grid(alpha=0.3)
     return made

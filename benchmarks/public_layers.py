@@ -4,9 +4,9 @@
 
 Public layers stay those of the published encoder, and the client computes them. The others are fine-tuned, secret and
 on shares. With 0 none is public; with all 6 the head alone is secret. Costs are measured here: MiniLM-L6 with
-2quad_freediv + quad and random weights, a sentence of 16 tokens on ABY3, without a plan of bits. Accuracies are those
-that `train/movie.py teacher/public-K` and `2quad-freediv/public-K` leave in models/*/runs/, and None where these were
-not run. A minute on 2 idle cores.
+2quad_freediv + quad, a linear head and random weights, a sentence of 16 tokens on ABY3, without a plan of bits.
+Accuracies, each of one seed, are those that `train/movie.py teacher/public-K` and `2quad-freediv/public-K` leave in
+models/*/runs/, and None where these were not run. A minute on 2 idle cores.
 """
 
 import json
@@ -48,6 +48,7 @@ def measure(count: int, shape: str, tokens: int) -> Record:
         num_hidden_layers=rest,
         attention="2quad_freediv",
         hidden_act="quad",
+        classifier_activation="identity",
         layer_norm=[CHEBYSHEV_PARTS] * rest,
         public_layers=public if count else None,
     )
