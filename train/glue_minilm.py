@@ -100,6 +100,8 @@ def main(
         raise SystemExit(f"unknown {task!r}: {', '.join(TASKS)}")
     if name not in ("teacher", *STUDENTS):
         raise SystemExit(f"unknown {name!r}: teacher, {', '.join(STUDENTS)}")
+    if not (folder := GLUE / TASKS[task].folder).is_dir():
+        raise SystemExit(f"{folder} does not exist: ln -s FOLDER {GLUE}, where FOLDER has GLUE as it ships")
     config = config_of(task, name)
     if epochs is not None:
         make(with_epochs(config, epochs))

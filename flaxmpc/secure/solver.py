@@ -1,4 +1,4 @@
-"""Solves mixed-integer linear programs with scipy's HiGHS: without a word on standard output, and checked.
+"""Solves mixed-integer linear programs with scipy's HiGHS: with no word of it on standard output, and checked.
 
 HiGHS prints some lines whatever it is told (https://github.com/jump-dev/HiGHS.jl/issues/312), and has called solutions
 optimal that break a constraint (https://github.com/scipy/scipy/issues/24141).
@@ -39,6 +39,8 @@ def solve(
 ) -> np.ndarray | None:
     """The variables (n,) of the lowest cost, or the best that were found in time; None if there are none.
 
+    Meanwhile what any thread prints on standard output goes to standard error.
+
     Args:
         cost: what is minimised, per unit of each variable, (n,).
         rows: what the variables keep to.
@@ -72,16 +74,20 @@ def _keeps(found: np.ndarray, rows: Sequence[Within], bounds: tuple[Any, Any], w
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Sends what C code prints on standard output nowhere."""
+    """Sends what C code prints on standard output to standard error: what a caller reads there is its own."""
     flush = ctypes.CDLL(None).fflush  # C's own buffer, which would be written after the descriptor is back
     with _stdout_lock:
         flush(None)
-        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
         try:
-            os.dup2(nowhere, 1)
+            kept = os.dup(1)
+        except OSError:  # it is closed: nobody reads it
+            yield
+            return
+        try:
+            with contextlib.suppress(OSError):  # there may be no standard error either
+                os.dup2(2, 1)
             yield
         finally:
             flush(None)
             os.dup2(kept, 1)
             os.close(kept)
-            os.close(nowhere)

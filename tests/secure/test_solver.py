@@ -1,5 +1,7 @@
 import ctypes
 import os
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -77,7 +79,7 @@ def test_the_infeasible_solution_of_scipys_issue_is_none_or_right():
     assert found is None or np.array_equal(a @ np.round(found), b)
 
 
-def test_what_the_solver_prints_goes_nowhere(monkeypatch, capfd):
+def test_what_the_solver_prints_is_not_on_standard_output(monkeypatch, capfd):
     def prints(*_, **__):
         os.write(1, b"by the descriptor")
         ctypes.CDLL(None).printf(b"by C's buffer")
@@ -87,4 +89,18 @@ def test_what_the_solver_prints_goes_nowhere(monkeypatch, capfd):
     monkeypatch.setattr(scipy.optimize, "milp", prints)
     assert solve(np.ones(1), [], BOUNDS, np.ones(1), {}) is None
     print("after")
-    assert capfd.readouterr().out == "before\nafter\n"
+    printed = capfd.readouterr()
+    assert printed.out == "before\nafter\n"
+    assert printed.err == "by the descriptorby C's buffer"
+
+
+def test_it_solves_without_a_standard_output():
+    code = """
+import os
+import numpy as np
+from flaxmpc.secure.solver import Within, solve
+os.close(1)
+found = solve(np.ones(2), [Within(np.ones((1, 2)), 3, 9)], (0, 5), np.ones(2), {})
+raise SystemExit(int(found.sum() != 3))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
