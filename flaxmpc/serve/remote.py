@@ -176,7 +176,7 @@ def _unpack(bundle: bytes, folder: Path) -> None:
     """Writes a bundle's files into a folder; ValueError if it is none."""
     try:
         contents = msgspec.msgpack.decode(bundle, type=dict[str, bytes])
-    except msgspec.MsgspecError as error:
+    except ValueError as error:  # msgspec's, or a name that is no text
         raise ValueError(f"it can't be read: {error}") from error
     if strange := sorted(set(contents) - _BUNDLE_FILES):
         raise ValueError(f"it holds a file {brief(strange[0])}; it may have {', '.join(sorted(_BUNDLE_FILES))}")

@@ -34,13 +34,13 @@ CAPTURE = """
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-import flaxmpc.secure.deploy.rpc as rpc, flaxmpc.secure.deploy.connection as connection
+import flaxmpc.secure.deploy.messages as messages, flaxmpc.secure.deploy.connection as connection
 seen = open({path!r}, 'ab', buffering=0)
-decode = rpc.decode
+decode = messages.decode
 def decode_and_keep(content, kind):
     seen.write(content)
     return decode(content, kind)
-rpc.decode = decode_and_keep
+messages.decode = decode_and_keep
 read = connection.Secure.read
 async def read_and_keep(self):
     content = await read(self)

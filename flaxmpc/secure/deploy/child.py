@@ -10,8 +10,6 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import msgspec
-
 from flaxmpc.secure._spu import thread_limit
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.errors import WorkerLost
@@ -64,7 +62,7 @@ class WorkerProcess:
             bound.start()
             try:
                 self._pipe.send_bytes(m.encode(command))
-                return msgspec.msgpack.decode(self._pipe.recv_bytes(), type=m.Answer)
+                return m.decode(self._pipe.recv_bytes(), m.Answer)
             except (EOFError, OSError) as error:
                 self.kill()
                 ended = f"the worker's process ended (exit code {self._process.returncode})"

@@ -247,7 +247,7 @@ class Cluster(Parties):
             try:
                 content = self._received(name, model)
                 break
-            except grpc.RpcError as error:
+            except rpc.NO_ANSWER as error:
                 full = isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 if not full or time.monotonic() > end:
                     raise SecureError(rpc.describe(self.cluster.party[0], error)) from error
@@ -257,7 +257,7 @@ class Cluster(Parties):
         return content
 
     def _received(self, name: str, model: m.PublicModel) -> bytes:
-        """The bundle as party 0 sends it, to little more than the size that it has; grpc.RpcError."""
+        """The bundle as party 0 sends it, to little more than the size that it has; rpc.NO_ANSWER."""
         content = bytearray()
         for piece in self._peers[0].receive("bundle", m.Names(self._session, [name])):
             content += piece.content

@@ -144,7 +144,7 @@ class KeptShares:
 
         def decode(kind: type[m.T]) -> m.T:
             try:
-                return msgspec.msgpack.decode(next(records), type=kind)
+                return m.decode(next(records), kind)
             except msgspec.MsgspecError as error:
                 raise ValueError(f"{path} is of another version of flaxmpc: {_AGAIN}") from error
 

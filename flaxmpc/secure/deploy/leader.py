@@ -155,12 +155,14 @@ class Leader(threading.Thread):
         """A peer that can't go on leaves the others waiting in SPU: ends that at once, and notes why in `lost`."""
         if future.cancelled():
             return
-        if (error := future.exception()) is not None:
+        try:
+            answer = m.decode(future.result(), m.Answer)
+        except rpc.NO_ANSWER as error:
             lost.setdefault(rank, self._describe(rank, error))
-        elif not (answer := rpc.decode(future.result(), m.Answer)).in_step:
-            lost.setdefault(rank, answer.error or "")
         else:
-            return
+            if answer.in_step:
+                return
+            lost.setdefault(rank, answer.error or "")
         self._sessions.drop(session, lost[rank])
 
     def _errors(self, asked: Mapping[int, Any], lost: dict[int, str]) -> list[str]:
@@ -169,8 +171,8 @@ class Leader(threading.Thread):
         end = time.monotonic() + self._timeout
         for rank, future in asked.items():
             try:
-                theirs = rpc.decode(future.result(timeout=max(0.1, end - time.monotonic())), m.Answer)
-            except (grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError) as error:
+                theirs = m.decode(future.result(timeout=max(0.1, end - time.monotonic())), m.Answer)
+            except (*rpc.NO_ANSWER, grpc.FutureTimeoutError, grpc.FutureCancelledError) as error:
                 future.cancel()
                 lost.setdefault(rank, self._describe(rank, error))
             else:
@@ -191,7 +193,7 @@ class Leader(threading.Thread):
         for rank, peer in self._peers.items():
             try:
                 status = peer.ask("status", m.Empty(), m.Status, timeout=self._timeout)
-            except grpc.RpcError as error:
+            except rpc.NO_ANSWER as error:
                 self._sessions.wait_for(self._describe(rank, error))
                 return
             if difference := m.difference(self._facts, status.facts):
@@ -226,7 +228,7 @@ class Leader(threading.Thread):
         for rank, peer in self._peers.items():
             try:
                 theirs = peer.ask("status", m.Empty(), m.Status, timeout=self._timeout / 2)
-            except grpc.RpcError as error:
+            except rpc.NO_ANSWER as error:
                 self._missed[rank] += 1
                 if self._missed[rank] >= _MOST_MISSED:
                     self._missed.clear()

@@ -39,6 +39,18 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
+def decode(content: bytes, kind: type[T]) -> T:
+    """A message of the schema.
+
+    Raises:
+        msgspec.MsgspecError: it is none.
+    """
+    try:
+        return msgspec.msgpack.decode(content, type=kind)
+    except UnicodeDecodeError as error:  # msgspec lets it through
+        raise msgspec.DecodeError(str(error)) from error
+
+
 def digest(*parts: bytes) -> str:
     """SHA-256 of the parts and their lengths, in hex."""
     result = hashlib.sha256()

@@ -19,11 +19,7 @@ from flaxmpc.secure.deploy.cluster import ClusterFile, Identity, PartyEntry
 SERVICE = "flaxmpc.Party"
 LARGEST_MESSAGE = 2 << 20  # bytes that a party takes; what is larger goes in pieces
 _HEADROOM = 1 << 20  # bytes of an answer beside the shares in it
-
-
-def decode(content: bytes, kind: type[m.T]) -> m.T:
-    """A message of the schema; msgspec.DecodeError for anything else."""
-    return msgspec.msgpack.decode(content, type=kind)
+NO_ANSWER = (grpc.RpcError, msgspec.MsgspecError)  # what asking a party raises where it can't, or where it is no answer
 
 
 def channel_options(cluster: ClusterFile, largest_received: int) -> list[tuple[str, Any]]:
@@ -87,8 +83,8 @@ class Peer:
         return self._channel.unary_unary(f"/{SERVICE}/{method}").future(content, timeout=timeout)
 
     def ask(self, method: str, message: m.Message, kind: type[m.T], timeout: float | None = None) -> m.T:
-        """The answer to a message; grpc.RpcError if there is none."""
-        return decode(self.ask_later(method, message, timeout).result(), kind)
+        """The answer to a message; one of NO_ANSWER if there is none."""
+        return m.decode(self.ask_later(method, message, timeout).result(), kind)
 
     def send_later(self, method: str, message: m.Message, stream: Iterable[m.Piece]) -> Any:
         """Sends a message and a stream; a grpc.Future of the answer's bytes."""
@@ -104,7 +100,7 @@ class Peer:
     def receive(self, method: str, message: m.Message) -> Iterator[m.Piece]:
         """The stream that answers a message."""
         for content in self._channel.unary_stream(f"/{SERVICE}/{method}")(m.encode(message)):
-            yield decode(content, m.Piece)
+            yield m.decode(content, m.Piece)
 
     def close(self) -> None:
         self._channel.close()
@@ -151,7 +147,10 @@ class Peers(list[Peer]):
                 if future.exception() is not None:
                     rank, error = _failure(futures)
                     raise SecureError(describe(self[rank].entry, error)) from error
-                answer = answers[rank] = decode(future.result(), kind)
+                try:
+                    answer = answers[rank] = m.decode(future.result(), kind)
+                except msgspec.MsgspecError as error:
+                    raise SecureError(describe(self[rank].entry, error)) from error
                 if isinstance(answer, m.Answer) and answer.error is not None:
                     raise SecureError(answer.error)
         finally:
@@ -170,6 +169,8 @@ def _failure(futures: Sequence[Any]) -> tuple[int, Any]:
 def describe(entry: PartyEntry, error: BaseException) -> str:
     """An error of a call in one line: which party, and what it said, or why it could not be asked."""
     where = f"party {entry.rank} at {entry.control}"
+    if isinstance(error, msgspec.MsgspecError):
+        return f"{where} answered what is not of the schema: all need the same version of flaxmpc ({error})"
     if not isinstance(error, grpc.RpcError) or not isinstance(error, grpc.Call):
         return f"{where} did not answer in time"
     details = " ".join((error.details() or "").split())

@@ -103,7 +103,7 @@ class _Handlers:
             received = self._watch.each(context, contents)
             arguments = self._first(name, received)
             if method.stream == "in":
-                arguments.append(rpc.decode(content, m.Piece) for content in received)
+                arguments.append(m.decode(content, m.Piece) for content in received)
             if method.waits:
                 arguments.append(call)
             answer = getattr(self.host, name)(*arguments)
@@ -117,7 +117,7 @@ class _Handlers:
 
     def _first(self, name: str, received: Iterator[bytes]) -> list[Any]:
         """A method's first arguments: the session, if it is asked of one, and the message. Refused: no such session."""
-        message = rpc.decode(next(received, b""), METHODS[name].message)
+        message = m.decode(next(received, b""), METHODS[name].message)
         session = [self.host.sessions.require(message.session)] if isinstance(message, m.InSession) else []
         return [*session, message]
 

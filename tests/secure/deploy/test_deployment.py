@@ -210,9 +210,26 @@ def test_the_owner_does_not_order_the_parties(owner):
 
 def test_what_is_not_of_the_schema_is_refused(client):
     channel = client._peers[0]._channel
-    for content in (b"", b"\x00\xff garbage", msgspec.msgpack.encode({"session": 3}), os.urandom(1000)):
+    for content in (
+        b"",
+        b"\x00\xff garbage",
+        b"\x81\xa2\xff\xfe\x01",
+        msgspec.msgpack.encode({"session": 3}),
+        os.urandom(1000),
+    ):
         with pytest.raises(Exception, match="not of the schema"):
             channel.unary_unary("/flaxmpc.Party/infer")(content)
+
+
+def test_an_answer_that_is_not_of_the_schema_names_the_party(client, monkeypatch):
+    def garbled(method, message, timeout=None):
+        return client._peers[1].ask_later("status", m.Empty(), timeout)  # another method's answer
+
+    monkeypatch.setattr(client._peers[2], "ask_later", garbled)
+    with pytest.raises(
+        secure.SecureError, match=r"party 2 at .* answered what is not of the schema: all need the same"
+    ):
+        client._peers.ask("models", m.Empty(), m.PublicModel)
 
 
 def test_more_than_the_limit_is_refused(owner, client, parties):
@@ -275,7 +292,7 @@ def test_a_request_that_one_party_was_not_sent_ends(owner, client):
     start = time.monotonic()
     header = m.RunProgram(owner.session, owner._lease, "lonely", [], [])
     future = owner._peers[0].send_later("run", header, streams.of_contents([b""]))
-    answer = rpc.decode(future.result(timeout=60), m.Answer)
+    answer = m.decode(future.result(timeout=60), m.Answer)
     assert answer.error is not None
     assert "was not sent this request" in answer.error
     assert time.monotonic() - start < TIMEOUT
