@@ -67,12 +67,15 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def write_classifier():
-    """write_classifier(folder, **config) -> a model folder in it: a small random classifier of 20 tokens."""
+    """write_classifier(folder, **config) -> a model folder in it: a small random classifier of 20 tokens.
+
+    `architecture` is its class, by default BertForSequenceClassification.
+    """
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", "."]
     words = ["a", "the", "film", "movie", "acted", "beautifully", "gripping", "tedious", "lifeless", "mess"]
     vocabulary = [*special, *words, "good", "bad", "very"]
 
-    def write(folder: Path, **changes) -> Path:
+    def write(folder: Path, architecture=None, **changes) -> Path:
         from flaxmpc.models import folder as folders
         from flaxmpc.models.base import init_params
         from flaxmpc.models.bert import BertConfig, BertForSequenceClassification
@@ -82,7 +85,7 @@ def write_classifier():
         shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
         parts = {"attention": "2quad_freediv", "hidden_act": "quad", "id2label": ("negative", "positive")}
         size = {"vocab_size": len(vocabulary), "max_position_embeddings": 24, "initializer_range": 0.2}
-        model = BertForSequenceClassification(BertConfig(**{**shape, **parts, **size, **changes}))
+        model = (architecture or BertForSequenceClassification)(BertConfig(**{**shape, **parts, **size, **changes}))
         params = init_params(model, seed=3)
         for layer in range(model.config.num_hidden_layers):
             attention = params["bert"][f"layer_{layer}"]["attention"]

@@ -187,4 +187,4 @@ def ask(cluster: Path, model: str | None, texts: Sequence[Text], progress: Calla
         f"{classifier.name}, {parties.config.protocol}, {parties.config.world_size} parties: {seconds:.1f} s, "
         f"{sent / 1e6:.1f} MB of shares sent by this client"
     )
-    return Asked(classifier.name, classifier.config, found, summary, {"seconds": seconds, "bytes_sent": sent})
+    return Asked(classifier.name, classifier, found, summary, {"seconds": seconds, "bytes_sent": sent})

@@ -98,7 +98,7 @@ def _says_where(given: texts.Given) -> Iterator[None]:
 def _bar(items: Sequence[Any]) -> Iterable[Any]:
     """The items, with a bar on standard error if that is a terminal."""
     err = console(stderr=True)
-    return track(items, "classifying on secret shares", console=err, transient=True, disable=not err.is_terminal)
+    return track(items, "computing on secret shares", console=err, transient=True, disable=not err.is_terminal)
 
 
 def infer(
@@ -115,7 +115,10 @@ def infer(
     public_weights: Public = False,
     json_: Json = False,
 ) -> None:
-    """Classifies texts on secret shares, and compares with the clear.
+    """Answers texts on secret shares, and compares with the clear.
+
+    By the model's head: a label, several or a number for a text; its named entities; the answer to a question (--pair
+    QUESTION TEXT); or the words at [MASK].
 
     Without --cluster the parties are threads of this process: it sees all.
 
@@ -123,7 +126,8 @@ def infer(
 
     Args:
         texts_: texts, for a model of single texts.
-        pair: two texts, such as premise and hypothesis, for a model of pairs; may be given again.
+        pair: two texts, such as premise and hypothesis, or a question and a text, for a model of pairs; may be given
+            again.
         file: more texts, UTF-8: one a line, or the rows of a table, by its suffix; "-" is standard input.
         format_: the format of the file, where its suffix does not say it.
         text_columns: the columns of a table: one, or two for pairs; by default the first usual names that it has.
@@ -142,7 +146,7 @@ def infer(
         elif format_ is not None or text_columns:
             raise ValueError("--format and --text-columns are of a --file, and there is none")
         if not given.texts:
-            raise ValueError("there is no text to classify: give some, or --file")
+            raise ValueError("there is no text: give some, or --file")
         if out is not None:
             results.check_out(out, file)
         with _says_where(given):
@@ -159,7 +163,7 @@ def infer(
         error = results.unanswered(predictions, given.places)
         if out is not None:
             results.write(out, asked)
-    results.say_cut(console(stderr=True), predictions, limit(asked.config))
+    results.say_cut(console(stderr=True), predictions, limit(asked.client.config))
     if json_:
         print(results.as_json(asked, error))
     else:
@@ -186,7 +190,7 @@ def _ask_here(name: str, runtime: Runtime, given: Sequence[Text], public_weights
         f"{_name(folder)}, {'public weights, ' if public_weights else ''}{cost.protocol}, {_parties(cost.parties)}: "
         f"{cost.seconds:.1f} s, {cost.bytes_sent / 1e6:.1f} MB in all, {cost.rounds:.0f} rounds"
     )
-    return results.Asked(_name(folder), classifier.config, found, summary, {"public_weights": public_weights})
+    return results.Asked(_name(folder), classifier, found, summary, {"public_weights": public_weights})
 
 
 def cost(

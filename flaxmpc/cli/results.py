@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ from rich.table import Table
 
 from flaxmpc.data.batches import Text
 from flaxmpc.errors import unknown
-from flaxmpc.models.config import EncoderConfig
-from flaxmpc.serve.answers import Inference, Prediction, head
+from flaxmpc.serve.answers import Inference, Prediction
+from flaxmpc.serve.classify import Client
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -27,14 +28,14 @@ class Asked(NamedTuple):
 
     Attributes:
         model: the model's name.
-        config: the model's config.
+        client: who asked the model.
         inference: the answers, and their cost.
         summary: a line about the cost, for people.
         extra: more fields for the JSON object.
     """
 
     model: str
-    config: EncoderConfig
+    client: Client
     inference: Inference
     summary: str
     extra: dict[str, Any]
@@ -74,8 +75,8 @@ def as_json(asked: Asked, error: str | None) -> str:
 def table(asked: Asked) -> Table:
     """The answers as a table, a row for each text."""
     predictions = asked.inference.predictions
-    kind = head(asked.config)
-    compared = any(prediction.logits_plaintext for prediction in predictions)
+    kind = asked.client.kind
+    compared = any(not math.isnan(prediction.difference) for prediction in predictions)
     found = Table("text", *kind.columns, *(["|secure - plaintext|"] if compared else []))
     for prediction in predictions:
         if prediction.error is None:
@@ -114,7 +115,7 @@ def write(out: Path, asked: Asked) -> None:
 
 def _csv(asked: Asked) -> str:
     rows = [prediction.as_dict() for prediction in asked.inference.predictions]
-    fields = ("text", "text1", "text2", *head(asked.config).fields, "truncated", "error")
+    fields = ("text", "text1", "text2", *asked.client.kind.fields, "truncated", "error")
     names = [name for name in fields if name not in ("text", "text1", "text2") or name in rows[0]]
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")

@@ -18,6 +18,10 @@ from flaxmpc.nn.lazy import Lazy, State
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.product import Product
 
+TEXTS, TOKENS, ANSWERS, WORDS = "text-classification", "token-classification", "question-answering", "fill-mask"
+"""The tasks of heads: a label, or a number, for a text; a label for every token; the answer to a question in a text;
+the words that stood at masked tokens."""
+
 
 def first_token(hidden: State) -> State:
     """(batch, hidden) of (batch, token, hidden)."""
@@ -34,15 +38,18 @@ class WithHead(nn.Module):
     Attributes:
         base_model_prefix: the name of the encoder among the parameters.
         encoder_class: the encoder's.
-        classifies_sequences: whether the logits are (batch, label): one answer for each text.
+        task: what the head is for, by the name of HF's pipeline. The logits are (batch, label) for TEXTS, and else
+            (batch, token, number of outputs).
         reads_first: whether the head reads the first token alone.
+        reads_embeddings: whether the head reads the table of words.
         pools: whether the encoder has a pooler.
     """
 
     base_model_prefix: ClassVar[str]
     encoder_class: ClassVar[type[Encoder]] = Encoder
-    classifies_sequences: ClassVar[bool] = False
+    task: ClassVar[str]
     reads_first: ClassVar[bool] = False
+    reads_embeddings: ClassVar[bool] = False
     pools: ClassVar[bool] = False
 
     config: Any
@@ -61,6 +68,15 @@ class WithHead(nn.Module):
     @property
     def encoder(self) -> Any:
         return getattr(self, self.base_model_prefix)
+
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers the head gives for a text, or for a token."""
+        return self.config.num_labels
+
+    def logits_shape(self, batch: int, tokens: int) -> tuple[int, ...]:
+        """The shape of the logits of so many texts, of so many tokens."""
+        return (batch, self.num_outputs) if self.task == TEXTS else (batch, tokens, self.num_outputs)
 
     @property
     def head_matrices(self) -> tuple[str, str] | None:
@@ -136,10 +152,6 @@ class WithHead(nn.Module):
 
     def _norm(self) -> Norm:
         return Norm(epsilon=self.config.layer_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
-
-    def _decoder_bias(self) -> Any:
-        """Of a masked LM's output matrix, which is the table of words."""
-        return self.param("decoder_bias", nn.initializers.zeros, (self.config.vocab_size,), self.param_dtype)
 
     def _classifier_dropout(self) -> nn.Dropout:
         rate = self.config.classifier_dropout

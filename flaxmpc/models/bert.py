@@ -50,7 +50,7 @@ BERT = register(
             (r"(classifier|qa_outputs)/", r"\1."),
             (r"transform/", r"cls.predictions.transform.dense."),
             (r"transform_layer_norm/", r"cls.predictions.transform.LayerNorm."),
-            (r"decoder_bias", r"cls.predictions.bias"),
+            (r"decoder/", r"cls.predictions."),
         ),
         tied={
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",

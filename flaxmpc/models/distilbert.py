@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from jaxtyping import Array
 
-from flaxmpc.models.base import Family, WithHead, first_token, register
+from flaxmpc.models.base import TEXTS, Family, WithHead, first_token, register
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.heads import AnswerHead, MaskedLMHead, TokenHead
 from flaxmpc.nn.activation import ActivationPart
@@ -44,7 +44,7 @@ class _DistilBert(WithHead):
 class DistilBertForSequenceClassification(_DistilBert):
     """Logits (batch, label) from the first token: dense, activation, dense."""
 
-    classifies_sequences: ClassVar[bool] = True
+    task: ClassVar[str] = TEXTS
     reads_first: ClassVar[bool] = True
 
     def setup_head(self) -> None:
@@ -103,7 +103,7 @@ DISTILBERT = register(
             (r"(pre_classifier|classifier|qa_outputs)/", r"\1."),
             (r"transform/", "vocab_transform."),
             (r"transform_layer_norm/", "vocab_layer_norm."),
-            (r"decoder_bias", "vocab_projector.bias"),
+            (r"decoder/", "vocab_projector."),
         ),
         tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
         heads=("pre_classifier.", "classifier.", "qa_outputs.", "vocab_"),

@@ -67,7 +67,7 @@ ELECTRA = register(
             (r"(classifier|qa_outputs)/", r"\1."),
             (r"transform/", "generator_predictions.dense."),
             (r"transform_layer_norm/", "generator_predictions.LayerNorm."),
-            (r"decoder_bias", "generator_lm_head.bias"),
+            (r"decoder/", "generator_lm_head."),
         ),
         tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
         heads=("classifier.", "qa_outputs.", "generator_"),

@@ -1,10 +1,12 @@
 """Heads that several families have. A family's model is a head's class and the family's, in this order."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array
 
-from flaxmpc.models.base import WithHead, first_token
+from flaxmpc.models.base import ANSWERS, TEXTS, TOKENS, WORDS, WithHead, first_token
 from flaxmpc.nn.activation import ACTIVATIONS, ActivationPart
 from flaxmpc.nn.layers import activate
 from flaxmpc.nn.lazy import State, force
@@ -13,7 +15,7 @@ from flaxmpc.nn.lazy import State, force
 class PooledHead(WithHead):
     """Logits (batch, label) from the encoder's pooler: the first token, dense, activation. As in BERT."""
 
-    classifies_sequences: ClassVar[bool] = True
+    task: ClassVar[str] = TEXTS
     reads_first: ClassVar[bool] = True
     pools: ClassVar[bool] = True
 
@@ -33,7 +35,7 @@ class PooledHead(WithHead):
 class FirstTokenHead(WithHead):
     """Logits (batch, label) from the first token: dense, activation, dense. As in RoBERTa and ELECTRA."""
 
-    classifies_sequences: ClassVar[bool] = True
+    task: ClassVar[str] = TEXTS
     reads_first: ClassVar[bool] = True
 
     def setup_head(self) -> None:
@@ -54,6 +56,8 @@ class FirstTokenHead(WithHead):
 class TokenHead(WithHead):
     """Logits (batch, token, label)."""
 
+    task: ClassVar[str] = TOKENS
+
     def setup_head(self) -> None:
         self.dropout = self._classifier_dropout()
         self.classifier = self._dense(self.config.num_labels)
@@ -65,20 +69,44 @@ class TokenHead(WithHead):
 class AnswerHead(WithHead):
     """Logits (batch, token, 2): of the answer's start and end."""
 
+    task: ClassVar[str] = ANSWERS
+
+    @property
+    def num_outputs(self) -> int:
+        return 2
+
     def setup_head(self) -> None:
-        self.qa_outputs = self._dense(2)
+        self.qa_outputs = self._dense(self.num_outputs)
 
     def head(self, hidden: State, deterministic: bool) -> Array:
         return force(self.qa_outputs(hidden))
 
 
+class TiedOutput(nn.Module):
+    """The bias (vocabulary,) of an output matrix that is the table of words."""
+
+    vocab_size: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, products: Array) -> Array:
+        return products + self.param("bias", nn.initializers.zeros, (self.vocab_size,), self.param_dtype)
+
+
 class MaskedLMHead(WithHead):
     """Logits (batch, token, vocabulary): dense, activation, LayerNorm, and the table of words as output matrix."""
+
+    task: ClassVar[str] = WORDS
+    reads_embeddings: ClassVar[bool] = True
+
+    @property
+    def num_outputs(self) -> int:
+        return self.config.vocab_size
 
     def setup_head(self) -> None:
         self.transform = self._dense(self.config.embedding_width)
         self.transform_layer_norm = self._norm()
-        self.decoder_bias = self._decoder_bias()
+        self.decoder = TiedOutput(self.config.vocab_size, self.param_dtype)
 
     @property
     def act(self) -> ActivationPart:
@@ -86,7 +114,7 @@ class MaskedLMHead(WithHead):
 
     def head(self, hidden: State, deterministic: bool) -> Array:
         hidden = self.transform_layer_norm(activate(self.transform(hidden), self.act))
-        return force(hidden @ self.encoder.embeddings.word_embeddings.T) + self.decoder_bias
+        return self.decoder(force(hidden @ self.encoder.embeddings.word_embeddings.T))
 
 
 # HF's names of the heads in RoBERTa and MPNet, see `Family`.
@@ -95,7 +123,7 @@ LM_HEAD_NAMES = (
     (r"(classifier|qa_outputs)/", r"\1."),
     (r"transform/", "lm_head.dense."),
     (r"transform_layer_norm/", "lm_head.layer_norm."),
-    (r"decoder_bias", "lm_head.bias"),
+    (r"decoder/", "lm_head."),
 )
 LM_HEAD_TIED = {"lm_head.decoder.bias": "lm_head.bias"}
 LM_HEADS = ("classifier.", "qa_outputs.", "lm_head.")

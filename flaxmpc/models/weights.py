@@ -270,7 +270,7 @@ def read_params(
         for weight in taken.values():
             weight.check()
         _check_whole(weights)
-        if "decoder_bias" in wanted and fresh is None:
+        if "decoder/bias" in wanted and fresh is None:
             _refuse_untied(path, weights, family)
         initial = flatten(fresh()) if fresh is not None else {}
         params = {ours: np.asarray(initial[ours]) for ours in own}

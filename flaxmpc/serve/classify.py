@@ -1,4 +1,4 @@
-"""Does the client's half of a classifier: makes of texts what becomes secret shares, and of opened logits answers."""
+"""Does the client's half of a model: makes of texts what becomes secret shares, and of opened logits answers."""
 
 import abc
 import functools
@@ -12,10 +12,10 @@ import numpy as np
 
 from flaxmpc import secure
 from flaxmpc.data.batches import Encoded, Split, Text, encode, padded
-from flaxmpc.models.base import WithHead
+from flaxmpc.models.base import TEXTS, WithHead
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.mask import Mask
-from flaxmpc.serve.answers import Inference, Prediction, head, predict
+from flaxmpc.serve.answers import Inference, Prediction, Read, head, predict
 
 # The lengths, in tokens, of which a text is padded to the first that holds it, see `Client.bucket`.
 _LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -85,12 +85,13 @@ class Client:
             ValueError: the model's logits have no meaning, see `flaxmpc.serve.answers.head`.
         """
         self.config = model.config
+        self.kind = head(model)
+        self._model = model
         self.tokenizer = tokenizer
         self.client_params = params
         self.lengths = sorted(lengths or buckets(self.config.longest))
         self.encoding = encoding
         self._embed = jax.jit(functools.partial(model.apply, method="embed"))
-        head(self.config)
 
     def bucket(self, num_tokens: int) -> int:
         """The length that a text of `num_tokens` tokens is padded to, which the computing parties see."""
@@ -111,7 +112,9 @@ class Client:
             raise ValueError(f"texts are a list of them, not one string: [{texts!r:.60}]")
         if not texts:
             raise ValueError("there is no text to classify")
-        pairs = _is_pair(texts[0]) if self.config.num_texts is None else self.config.num_texts == 2
+        pairs = self._pairs
+        if pairs is None:
+            pairs = _is_pair(texts[0])
         for place, text in enumerate(texts):
             if reason := _malformed(text) or (self._wrong_form(pairs) if _is_pair(text) != pairs else None):
                 raise TextError(place, len(texts), reason)
@@ -130,15 +133,30 @@ class Client:
                 raise TextError(place, len(texts), "has no token: the tokenizer drops all that it holds")
             if self.config.counts_from_padding and self.config.pad_token_id in row:
                 raise TextError(place, len(texts), f"holds {self.tokenizer.pad_token}, the padding token")
+            if self.kind.masks and self.tokenizer.mask_token_id not in row:
+                where = f" among its first {len(row)} tokens" if encoded.truncated[place] else ""
+                raise TextError(place, len(texts), f"has no {self.tokenizer.mask_token}{where}")
         return encoded
+
+    @property
+    def _pairs(self) -> bool | None:
+        """Whether texts are pairs; None: the first of them says it."""
+        if self.config.num_texts is None or self.kind.pairs is not None:
+            return self.kind.pairs
+        return self.config.num_texts == 2
+
+    def _read(self, text: Text) -> Any:
+        """A `tokenizers.Encoding`: the tokens that `encode` makes of the text, and where they stand in it."""
+        sides = (text,) if isinstance(text, str) else text
+        return self.tokenizer(*sides, truncation=True, max_length=self.config.longest).encodings[0]
 
     def _wrong_form(self, pairs: bool) -> str:
         """Why a text is refused that is no pair where pairs are wanted, or the reverse."""
         one, other = ("a single text", "a pair of texts") if pairs else ("a pair of texts", "a single text")
-        why = (
-            f"the first is {other}" if self.config.num_texts is None else f"the model was trained on {other} at a time"
-        )
-        return f"is {one}, but {why}"
+        why = "the first is {}" if self._pairs is None else "the model takes {}"
+        if self.kind.pairs is None and self.config.num_texts is not None:
+            why = "the model was trained on {} at a time"
+        return f"is {one}, but {why.format(other)}"
 
     def runs(
         self, encoded: Encoded | Split, places: Iterable[int], sizes: Callable[[int], Sequence[int]]
@@ -232,7 +250,9 @@ class Classifier(Client, abc.ABC):
 
     @abc.abstractmethod
     def answer(self, run: TextRun) -> tuple[np.ndarray, np.ndarray | None, secure.Cost]:
-        """Asks for one run: its logits (batch, label) on shares, those in the clear or None, and its cost.
+        """Asks for one run: its logits on shares, those in the clear or None, and its cost.
+
+        They are (batch, label), or (batch, token, output), see `WithHead.logits_shape`.
 
         The logits of a row are NaN where the model is known to have diverged.
         """
@@ -271,7 +291,9 @@ class Classifier(Client, abc.ABC):
             logits, plain, cost = self.answer(run)
             costs.append(cost)
             for row, place in enumerate(run.places):
-                in_clear = None if plain is None else plain[row]
+                read = Read(texts[place], self.tokenizer, self._read(texts[place]))
+                own = ... if self._model.task == TEXTS else slice(len(read.encoding.ids))
+                in_clear = None if plain is None else plain[row][own]
                 cut = bool(encoded.truncated[place])
-                predictions[place] = predict(texts[place], logits[row], in_clear, self.config, cut, cost)
+                predictions[place] = predict(read, logits[row][own], in_clear, self._model, cut, cost)
         return Inference([predictions[place] for place in range(len(texts))], functools.reduce(operator.add, costs))

@@ -1,4 +1,4 @@
-"""Texts classified on secret shares: where the models meet the secure runtime."""
+"""Texts answered on secret shares: where the models meet the secure runtime."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 from flaxmpc import secure
 from flaxmpc.data.batches import Text
 from flaxmpc.models import folder as folders
-from flaxmpc.models.base import WithHead, defer, param_shapes, without_embeddings
+from flaxmpc.models.base import defer, param_shapes, without_embeddings
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.nn.layers import STRAINS
 from flaxmpc.nn.mask import Mask
@@ -28,7 +28,7 @@ _RUN_TOKENS = 1024
 
 
 class Logits(NamedTuple):
-    """Logits (row, label) of one secure run: opened from the shares, and in the clear; and what it cost."""
+    """Logits of one secure run, see `WithHead.logits_shape`: opened from the shares, and in the clear; and its cost."""
 
     secret: np.ndarray
     plain: np.ndarray
@@ -85,6 +85,8 @@ def private(model: Any, params: dict[str, Any], config: secure.Config, *, checke
     embeds = own.embedding.client_embeds
     product = product_for(config)
     client_params, secret_params = without_embeddings(model, params) if embeds else ({}, params)
+    if model.reads_embeddings:
+        secret_params = params
 
     def on_shares(params: dict[str, Any], shared: Any, mask: Mask) -> Any:
         if not embeds:
@@ -153,26 +155,20 @@ def _require_ranges(config: EncoderConfig) -> None:
 
 
 def answered(logits: np.ndarray, strain: np.ndarray) -> np.ndarray:
-    """The opened logits (text, label), NaN where the model diverged, see `_strain`."""
-    return np.where((np.abs(strain) < _MOST_STRAIN)[:, None], logits, np.nan)
-
-
-def sequence_classifier(model: Any, folder: Path) -> WithHead:
-    """The model that a folder holds. ValueError: it is another."""
-    if not model.classifies_sequences:
-        raise ValueError(f"{folder} holds a {type(model).__name__}, not a sequence classifier")
-    return model
+    """The opened logits (text, ...), NaN where the model diverged, see `_strain`."""
+    bounded = (np.abs(strain) < _MOST_STRAIN).reshape(-1, *[1] * (logits.ndim - 1))
+    return np.where(bounded, logits, np.nan)
 
 
 def private_classifier(loaded: folders.LoadedModel, config: secure.Config, *, checked: bool = False) -> Private:
     """`private` of a loaded model. Where the parties follow a plan of bits it is by that, and checked.
 
     Raises:
-        ValueError: it is no sequence classifier; its plan is broken, or the fraction bits are for plans alone, see
+        ValueError: its plan is broken, or the fraction bits are for plans alone, see
             `plans.follows`; it cannot be checked, see `private`.
     """
-    model, planned = sequence_classifier(loaded.model, loaded.folder), plans.follows(loaded.folder, config)
-    found = private(model, loaded.params, config, checked=checked or planned)
+    planned = plans.follows(loaded.folder, config)
+    found = private(loaded.model, loaded.params, config, checked=checked or planned)
     return found.planned(plans.read(loaded.folder, found.weights)) if planned else found
 
 
@@ -181,7 +177,7 @@ def without_weights(folder: Path, config: secure.Config) -> Private:
 
     Its `client_params` are zeros, and its weights jax.ShapeDtypeStruct. ValueError: as of `private_classifier`.
     """
-    model, planned = sequence_classifier(folders.read_model(folder), folder), plans.follows(folder, config)
+    model, planned = folders.read_model(folder), plans.follows(folder, config)
     found = private(model, param_shapes(model), config, checked=True)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), found.client_params)
     found = found._replace(client_params=zeros)
@@ -196,9 +192,9 @@ def check(
     Every text is a run of its own.
 
     Raises:
-        ValueError: see `Client.encode` and `secure.check`; or the model is no sequence classifier.
+        ValueError: see `Client.encode` and `secure.check`.
     """
-    client = Client(sequence_classifier(loaded.model, loaded.folder), loaded.tokenizer, {})
+    client = Client(loaded.model, loaded.tokenizer, {})
     encoded = client.encode(texts)
     runs = (client.run(encoded, [place], 1) for place in range(len(texts)))
     return check_encoded(
@@ -216,7 +212,7 @@ def check_encoded(
     """The same for runs of encoded texts or pairs: ids, mask and types as `Client.share` takes them.
 
     Raises:
-        ValueError: see `secure.check`; or the model is no sequence classifier.
+        ValueError: see `secure.check`.
     """
     found = private_classifier(loaded, secure.Config())
     client = found.client(loaded.tokenizer)
@@ -260,8 +256,7 @@ def plan_bits(
         ValueError: no text, or one that the model does not take; no plan has the error, see `secure.plan`.
         SecureError: a part of the model has more than sums and products, such as a division; names it.
     """
-    model = sequence_classifier(loaded.model, loaded.folder)
-    found = private(model, loaded.params, secure.Config(fraction_bits=secure.FRACTION_BITS), checked=True)
+    found = private(loaded.model, loaded.params, secure.Config(fraction_bits=secure.FRACTION_BITS), checked=True)
     client = found.client(loaded.tokenizer)
     encoded = client.encode(texts)
     runs = [client.run(encoded, [place], 1) for place in range(len(texts))]
@@ -290,7 +285,7 @@ def visibility(public_weights: bool) -> str:
 
 
 class SecureClassifier(Classifier):
-    """A sequence classifier that runs on secret shares; its weights stay resident between calls.
+    """A model that runs on secret shares; its weights stay resident between calls.
 
     Where its folder has a plan of bits, and the parties have `secure.FRACTION_BITS` and one of `plans.FOLLOWED_BY`, it
     runs as the plan says.
@@ -311,8 +306,8 @@ class SecureClassifier(Classifier):
             public_weights: whether every party may know the weights: then only texts and answers are secret.
 
         Raises:
-            ValueError: the model is no sequence classifier, or its logits have no meaning, or its plan is broken; or
-                the parties' fraction bits are for plans alone, see `plans.follows`.
+            ValueError: the model's logits have no meaning, or its plan is broken; or the parties' fraction bits are for
+                plans alone, see `plans.follows`.
         """
         found = private_classifier(loaded, parties.config)
         super().__init__(found.model, loaded.tokenizer, found.client_params, encoding=found.encoding)

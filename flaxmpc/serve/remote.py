@@ -64,7 +64,7 @@ def put(
         What the parties say of it.
 
     Raises:
-        ValueError: no sequence classifier, a broken plan of bits, a length that is none of its buckets, or a name that
+        ValueError: a broken plan of bits, a length that is none of its buckets, or a name that
             a model can't have.
         secure.SecureError: a party refuses, or can't be reached.
     """
@@ -100,7 +100,7 @@ def approve(
         The programs by name.
 
     Raises:
-        ValueError: no sequence classifier, a length that is none of its buckets, or no file for the digests.
+        ValueError: a length that is none of its buckets, or no file for the digests.
         OSError: a file can't be read or written.
     """
     approved = Approved.of(cluster)
@@ -211,8 +211,6 @@ class _Bundle(NamedTuple):
             try:
                 _unpack(bundle, folder)
                 model = folders.read_model(folder)
-                if not model.classifies_sequences:
-                    raise ValueError(f"a {type(model).__name__} is no sequence classifier")
                 params: dict[str, Any] = {}
                 if model.config.embedding.client_embeds:
                     table, _ = without_embeddings(model, param_shapes(model))
@@ -294,9 +292,10 @@ class RemoteClassifier(Classifier):
         name = "x".join(map(str, run.ids.shape))
         outputs, cost = self.parties.infer(self.name, self.model, name, inputs)
         shapes = [output.shape for output in outputs]
-        if shapes != [(len(run.ids), self.config.num_labels), (len(run.ids),)]:
+        wanted = [self._model.logits_shape(*run.ids.shape), (len(run.ids),)]
+        if shapes != wanted:
             raise ValueError(
-                f"program {name} gives {shapes}, not logits of {self.config.num_labels} labels and the strain: "
+                f"program {name} gives {shapes}, not {wanted}, the logits and the strain: "
                 "the owner puts the model again with `flaxmpc put`"
             )
         return answered(*self.opened(outputs)), None, cost

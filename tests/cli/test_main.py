@@ -451,7 +451,7 @@ def test_an_unknown_command(refused, given, meant):
 
 
 def test_no_text(refused):
-    assert refused("infer") == "there is no text to classify: give some, or --file"
+    assert refused("infer") == "there is no text: give some, or --file"
 
 
 def test_empty_text(refused):
@@ -561,11 +561,19 @@ def test_weights_that_are_no_safetensors(refused, model):
     assert "model.safetensors cannot be read as safetensors" in refused("infer", "good", "--model", model, *REF2K)
 
 
-def test_a_model_that_is_no_sequence_classifier(refused, model):
-    change_config(model, architectures=["BertForTokenClassification"])
+def test_the_entities_of_a_text(run, refused, model):
+    change_config(model, architectures=["BertForTokenClassification"], id2label={"0": "O", "1": "B-film"})
     change_weights(model, lambda tensors: [tensors.pop(name) for name in list(tensors) if "pooler" in name])
-    message = refused("infer", "good", "--model", model, *REF2K)
-    assert message == f"{model} holds a BertForTokenClassification, not a sequence classifier"
+    code, out, _ = run("infer", "good film", "--model", model, *REF2K, "--json")
+    assert code == 0
+    (found,) = json.loads(out)["results"]
+    assert found.keys() == {"text", "truncated", "entities", "difference"}
+    for entity in found["entities"]:
+        assert entity["entity_group"] == "film"
+        assert entity["word"] == "good film"[entity["start"] : entity["end"]]
+    assert "entities" in run("infer", "good film", "--model", model, *REF2K)[1]
+    message = refused("infer", "--pair", "good", "film", "--model", model, *REF2K)
+    assert message == "pair 1 is a pair of texts, but the model takes a single text"
 
 
 def test_what_spu_cannot_run(refused, model, monkeypatch):

@@ -4,20 +4,21 @@ import numpy as np
 import pytest
 
 from flaxmpc.data.batches import Text
-from flaxmpc.models.bert import BertConfig
+from flaxmpc.models.bert import BertConfig, BertForSequenceClassification
 from flaxmpc.secure import cost as costs
-from flaxmpc.serve.answers import LABELS, ONE_LABEL, VALUE, head, predict
+from flaxmpc.serve.answers import LABELS, ONE_LABEL, VALUE, Read, head, predict
 
 COST = costs.Cost.from_profile(costs.Config(), costs.Profile(((0, 0),) * 3, {}), 1.0, 0.0)
 
 
-def config(labels, problem_type=None):
-    return BertConfig(id2label=tuple("abcdef"[:labels]), problem_type=problem_type)
+def model(labels, problem_type=None):
+    return BertForSequenceClassification(BertConfig(id2label=tuple("abcdef"[:labels]), problem_type=problem_type))
 
 
 def answer(logits, problem_type=None, plain=None, text: Text = "good"):
     plain = None if plain is None else np.array(plain, np.float32)
-    return predict(text, np.array(logits, np.float32), plain, config(len(logits), problem_type), False, COST)
+    read = Read(text, None, None)  # what stands where in it is not looked at
+    return predict(read, np.array(logits, np.float32), plain, model(len(logits), problem_type), False, COST)
 
 
 @pytest.mark.parametrize(
@@ -33,12 +34,12 @@ def answer(logits, problem_type=None, plain=None, text: Text = "good"):
     ],
 )
 def test_what_a_head_means(labels, problem_type, kind):
-    assert head(config(labels, problem_type)) is kind
+    assert head(model(labels, problem_type)) is kind
 
 
 def test_a_regression_of_several_values_is_refused():
     with pytest.raises(ValueError, match="a regression has one value, but this model has 3 labels"):
-        head(config(3, "regression"))
+        head(model(3, "regression"))
 
 
 def test_one_label_of_several():
@@ -50,6 +51,7 @@ def test_one_label_of_several():
         "score": pytest.approx(0.6652409, abs=1e-6),
         "logits": [0.0, 2.0, 1.0],
         "logits_plaintext": pytest.approx([0.01, 2.0, 1.0]),
+        "difference": pytest.approx(0.01),
     }
     assert found.difference == pytest.approx(0.01)
     assert ONE_LABEL.cells(found) == ("b", "0.665")
@@ -72,6 +74,7 @@ def test_a_regression_has_a_value_and_no_label():
         "value": 3.25,
         "logits": [3.25],
         "logits_plaintext": pytest.approx([3.3]),
+        "difference": pytest.approx(0.05),
     }
     assert VALUE.cells(found) == ("3.2500",)
 

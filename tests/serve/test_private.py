@@ -10,7 +10,6 @@ import pytest
 from flaxmpc import secure
 from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
-from flaxmpc.models.bert import BertForMaskedLM
 from flaxmpc.secure.deploy.signature import Signature
 from flaxmpc.serve.private import SecureClassifier, answered, private_classifier
 
@@ -167,13 +166,6 @@ def test_a_tokenizer_of_another_model_is_refused(folder_of, minilm, tmp_path, gr
     folder = folders.save(tmp_path, loaded.model, loaded.params, minilm)
     with pytest.raises(ValueError, match=r"the tokenizer gives token \d+, but the model has 20: they do not belong"):
         SecureClassifier.from_folder(folder, group("REF2K")).classify(["a film"])
-
-
-def test_only_a_sequence_classifier_classifies(folder_of, group):
-    loaded = folders.load(folder_of("public"))
-    other = loaded._replace(model=BertForMaskedLM(loaded.model.config))
-    with pytest.raises(ValueError, match="holds a BertForMaskedLM, not a sequence classifier"):
-        SecureClassifier(other, group("REF2K"))
 
 
 # -------------------------------------------------------------------------------------- what is shared, what it costs

@@ -182,7 +182,8 @@ def test_handshakes_that_stand_still_give_way(served):
             with served.connect() as connection:
                 assert answers(connection)
         assert time.monotonic() - start < 5
-        assert slow[0].recv(10) == b""
+        with contextlib.suppress(ConnectionResetError):  # what it sent may not have been read
+            assert slow[0].recv(10) == b""
 
 
 def test_one_certificate_has_so_many_connections_and_all_clients_together(served, tmp_path):
