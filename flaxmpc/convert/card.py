@@ -8,7 +8,7 @@ from flaxmpc import files
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.folder import read_config
 from flaxmpc.nn.normalization import EXACT
-from flaxmpc.training.metrics import METRICS
+from flaxmpc.training.metrics import ENTITY_F1, NAMES
 
 # The text of a card about data that the library ships.
 _DATA = {
@@ -94,7 +94,7 @@ def _parts(config: EncoderConfig, layers: Sequence[int]) -> Iterable[tuple[str, 
 
 
 def _names(results: Mapping[str, Any]) -> list[str]:
-    return [name for name in METRICS if name in results]
+    return [name for name in NAMES if name in results]
 
 
 # The rows of the table of accuracy: the start of the names of a model's figures, and what the card calls this model.
@@ -122,9 +122,10 @@ def _measured(results: Mapping[str, Any]) -> Iterable[list[str]]:
 def _compared(results: Mapping[str, Any]) -> Iterable[str]:
     """How near the student is to its teacher, and how far from overflow: a paragraph for each figure that there is."""
     if "ci_low" in results:
+        rows = "words, accuracy" if ENTITY_F1 in results else "rows"
         points = {name: 100 * results[name] for name in ("difference", "ci_low", "ci_high")}
         yield (
-            f"Student minus teacher, on the same rows: {points['difference']:+.2f} points, 95 % bootstrap interval "
+            f"Student minus teacher, on the same {rows}: {points['difference']:+.2f} points, 95 % bootstrap interval "
             f"{points['ci_low']:+.2f} to {points['ci_high']:+.2f}."
         )
     for key, name in (("ref2k", "REF2K"), ("aby3", "ABY3")):

@@ -26,7 +26,7 @@ def of_task(task: Task) -> str:
 def of_split(split: Split) -> str:
     """The digest of a split: the texts, or the tokens where there are none, and the labels."""
     rows = split.texts if split.texts is not None else [np.asarray(row).tolist() for row in split.input_ids]
-    return _digest([list(rows), split.labels])
+    return _digest([list(rows), np.array(split.sizes), split.answers] if split.by_token else [list(rows), split.labels])
 
 
 def of_model(loaded: LoadedModel) -> str:

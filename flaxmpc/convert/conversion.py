@@ -24,7 +24,7 @@ from flaxmpc.data.batches import SPLITS, Batch, Split, batches
 from flaxmpc.data.matching import matched, named, refuse_other_order
 from flaxmpc.data.pieces import pieces
 from flaxmpc.models import folder as folders
-from flaxmpc.models.base import WithHead
+from flaxmpc.models.base import TEXTS, TOKENS, WithHead
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.public import with_public_layers
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
@@ -33,7 +33,7 @@ from flaxmpc.training.metrics import agreement, correct, evaluate, paired_differ
 
 
 def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str, float]:
-    figures = evaluate(task.metrics, logits, task.test.labels)
+    figures = evaluate(task.metrics, logits, task.test, task.id2label)
     return {prefix + name: value for name, value in figures.items()}
 
 
@@ -59,6 +59,7 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
     task = _load_task(config, folders.load_tokenizer(config.encoder), encoder)
     base = folders.load_pretrained(
         config.encoder,
+        _head(task),
         seed=config.seed,
         id2label=task.id2label,
         problem_type="regression" if task.regression else "single_label_classification",
@@ -88,9 +89,14 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
     logits = predict(base.model, params, task.test)
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, logits)}
     if not task.regression:
-        results["correct"] = _bits(correct(logits, task.test.labels))
+        results["correct"] = _bits(correct(logits, task.test.answers))
     _record(config, results, inputs)
     return results
+
+
+def _head(task: tasks.Task) -> str:
+    """The task of the head that is trained, see `WithHead.task`."""
+    return TOKENS if task.train.by_token else TEXTS
 
 
 def _record(config: FineTuning | Conversion, results: dict[str, Any], inputs: contents.Digests) -> None:
@@ -143,10 +149,10 @@ def _beside_teacher(
         return _figures(task, logits)
     short = pieces(task.test, 1.0, seed=0)
     theirs = predict(teacher.model, teacher.params, short)
-    hits, teacher_hits = correct(logits, task.test.labels), correct(teacher_logits, task.test.labels)
+    hits, teacher_hits = (correct(each, task.test.answers) for each in (logits, teacher_logits))
     return {
         **_figures(task, logits),
-        "pieces": len(short),
+        "pieces": len(short.answers),
         "pieces_agreement": agreement(predict(student, params, short), theirs),
         **paired_difference(hits, teacher_hits, seed=0)._asdict(),
         "correct": _bits(hits),
@@ -155,10 +161,11 @@ def _beside_teacher(
 
 
 def _teacher(config: Conversion) -> folders.LoadedModel:
-    """Loads the teacher. ValueError: it is no classifier of one label, or of a number."""
+    """Loads the teacher. ValueError: it gives no single label, of a text or of each token, nor a number."""
     teacher = folders.load(config.teacher)
-    if not teacher.model.classifies_sequences:
-        raise ValueError(f"{config.teacher} holds a {type(teacher.model).__name__}, not a sequence classifier")
+    if teacher.model.task not in (TEXTS, TOKENS):
+        kind = type(teacher.model).__name__
+        raise ValueError(f"{config.teacher} holds a {kind}; a student is made of what gives texts, or tokens, labels")
     if teacher.model.config.problem_type == "multi_label_classification":
         raise ValueError(
             f"{config.teacher} gives a text several labels; a student of one label, or of a number, is made"
@@ -193,6 +200,9 @@ def _material(config: Conversion, teacher: folders.LoadedModel) -> _Material:
     """
     own = teacher.model.config
     loaded = _load_task(config, teacher.tokenizer, own)
+    if loaded.train.by_token != (teacher.model.task == TOKENS):
+        has = "tags of words" if loaded.train.by_token else "labels of texts"
+        raise ValueError(f"{config.data} has {has}, but {config.teacher} is for {teacher.model.task}")
     task = matched(loaded, own.id2label, str(config.teacher))
     num_texts = len(task.text_columns)
     if own.num_texts not in (None, num_texts):
@@ -265,7 +275,7 @@ def _refuse_other_order(config: Conversion, teacher: folders.LoadedModel, train:
     """ValueError: on some rows of `train` the teacher's labels stand in another order, see `refuse_other_order`."""
     some = train[np.linspace(0, len(train) - 1, min(len(train), 256)).astype(int)]
     logits = predict(teacher.model, teacher.params, some)
-    refuse_other_order(logits, some.labels, f"{config.teacher} on {config.data}")
+    refuse_other_order(logits, some.answers, f"{config.teacher} on {config.data}")
 
 
 def _searched(

@@ -117,7 +117,7 @@ class Teacher:
         numbers = lengths.sum() * config.hidden_size * (len(layers) + 1)
         numbers += with_scores * np.square(lengths).sum() * config.num_attention_heads * len(layers)
         self.kept = 2 * numbers <= memory
-        self._logits = np.zeros((len(lengths), config.num_labels), np.float32)
+        self._logits: list[Any] = [None] * len(lengths)
         self._states: list[Any] = [None] * len(lengths)
         if not self.kept:
             return
@@ -125,7 +125,7 @@ class Teacher:
             logits, states = jax.device_get(apply(self._params, batch))
             for row in np.flatnonzero(batch.row_mask):
                 index, n = batch.place[row], int(batch.attention_mask[row].sum())
-                self._logits[index] = logits[row]
+                self._logits[index] = _cut(logits[row], n)
                 self._states[index] = jax.tree.map(
                     lambda leaf, row=row, n=n: _cut(leaf[row], n).astype(np.float16), states
                 )
@@ -134,25 +134,25 @@ class Teacher:
         """Padded places are 0 where the teacher's outputs were kept; no loss looks at them."""
         if not self.kept:
             return Targets(batch, *self._apply(self._params, batch))
-        logits = np.where(batch.row_mask[:, None] > 0, self._logits[batch.place], np.float32(0))
+        tokens = batch.input_ids.shape[1]
+        logits = _padded([self._logits[index] for index in batch.place], batch.row_mask, tokens)
         if not (self._with_states or self._with_scores):
             return Targets(batch, logits, None)
         rows = [self._states[index] for index in batch.place]
-        tokens = batch.input_ids.shape[1]
         return Targets(batch, logits, jax.tree.map(lambda *leaves: _padded(leaves, batch.row_mask, tokens), *rows))
 
 
 def _cut(leaf: np.ndarray, n: int) -> np.ndarray:
-    """One sentence's hidden state (token, hidden) or scores (head, token, token), without padding."""
-    return leaf[:n] if leaf.ndim == 2 else leaf[:, :n, :n]
+    """One sentence's logits (label,), hidden state (token, hidden) or scores (head, token, token), without padding."""
+    return leaf if leaf.ndim == 1 else leaf[:n] if leaf.ndim == 2 else leaf[:, :n, :n]
 
 
-def _padded(leaves: tuple[np.ndarray, ...], row_mask: np.ndarray, tokens: int) -> np.ndarray:
+def _padded(leaves: Sequence[np.ndarray], row_mask: np.ndarray, tokens: int) -> np.ndarray:
     first = leaves[0]
-    shape = (tokens, first.shape[-1]) if first.ndim == 2 else (first.shape[0], tokens, tokens)
+    shape = {1: first.shape, 2: (tokens, first.shape[-1]), 3: (first.shape[0], tokens, tokens)}[first.ndim]
     out = np.zeros((len(leaves), *shape), np.float32)
     for row in np.flatnonzero(row_mask):
-        _cut(out[row], leaves[row].shape[-2])[...] = leaves[row]
+        _cut(out[row], leaves[row].shape[max(0, first.ndim - 2)])[...] = leaves[row]
     return out
 
 
@@ -182,7 +182,8 @@ def distillation_loss(student: WithHead, stage: Stage, ranges: Ranges | None = N
         if stage.score_weight:
             terms["score_loss"] = stage.score_weight, losses.score_loss(states, their_states, tokens)  # pyright: ignore[reportArgumentType]
         if stage.logit_weight:
-            terms["logit_loss"] = stage.logit_weight, losses.logit_loss(ours, theirs, rows)
+            answers = rows if ours.ndim == 2 else tokens
+            terms["logit_loss"] = stage.logit_weight, losses.logit_loss(ours, theirs, answers)
         if stage.label_weight:
             terms["label_loss"] = stage.label_weight, losses.label_loss(ours, jnp.asarray(batch.label), rows)
         if stage.range_weight and ranges:

@@ -30,15 +30,17 @@ from flaxmpc.training import metrics
 def secure_logits(
     classifier: SecureClassifier, split: Split, batch_size: int, description: str = ""
 ) -> tuple[np.ndarray, np.ndarray, secure.Cost]:
-    """Computes the logits (row, label) of a split on shares and in the clear; returns both, and the last run's cost."""
-    shape = (len(split), classifier.config.num_labels)
-    secret, plain, cost = np.zeros(shape, np.float32), np.zeros(shape, np.float32), None
+    """Computes the logits (answer, label) of a split on shares and in the clear. Returns both, and a run's cost."""
+    secret, plain, cost = {}, {}, None
     runs = list(classifier.runs(split, range(len(split)), lambda _: [batch_size]))
     for run in track(runs, description):
-        found, rows = classifier.answer(run), list(run.places)
-        secret[rows], plain[rows], cost = found.secret[: len(rows)], found.plain[: len(rows)], found.cost
+        found = classifier.answer(run)
+        cost = found.cost
+        for row, place in enumerate(run.places):
+            secret[place], plain[place] = (split.logits_of(place, each[row]) for each in (found.secret, found.plain))
     assert cost is not None, "a split is never empty"
-    return secret, plain, cost
+    rows = range(len(split))
+    return np.concatenate([secret[row] for row in rows]), np.concatenate([plain[row] for row in rows]), cost
 
 
 def evaluate(
@@ -87,7 +89,7 @@ def evaluate(
             parties = plans.parties(folder, protocol)
             classifier = SecureClassifier(loaded, parties)
             secret, plain, cost = secure_logits(classifier, split, batch_size, protocol)
-            figures = {"sentences": len(rows), **metrics.evaluate(task.metrics, secret, split.labels)}
+            figures = {"sentences": len(rows), **metrics.evaluate(task.metrics, secret, split, task.id2label)}
             figures["agreement"] = metrics.agreement(secret, plain)
             figures["max_logit_difference"] = _largest_difference(secret, plain)
             results |= {f"{protocol.lower()}_{name}": value for name, value in figures.items()}
@@ -142,17 +144,25 @@ def _at_every_length(
             continue
         rows[length] = split
         logits = predict(loaded.model, loaded.params, split)
-        probes = predict(loaded.model, loaded.params, repeated(test, loaded.tokenizer, length))
-        record: dict[str, Any] = {"length": length, "rows": len(split), "joined": joined, "finite": _finite(logits)}
-        record |= {"repeated": len(probes), "repeated_finite": _finite(probes)}
+        words = repeated(test, loaded.tokenizer, length)
+        probes = predict(loaded.model, loaded.params, words)
+        record: dict[str, Any] = {
+            "length": length,
+            "rows": len(split),
+            "joined": joined,
+            "finite": _finite(split, logits),
+        }
+        record |= {"repeated": len(words), "repeated_finite": _finite(words, probes)}
         if exact is not None and logits.shape[-1] > 1:
             record["teacher_agreement"] = metrics.agreement(logits, predict(exact.model, exact.params, split))
         records.append(record)
     return rows, records
 
 
-def _finite(logits: np.ndarray) -> int:
-    return int(np.isfinite(logits).all(-1).sum())
+def _finite(split: Split, logits: np.ndarray) -> int:
+    """How many rows have finite logits alone."""
+    rows = np.split(np.isfinite(logits).all(-1), np.cumsum(split.sizes)[:-1])
+    return sum(bool(row.all()) for row in rows)
 
 
 def _longest(folder: Path, records: Sequence[dict[str, Any]]) -> int:

@@ -50,14 +50,14 @@ _apply: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=8)(lam
 
 
 def predict(model: WithHead, params: Mapping[str, Any], split: Split, batch_size: int = 64) -> np.ndarray:
-    """Logits (sentence, label), in the order of the split."""
+    """Logits (answer, label) of all answers of the split, see `Split.answers`."""
     model = looking_up(model)
-    logits = np.zeros((len(split), model.config.num_labels), np.float32)
+    logits: dict[int, np.ndarray] = {}
     for batch in in_order(split, batch_size, model.config.num_positions):
-        output = _apply(model)({"params": params}, *batch.inputs)
-        rows = batch.row_mask > 0
-        logits[batch.place[rows]] = np.asarray(output)[rows]
-    return logits
+        output = np.asarray(_apply(model)({"params": params}, *batch.inputs))
+        for row in np.flatnonzero(batch.row_mask):
+            logits[batch.place[row]] = split.logits_of(batch.place[row], output[row])
+    return np.concatenate([logits[row] for row in range(len(split))])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class Evaluate:
 
     Attributes:
         model, split: the model, and the rows that it is measured on.
-        metrics: names in `flaxmpc.training.metrics.METRICS`; the first chooses the best epoch.
+        metrics: `flaxmpc.training.metrics.NAMES`; the first chooses the best epoch.
     """
 
     model: WithHead
@@ -78,7 +78,8 @@ class Evaluate:
         return f"validation_{self.metrics[0]}"
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, float]:
-        figures = metrics.evaluate(self.metrics, predict(self.model, params, self.split), self.split.labels)
+        logits = predict(self.model, params, self.split)
+        figures = metrics.evaluate(self.metrics, logits, self.split, self.model.config.id2label)
         return {f"validation_{name}": value for name, value in figures.items()}
 
 
@@ -122,12 +123,13 @@ def classification_loss(model: WithHead) -> Loss:
     """Makes the loss for `fit` against the true labels, with dropout; it tells the accuracy of a classifier, too."""
 
     def loss(params: Mapping[str, Any], batch: Batch, key: jax.Array):
-        logits = model.apply({"params": params}, *batch.inputs, deterministic=False, rngs={"dropout": key})
+        logits: Any = model.apply({"params": params}, *batch.inputs, deterministic=False, rngs={"dropout": key})
         value = losses.label_loss(logits, batch.label, batch.row_mask)  # pyright: ignore[reportArgumentType]
         if model.config.num_labels == 1:
             return value, {}
-        hits = (jnp.argmax(logits, -1) == batch.label) * batch.row_mask  # pyright: ignore[reportArgumentType]
-        return value, {"train_accuracy": hits.sum() / batch.row_mask.sum()}
+        counts = losses.labelled(batch.label, batch.row_mask)  # pyright: ignore[reportArgumentType]
+        hits = (jnp.argmax(logits, -1) == batch.label) * counts
+        return value, {"train_accuracy": hits.sum() / jnp.maximum(counts.sum(), 1.0)}
 
     return loss
 

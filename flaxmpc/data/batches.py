@@ -18,6 +18,9 @@ from flaxmpc.errors import failing_as
 Text: TypeAlias = str | tuple[str, str]
 """A sentence, or a pair of sentences."""
 
+IGNORED = -100
+"""The label of a token that has none, as in HF."""
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -65,7 +68,8 @@ class Split:
 
     Attributes:
         input_ids: the token ids of every row, each (token,).
-        labels: the label of every row, (row,): integers, or floats for regression.
+        labels: the label of every row, (row,): integers, or floats for regression. Where tokens have the labels, an
+            array of arrays: those of every row's tokens, each (token,) int32; `IGNORED` is none.
         token_type_ids: the types of every row's tokens, each (token,): 0 in the first sentence of a pair and 1 in the
             second; None: all are 0.
         texts: the text of every row, as it was before encoding; None where nobody needs them.
@@ -87,6 +91,27 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens have labels, not texts."""
+        return self.labels.dtype == object
+
+    @property
+    def answers(self) -> np.ndarray:
+        """The labels (answer,): one for every row, or for every token that has one."""
+        return np.concatenate([row[row != IGNORED] for row in self.labels]) if self.by_token else self.labels
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many answers every row has."""
+        return [int((row != IGNORED).sum()) for row in self.labels] if self.by_token else [1] * len(self)
+
+    def logits_of(self, row: int, logits: np.ndarray) -> np.ndarray:
+        """The logits (answer, label) of a row, of a model's (label,) for the text, or (token, label) for its tokens."""
+        if not self.by_token:
+            return logits[None]
+        return logits[: len(self.labels[row])][self.labels[row] != IGNORED]
 
     def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> "Split":
         places = np.arange(len(self))[rows].tolist()
@@ -159,7 +184,16 @@ def encode(tokenizer: Any, texts: Sequence[Text], max_length: int) -> Encoded:
 def without_labels(tokenizer: Any, texts: Sequence[Text], max_length: int, like: Split) -> Split:
     """Encodes texts that have no labels: all are 0, of the type of those of another split."""
     ids, types, _ = encode(tokenizer, texts, max_length)
-    return Split(ids, np.zeros(len(texts), like.labels.dtype), types)
+    none = of_tokens([np.zeros(len(row), np.int32) for row in ids])
+    return Split(ids, none if like.by_token else np.zeros(len(texts), like.labels.dtype), types)
+
+
+def of_tokens(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """Labels of tokens, as `Split` has them."""
+    found = np.empty(len(labels), object)
+    for row, own in enumerate(labels):  # at once, NumPy would make one array of rows of one length
+        found[row] = own
+    return found
 
 
 class Batch(NamedTuple):
@@ -167,7 +201,7 @@ class Batch(NamedTuple):
 
     Attributes:
         input_ids, attention_mask, token_type_ids: (batch, token) int32; mask and types are 0 on padding.
-        label: (batch,) int32, or float32 for regression.
+        label: (batch,) int32, or float32 for regression; or (batch, token) int32, where tokens have labels.
         row_mask: (batch,) float32, 1; 0 for rows that only fill up.
         place: (batch,) int32, the row's place in its split; 0 for rows that only fill up.
     """
@@ -228,13 +262,15 @@ def collate(split: Split, members: Members, *, batch_size: int, pad_token_id: in
     """Puts rows of a split in one batch, in their order, then rows that only fill it up."""
     rows, count = members.rows, len(members.rows)
     inputs = padded(split, rows.tolist(), (batch_size, members.length), pad_token_id)
-    batch = Batch(
-        *inputs,
-        np.zeros(batch_size, np.float32 if split.labels.dtype.kind == "f" else np.int32),
-        np.zeros(batch_size, np.float32),
-        np.zeros(batch_size, np.int32),
-    )
-    batch.label[:count], batch.row_mask[:count], batch.place[:count] = split.labels[rows], 1.0, rows
+    if split.by_token:
+        labels = np.full((batch_size, members.length), IGNORED, np.int32)
+        for place, row in enumerate(split.labels[rows]):
+            labels[place, : len(row)] = row
+    else:
+        labels = np.zeros(batch_size, np.float32 if split.labels.dtype.kind == "f" else np.int32)
+        labels[:count] = split.labels[rows]
+    batch = Batch(*inputs, labels, np.zeros(batch_size, np.float32), np.zeros(batch_size, np.int32))
+    batch.row_mask[:count], batch.place[:count] = 1.0, rows
     return batch
 
 

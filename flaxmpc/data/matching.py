@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flaxmpc.data.batches import SPLITS
+from flaxmpc.data.batches import IGNORED, SPLITS, Split, of_tokens
 from flaxmpc.data.tasks import Task
 
 
@@ -36,8 +36,15 @@ def matched(task: Task, id2label: Sequence[str], owner: str) -> Task:
         raise ValueError(f"{both}: not the same. Rename the model's, in id2label of its config.json, or the data's")
     ids = np.array([theirs.index(name) for name in ours], np.int32)
     splits = {name: getattr(task, name) for name in SPLITS}
-    renumbered = {name: dataclasses.replace(split, labels=ids[split.labels]) for name, split in splits.items()}
+    renumbered = {name: dataclasses.replace(split, labels=_mapped(split, ids)) for name, split in splits.items()}
     return dataclasses.replace(task, **renumbered, id2label=tuple(id2label))
+
+
+def _mapped(split: Split, ids: np.ndarray) -> np.ndarray:
+    """The labels of a split with other ids."""
+    if not split.by_token:
+        return ids[split.labels]
+    return of_tokens([np.where(row == IGNORED, row, ids[np.maximum(row, 0)]) for row in split.labels])
 
 
 def named(id2label: Sequence[str]) -> bool:

@@ -1,8 +1,11 @@
 """Cuts sentences into short pieces, which a student learns too: people type single words, data sets have sentences."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
-from flaxmpc.data.batches import Split
+from flaxmpc.data.batches import Split, of_tokens
 
 # The longest piece of a sentence, in tokens; longer ones stay in the calibrated ranges, as sentences do.
 _LONGEST = 6
@@ -13,7 +16,7 @@ def pieces(split: Split, share: float, *, seed: int) -> Split:
 
     A student that has seen no text of three tokens, [CLS] word [SEP], is nowhere near its teacher there: its attention
     is not divided by what it sums to, and the variances leave their ranges. A piece has no label of its own, only the
-    teacher's answer; the label of its row stands in its place.
+    teacher's answer; the label of its row stands in its place. Labels of tokens stay theirs.
 
     Args:
         split: rows [CLS] sentence [SEP], or [CLS] first [SEP] second [SEP].
@@ -30,12 +33,12 @@ def pieces(split: Split, share: float, *, seed: int) -> Split:
     chosen = split[rows]
     kept = [_piece(np.asarray(ids), rng) for ids in chosen.input_ids]
 
-    def cut(column):  # with a value for each token
-        return None if column is None else [np.asarray(row)[places] for row, places in zip(column, kept, strict=True)]
+    def cut(column: Iterable[Any]) -> list[np.ndarray]:  # with a value for each token
+        return [np.asarray(row)[places] for row, places in zip(column, kept, strict=True)]
 
-    ids = cut(chosen.input_ids)
-    assert ids is not None
-    return Split(ids, chosen.labels, cut(chosen.token_type_ids))
+    types = None if chosen.token_type_ids is None else cut(chosen.token_type_ids)
+    labels = of_tokens(cut(chosen.labels)) if split.by_token else chosen.labels
+    return Split(cut(chosen.input_ids), labels, types)
 
 
 def _piece(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Reads tables of labelled text from files: CSV, TSV, JSONL, JSON, Parquet, Arrow. Nothing is written beside them."""
+"""Reads tables of labelled text from files: CSV, TSV, JSONL, JSON, CoNLL, Parquet, Arrow. Nothing is written beside
+them.
+"""
 
 import dataclasses
 import re
@@ -55,15 +57,17 @@ def read(path: str | Path, splits: Container[str] | None = None, unnamed: Sequen
     """Reads a file or a folder: its tables by the name of their split; a single table that is not split is `ALL`.
 
     Args:
-        path: a file (.csv, .tsv, .jsonl, .json, .parquet), a folder with such files whose names are those of splits
-            (train.csv, dev.csv, test.csv, train-00000-of-00002.parquet), or a folder of `datasets.save_to_disk`.
+        path: a file (.csv, .tsv, .jsonl, .json, .conll, .parquet), a folder with such files whose names are those of
+            splits (train.csv, dev.csv, test.csv, train-00000-of-00002.parquet), or a folder of `datasets.save_to_disk`.
         splits: the names of the files of a folder that are read; None: all.
         unnamed: the columns of CSV and TSV files that come without a line of names: those whose first line has as many
             fields, but none of these names.
 
     CSV and TSV start with a line of column names; CSV is quoted as usual, TSV is never quoted, as GLUE's. JSONL is one
     object a line, JSON a list of objects. Text is UTF-8. A line ends in LF or CR LF and nowhere else; in CSV and TSV a
-    blank one is no row. A carriage return on its own is text within the quotes of CSV, and refused elsewhere.
+    blank one is no row. A carriage return on its own is text within the quotes of CSV, and refused elsewhere. CoNLL has
+    a word and its tag on a line, first and last of fields that tabs or spaces part, and a blank line after a sentence:
+    a row of the columns tokens and tags, each a list.
 
     Raises:
         FileNotFoundError: there is no such path, or nothing in the folder that could be read.
@@ -169,6 +173,27 @@ def _read_json(file: Path) -> Table:
     return _objects(file, rows(file, text))
 
 
+def _read_conll(file: Path) -> Table:
+    """Reads sentences of words with tags. A line -DOCSTART- begins a document, and is no word."""
+    found: list[tuple[int, list[str], list[str]]] = []
+    goes_on = False
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        line = line.removesuffix("\r")
+        fields = line.split("\t") if "\t" in line else line.split(" ")
+        if not line.strip() or fields[0] == "-DOCSTART-":
+            goes_on = False
+            continue
+        if len(fields) < 2 or not fields[0].strip() or not fields[-1].strip():
+            raise ValueError(f"{file}, line {number}: {brief(line)} is no word and tag, with a tab or space between")
+        if not goes_on:
+            found.append((number, [], []))
+        goes_on = True
+        found[-1][1].append(fields[0])
+        found[-1][2].append(fields[-1])
+    lines, words, tags = zip(*found, strict=True) if found else ((), (), ())
+    return Table(str(file), {"tokens": list(words), "tags": list(tags)}, list(lines))
+
+
 def _read_parquet(parts: Sequence[Path]) -> Table:
     """Reads a file, or all shards of a split, as one table."""
     source = str(parts[0]) if len(parts) == 1 else f"{parts[0]} and shards"
@@ -222,5 +247,6 @@ _READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {
     ".tsv": lambda file, unnamed: _fields(file, tsv_rows(file, read_text(file)), unnamed),
     ".jsonl": lambda file, unnamed: _objects(file, jsonl_rows(file, read_text(file))),
     ".json": lambda file, unnamed: _read_json(file),
+    ".conll": lambda file, unnamed: _read_conll(file),
     ".parquet": lambda file, unnamed: _read_parquet([file]),
 }

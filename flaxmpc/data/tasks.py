@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxmpc.data import columns, tables
+from flaxmpc.data import columns, tables, words
 from flaxmpc.data.batches import SPLITS, Split, Text, encode, movie_sentences, split_of, without_labels
 from flaxmpc.data.glue import GLUE, Glue, from_hub
 from flaxmpc.data.labels import read_labels
@@ -38,7 +38,7 @@ class Task:
         train, validation, test: the rows; none of the splits is empty, and every class is in train. Validation chooses
             the checkpoint, test is looked at once.
         id2label: the names of the classes in order of their ids; one name for regression.
-        metrics: names in `flaxmpc.training.metrics.METRICS`; the first decides which checkpoint is best.
+        metrics: `flaxmpc.training.metrics.NAMES`; the first decides which checkpoint is best.
         text_columns: one, or two for pairs.
         warnings: what is odd but no error, a sentence each: texts that are cut, rows that are left out, a text with
             two labels, numbers that look like classes.
@@ -87,6 +87,9 @@ def load(
     among them); numbers may be written as strings. Where a column's classes have names, as `datasets.ClassLabel` gives
     them, it is these that count and not their order.
 
+    A table with a column `tokens` has words with tags in place of a text with a label: lists of as many strings, the
+    tags in `label_column`, or in `tags` or `ner_tags`. All of the above holds for such rows, too.
+
     Args:
         data: what is read, see above.
         tokenizer: a fast tokenizer, see `flaxmpc.models.folder.load_tokenizer`.
@@ -102,6 +105,8 @@ def load(
         ConnectionError: the hub cannot be reached.
     """
     name, glue, found = _source(data)
+    if words.has_words(next(iter(found.values())), text_columns):
+        return _of_words(name, found, tokenizer, max_length, label_column)
     usual = glue.text_columns if glue else ()
     named = columns.text_columns(next(iter(found.values())), text_columns or usual)
     for table in found.values():
@@ -127,6 +132,34 @@ def load(
     )
 
 
+def _of_words(name: str, found: dict[str, Table], tokenizer: Any, max_length: int, label_column: str) -> Task:
+    """A task whose words have tags, see `load`."""
+    column = words.tags_column(next(iter(found.values())), label_column)
+    for table in found.values():
+        columns.require(table, (words.TOKENS, column))
+    warnings: list[str] = []
+    texts: dict[str, list[Text]] = {split: list(words.texts(table)) for split, table in found.items()}
+    tags, id2label = words.read_tags(found, column)
+    rows = _three({split: Rows(texts[split], tags[split]) for split in found})
+    _refuse_empty(name, len(found.get(ALL) or found["train"]), rows)
+    rows = _apart(name, rows, warnings)
+    known = {tag for row in rows["train"].labels for tag in row.tolist()}
+    if lacking := sorted(set(range(len(id2label))) - known):
+        raise ValueError(f"the training split of {name} has no word with the tag {id2label[lacking[0]]}")
+    encoded = {
+        split: words.encode(split, rows[split].texts, rows[split].labels, tokenizer, max_length, warnings)
+        for split in SPLITS
+    }
+    return Task(
+        name,
+        **encoded,
+        id2label=id2label,
+        metrics=("entity_f1", "accuracy"),
+        text_columns=(words.TOKENS,),
+        warnings=tuple(warnings),
+    )
+
+
 def unlabelled(path: Path, task: Task, tokenizer: Any, max_length: int) -> Split:
     """Reads more texts for a task from a file or folder, in the columns of its texts, see `tables.read`.
 
@@ -138,13 +171,24 @@ def unlabelled(path: Path, task: Task, tokenizer: Any, max_length: int) -> Split
     """
     glue = GLUE.get(task.name)
     found = (glue.read(path) if glue else tables.read(path)).values()
-    for table in found:
-        columns.require(table, task.text_columns)
     held_out = {*(task.validation.texts or ()), *(task.test.texts or ())}
-    texts = [text for table in found for text in columns.texts(table, task.text_columns) if text not in held_out]
+    texts = [text for table in found for text in _texts_for(task, table) if text not in held_out]
     if not texts:
         raise ValueError(f"{path} has no texts but those of {task.name}'s validation and test rows")
     return without_labels(tokenizer, texts, max_length, task.train)
+
+
+def _texts_for(task: Task, table: Table) -> Sequence[Text]:
+    """A table's texts in the columns of a task's; for one of words with tags, such words or else any texts."""
+    named = task.text_columns
+    if task.train.by_token:
+        if words.TOKENS in table.columns:
+            return words.texts(table)
+        named = columns.text_columns(table)
+        if len(named) > 1:
+            raise ValueError(f"{table.source} has pairs of texts, {' and '.join(named)}; {task.name} has single ones")
+    columns.require(table, named)
+    return columns.texts(table, named)
 
 
 class Rows(NamedTuple):

@@ -181,6 +181,13 @@ class Family:
     def prefix(self) -> str:
         return self.models[0].base_model_prefix
 
+    def model_for(self, task: str) -> type[WithHead]:
+        """The model with a head for a task, see `WithHead.task`. ValueError: the family has none."""
+        for model in self.models:
+            if model.task == task:
+                return model
+        raise unknown("task", task, [model.task for model in self.models])
+
     def kin(self, model_type: str, name: str, **defaults: Any) -> "Family":
         """A family of the same encoder, heads and names of weights, which HF has under another name.
 

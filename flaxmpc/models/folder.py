@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flaxmpc import files
 from flaxmpc.errors import brief, unknown
 from flaxmpc.models import bert, distilbert, electra, mpnet, roberta  # noqa: F401  they register their families
-from flaxmpc.models.base import WithHead, architectures, family_of, init_params, param_shapes
+from flaxmpc.models.base import TEXTS, WithHead, architectures, family_of, init_params, param_shapes
 from flaxmpc.models.config import EncoderConfig, read_fields
 from flaxmpc.models.tokenizer import load_tokenizer, save_tokenizer
 from flaxmpc.models.weights import read_params, write_params
@@ -85,7 +85,7 @@ def read_config(folder: str | Path) -> EncoderConfig:
 
 def load_pretrained(
     folder: str | Path,
-    architecture: type[WithHead] | None = None,
+    task: str = TEXTS,
     *,
     seed: int = 0,
     **changes: Any,
@@ -94,7 +94,7 @@ def load_pretrained(
 
     Args:
         folder: a model folder, HF's or ours.
-        architecture: the class of the new model; None: the sequence classifier of the folder's family.
+        task: what the head is for, see `WithHead.task`.
         seed: what the head's random weights are made from.
         **changes: fields of the config that are to be other than in the file, such as `id2label`.
 
@@ -103,7 +103,7 @@ def load_pretrained(
     """
     folder = Path(folder)
     config = dataclasses.replace(read_config(folder), **changes)
-    model = (architecture or family_of(config.model_type).models[0])(config)
+    model = family_of(config.model_type).model_for(task)(config)
     params = read_params(folder / "model.safetensors", param_shapes(model), fresh=lambda: init_params(model, seed))
     return LoadedModel(model, params, load_tokenizer(folder), folder)
 

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from flaxmpc.data.batches import IGNORED
 from flaxmpc.models.outputs import Intermediates
 
 
@@ -17,23 +18,38 @@ def masked_mean(values: Any, mask: Array) -> Array:
     return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
 
 
-def label_loss(logits: Float[Array, "batch label"], labels: Array, row_mask: Float[Array, " batch"]) -> Array:
-    """Softmax cross-entropy with the true labels (batch,); with one output, a regression, the squared difference."""
+def labelled(labels: Array, row_mask: Float[Array, " batch"]) -> Array:
+    """1 for each label that counts, of the shape of the labels: (batch,), or (batch, token) where tokens have them."""
+    return row_mask if labels.ndim == 1 else (labels != IGNORED) * row_mask[:, None]
+
+
+def label_loss(
+    logits: Float[Array, "*labels label"], labels: Shaped[Array, "*labels"], row_mask: Float[Array, " batch"]
+) -> Array:
+    """Softmax cross-entropy with the true labels, (batch,) or (batch, token), whose `IGNORED` ones do not count.
+
+    With one output, a regression, the squared difference.
+    """
+    mask = labelled(labels, row_mask)
     if logits.shape[-1] == 1:
-        return masked_mean(jnp.square(logits[:, 0] - labels), row_mask)
-    return masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), row_mask)
+        return masked_mean(jnp.square(logits[..., 0] - labels), mask)
+    return masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0)), mask)
 
 
 def logit_loss(
-    logits: Float[Array, "batch label"], teacher: Float[Array, "batch label"], row_mask: Float[Array, " batch"]
+    logits: Float[Array, "*answers label"], teacher: Float[Array, "*answers label"], mask: Float[Array, "*answers"]
 ) -> Array:
     """Softmax cross-entropy with the teacher's probabilities (TinyBERT, arXiv 1909.10351, eq. 10, temperature 1).
 
     With one output, a regression, the squared difference.
+
+    Args:
+        logits, teacher: of texts (batch, label), or of tokens (batch, token, label).
+        mask: 1 for each text, or token, that counts.
     """
     if logits.shape[-1] == 1:
-        return masked_mean(jnp.square(logits - teacher)[:, 0], row_mask)
-    return masked_mean(optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher)), row_mask)
+        return masked_mean(jnp.square(logits - teacher)[..., 0], mask)
+    return masked_mean(optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher)), mask)
 
 
 def hidden_loss(student: Intermediates, teacher: Intermediates, token_mask: Float[Array, "batch token"]) -> Array:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flaxmpc.data.batches import Split
+from flaxmpc.data.entities import Span, spans
 from flaxmpc.errors import unknown
 
 
@@ -85,17 +87,54 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 A row with a logit that is not finite is wrong."""
 
+ENTITY_F1 = "entity_f1"
+"""The metric of named entities, see `entity_f1`."""
 
-def evaluate(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+NAMES = (*METRICS, ENTITY_F1)
+
+
+def entity_f1(logits: np.ndarray, split: Split, id2label: Sequence[str]) -> float:
+    """F1 of the named entities: one is found where its kind and all of its words are right, as conlleval counts.
+
+    0 where there is none, and none is found.
+
+    Args:
+        logits: the model's (answer, label), of all answers of the split.
+        split: rows of words with tags.
+        id2label: the tags, see `flaxmpc.data.entities`.
+    """
+    ends = np.cumsum(split.sizes)[:-1]
+
+    tags = (*id2label, "of no finite logits")  # an entity that is none of the true ones
+
+    def entities(ids: np.ndarray) -> set[tuple[int, Span]]:
+        rows = enumerate(np.split(ids, ends))
+        return {(row, span) for row, own in rows for span in spans([tags[int(i)] for i in own])}
+
+    predicted = np.where(np.isfinite(logits).all(-1), logits.argmax(-1), len(id2label))
+    found, true = entities(predicted), entities(split.answers)
+    return 2 * len(found & true) / max(len(found) + len(true), 1)
+
+
+def evaluate(names: Sequence[str], logits: np.ndarray, split: Split, id2label: Sequence[str]) -> dict[str, float]:
     """Computes several metrics, and returns them by name.
+
+    Args:
+        names: of `NAMES`.
+        logits: a model's (answer, label), of all answers of the split.
+        split: the rows, with their labels.
+        id2label: the names of the labels.
 
     Raises:
         ValueError: an unknown metric; the message lists the known ones.
     """
     for name in names:
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
-    return {name: METRICS[name](logits, labels) for name in names}
+        if name not in NAMES:
+            raise unknown("metric", name, NAMES)
+    return {
+        name: entity_f1(logits, split, id2label) if name == ENTITY_F1 else METRICS[name](logits, split.answers)
+        for name in names
+    }
 
 
 def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flaxmpc.models import folder as folders
-from flaxmpc.models.base import init_params
+from flaxmpc.models.base import WORDS, init_params
 from flaxmpc.models.bert import ARCHITECTURES, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from flaxmpc.models.params import flatten
 from flaxmpc.models.tokenizer import FILES
@@ -174,7 +174,7 @@ def test_a_model_of_another_shape_lists_what_does_not_fit(saved):
 
 def test_a_pretrained_encoder_gets_a_fresh_head(saved):
     stored = flatten(folders.load(saved).params)
-    ours = folders.load_pretrained(saved, BertForMaskedLM, seed=5)
+    ours = folders.load_pretrained(saved, WORDS, seed=5)
     fresh = flatten(init_params(ours.model, 5))
     assert type(ours.model) is BertForMaskedLM
     for name, value in flatten(ours.params).items():

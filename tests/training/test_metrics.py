@@ -5,12 +5,14 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn
 
+from flaxmpc.data.batches import Split
 from flaxmpc.data.glue import GLUE
 from flaxmpc.training import metrics
 from flaxmpc.training.metrics import METRICS, accuracy, correct, f1, matthews_correlation, paired_difference
 
 LOGITS = np.array([[0.1, 0.2], [3, -1], [-5, -4], [0, 1], [2, 1], [1, 0]])  # 1, 0, 1, 1, 0, 0
 LABELS = np.array([1, 0, 0, 1, 1, 0])
+SPLIT = Split([[1]] * 6, LABELS)
 
 
 def test_accuracy_is_the_share_of_largest_logits_at_the_label():
@@ -55,11 +57,11 @@ def test_a_correlation_of_classes_is_refused(name):
 
 
 def test_metrics_by_name():
-    found = metrics.evaluate(("f1", "accuracy"), LOGITS, LABELS)
+    found = metrics.evaluate(("f1", "accuracy"), LOGITS, SPLIT, ("a", "b"))
     assert list(found) == ["f1", "accuracy"]
     assert found["accuracy"] == accuracy(LOGITS, LABELS)
     with pytest.raises(ValueError, match=r"unknown metric 'acuracy'\. Did you mean 'accuracy'\?"):
-        metrics.evaluate(("acuracy",), LOGITS, LABELS)
+        metrics.evaluate(("acuracy",), LOGITS, SPLIT, ("a", "b"))
 
 
 def test_all_metrics_of_glue_exist():
