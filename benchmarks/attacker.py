@@ -33,7 +33,7 @@ import numpy as np
 from flaxmpc import secure
 from flaxmpc.secure._spu import load_spu
 from flaxmpc.secure.deploy import messages as m
-from flaxmpc.secure.deploy import rpc, streams
+from flaxmpc.secure.deploy import streams
 from flaxmpc.secure.deploy.cluster import ClusterFile
 
 _PATIENCE = 10.0  # seconds that an answer is waited for
@@ -69,7 +69,7 @@ class Attacker:
     def end(self, call: Any, patience: float = _PATIENCE) -> None:
         """Waits for the end of a call, and counts it."""
         try:
-            answer = rpc.decode(call.result(timeout=patience), m.Answer)
+            answer = m.decode(call.result(timeout=patience), m.Answer)
         except grpc.RpcError as error:
             self.refused(error)
         except (grpc.FutureTimeoutError, grpc.FutureCancelledError):

@@ -1,10 +1,11 @@
-"""Fine-tuning MiniLM-L6 on movie sentences: sentences a second, ours against PyTorch with transformers.
+"""Fine-tuning MiniLM-L6 on movie sentences: sentences a second of `fit`, against PyTorch with transformers.
 
     python benchmarks/train_speed.py [--json] [--show] [--quick]
 
 The same weights, batches and lengths, AdamW with the same trained parameters, clipping and dropout, float32, the same
-threads, in one process: blocks of the same steps in turn, and the median of the blocks' ratios. A third side,
-`products`, is the profile: the step's matrix products alone, forward and backward, without anything between them.
+threads or the same accelerator, in one process: blocks of the same steps in turn, and the median of the blocks' ratios.
+Ours is the loop of `fit`: batches prepared ahead, metrics read a step late, the loss watched. A third side, `products`,
+is the profile: the step's matrix products alone, forward and backward, without anything between them.
 PyTorch is in no lock file: pip install 'flaxmpc[bench-torch]'. About 5 minutes on 2 idle cores. XLA_FLAGS and
 GLIBC_TUNABLES are recorded: train/movie.py names those that train faster.
 """
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,14 +27,14 @@ import numpy as np
 import tyro
 from harness import Benchmark, Options, Record, held
 
-from flaxmpc.convert.finetune import LENGTHS, classification_loss
+from flaxmpc.convert.finetune import classification_loss
 from flaxmpc.convert.recipe import minilm_l6
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import Batch, batches
 from flaxmpc.models import folder as folders
 from flaxmpc.models.params import flatten
 from flaxmpc.secure.cost import provenance
-from flaxmpc.training.fit import Schedule, partition, train_step
+from flaxmpc.training.fit import Objective, Schedule, Trainer
 
 OURS, THEIRS = "flaxmpc", "torch"
 SCHEDULE = Schedule(epochs=3, learning_rate=5e-5)
@@ -40,21 +42,19 @@ REPETITIONS, STEPS = 7, 12
 
 
 class Ours:
-    """The step that `fit` takes."""
+    """The loop of `fit`."""
 
     def __init__(self):
         base = folders.load_pretrained(minilm_l6(), id2label=("negative", "positive"))
-        trainable, self.frozen = jax.device_put(partition(base.params, "bert/embeddings/"))
-        optimizer = SCHEDULE.optimizer(1000)
-        self.state = {"params": trainable, "optimizer": optimizer.init(trainable)}
-        self.trained = sum(leaf.size for leaf in trainable.values())
-        self.run = train_step(classification_loss(base.model), optimizer)
-        self.key = jax.random.key(0)
+        objective = Objective(classification_loss(base.model), frozen="bert/embeddings/")
+        self.trainer = Trainer(objective, base.params, SCHEDULE, Path("train_speed"), num_steps=1000, seed=0)
+        self.trained = sum(leaf.size for leaf in self.trainer.state["params"].values())
 
-    def step(self, batch: Batch) -> float:
-        self.key, key = jax.random.split(self.key)
-        self.state, metrics = self.run(self.state["params"], self.state["optimizer"], self.frozen, batch, key)
-        return float(metrics["loss"])
+    def steps(self, found: list[Batch]) -> list[float]:
+        done = []
+        for number, batch, rows in self.trainer.ahead(iter(enumerate(found))):
+            done += self.trainer.step(number, batch, rows)
+        return [values["loss"] for _, values in done + self.trainer.finish()]
 
 
 def _torch() -> Any:
@@ -73,7 +73,9 @@ class Theirs:
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.manual_seed(0)
+        self.device = "cpu" if jax.default_backend() == "cpu" else "cuda"
         self.model: Any = BertForSequenceClassification.from_pretrained(minilm_l6(), num_labels=2)
+        self.model.to(self.device)
         self.model.train()
         self.model.bert.embeddings.requires_grad_(False)
         self.params = [leaf for leaf in self.model.parameters() if leaf.requires_grad]
@@ -83,15 +85,18 @@ class Theirs:
         groups = [{"params": matrices, "weight_decay": SCHEDULE.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=SCHEDULE.learning_rate, fused=True)
 
-    def step(self, batch: Batch) -> float:
-        rows = {name: self.torch.from_numpy(getattr(batch, name)).long()
+    def steps(self, found: list[Batch]) -> list[float]:
+        return [loss.item() for loss in [self._step(batch) for batch in found]]  # read once all have been started
+
+    def _step(self, batch: Batch) -> Any:
+        rows = {name: self.torch.from_numpy(getattr(batch, name)).long().to(self.device)
                 for name in ("input_ids", "attention_mask", "token_type_ids")}  # fmt: skip
-        loss = self.model(**rows, labels=self.torch.from_numpy(batch.label).long()).loss
+        loss = self.model(**rows, labels=self.torch.from_numpy(batch.label).long().to(self.device)).loss
         self.optimizer.zero_grad()
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.params, SCHEDULE.clip_norm)
         self.optimizer.step()
-        return loss.item()
+        return loss.detach()
 
 
 class Products:
@@ -130,10 +135,11 @@ class Products:
         self.gradients = gradients
         self.width = config.hidden_size
 
-    def step(self, batch: Batch) -> float:
-        x = np.ones((*batch.input_ids.shape, self.width), np.float32)
-        jax.block_until_ready(self.gradients(self.kernels, x))
-        return 0.0
+    def steps(self, found: list[Batch]) -> list[float]:
+        for batch in found:
+            x = np.ones((*batch.input_ids.shape, self.width), np.float32)
+            jax.block_until_ready(self.gradients(self.kernels, x))
+        return [0.0]
 
 
 PROFILE = "products"
@@ -144,7 +150,7 @@ SIDES: dict[str, Callable[[], Any]] = {OURS: Ours, THEIRS: Theirs, PROFILE: Prod
 def full_batches() -> list[Batch]:
     """The batches of an epoch that need no filling, for the loss over their rows is the mean in both."""
     task = tasks.load("movie", folders.load_tokenizer(minilm_l6()), 64)
-    found = batches(task.train, batch_size=SCHEDULE.batch_size, lengths=LENGTHS, seed=0)
+    found = batches(task.train, batch_size=SCHEDULE.batch_size, lengths=SCHEDULE.padded_lengths, seed=0)
     return [batch for batch in found if batch.row_mask.all()]
 
 
@@ -152,8 +158,7 @@ def full_batches() -> list[Batch]:
 def warm(variant: str) -> Any:
     """A side that has seen a batch of every length."""
     side = SIDES[variant]()
-    for batch in {batch.input_ids.shape: batch for batch in full_batches()}.values():
-        side.step(batch)
+    side.steps(list({batch.input_ids.shape: batch for batch in full_batches()}.values()))
     return side
 
 
@@ -161,7 +166,7 @@ def measure(variant: str, block: int, steps: int) -> Record:
     """A block of steps."""
     side, found = warm(variant), full_batches()[block * steps : (block + 1) * steps]
     started = time.perf_counter()
-    losses = [side.step(batch) for batch in found]
+    losses = side.steps(found)
     seconds = time.perf_counter() - started
     made = provenance()
     made["versions"] |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}

@@ -14,7 +14,16 @@ from flaxmpc.convert import calibrate, contents
 from flaxmpc.convert.budget import Budget
 from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.distill import Stage, Teacher, distillation_loss, start_student
-from flaxmpc.convert.finetune import Evaluate, classification_loss, in_order, learn, lengths, looking_up, predict
+from flaxmpc.convert.finetune import (
+    Evaluate,
+    classification_loss,
+    computing,
+    in_order,
+    learn,
+    lengths,
+    looking_up,
+    predict,
+)
 from flaxmpc.convert.head import linear_head
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
 from flaxmpc.convert.search import STEPS, PartNames, near_teacher, search
@@ -79,7 +88,7 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
         Evaluate(base.model, task.validation, task.metrics),
         config.schedule,
         run / "fine-tuning",
-        classification_loss(base.model),
+        classification_loss(computing(base.model, config.schedule)),
         train_embeddings=config.train_embeddings,
         seed=config.seed,
     )
@@ -367,7 +376,7 @@ def _stages(
             Evaluate(trained, task.validation, task.metrics),
             stage,
             run / name,
-            distillation_loss(trained, stage, ranges, name=name),
+            distillation_loss(computing(trained, stage), stage, ranges, name=name),
             prepare=answers,
             train_embeddings=config.train_embeddings,
             seed=config.seed,

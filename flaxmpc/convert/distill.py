@@ -69,7 +69,7 @@ def start_student(student: WithHead, teacher: Mapping[str, Any]) -> dict[str, An
 
 
 class Teacher:
-    """The teacher's logits and hidden states, without dropout: computed once and kept, if they fit in memory.
+    """The teacher's logits and hidden states, without dropout: computed once and kept, if they fit in a CPU's memory.
 
     States are kept as float16, whose rounding, 0.05 % at most, is far below what a student differs by.
     """
@@ -116,7 +116,8 @@ class Teacher:
         lengths = np.array([len(row) for row in split.input_ids], np.float64)
         numbers = lengths.sum() * config.hidden_size * (len(layers) + 1)
         numbers += with_scores * np.square(lengths).sum() * config.num_attention_heads * len(layers)
-        self.kept = 2 * numbers <= memory
+        # On an accelerator they are computed for each batch, and never leave it.
+        self.kept = 2 * numbers <= memory and jax.default_backend() == "cpu"
         self._logits: list[Any] = [None] * len(lengths)
         self._states: list[Any] = [None] * len(lengths)
         if not self.kept:

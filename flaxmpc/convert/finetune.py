@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,18 @@ from flaxmpc.models.params import flatten
 from flaxmpc.training import losses, metrics
 from flaxmpc.training.fit import Loss, Objective, Schedule, fit
 
-# Lengths that sentences are padded to while training: one program each.
-LENGTHS = (16, 24, 32, 48, 64, 128, 256, 512)
+# Lengths that sentences are padded to while a model is evaluated: one program each.
+LENGTHS = (16, 32, 64, 128, 256, 512)
 
 
-def lengths(most: int) -> tuple[int, ...]:
-    """`LENGTHS` for a model of so many positions: no padding beyond them."""
-    return (*(length for length in LENGTHS if length < most), most)
+def lengths(most: int, named: Sequence[int] = LENGTHS) -> tuple[int, ...]:
+    """The lengths for a model of so many positions: no padding beyond them."""
+    return (*(length for length in named if length < most), most)
+
+
+def computing(model: WithHead, schedule: Schedule) -> WithHead:
+    """The model as a schedule's steps compute it, see `Schedule.dtype`."""
+    return model if schedule.dtype == "float32" else model.clone(dtype=jnp.dtype(schedule.dtype))
 
 
 def epoch_batches(
@@ -32,7 +37,8 @@ def epoch_batches(
 
     `most` is the model's number of positions, here and in what follows.
     """
-    return lambda epoch: batches(split, batch_size=schedule.batch_size, lengths=lengths(most), seed=(seed, epoch))
+    padded = lengths(most, schedule.padded_lengths)
+    return lambda epoch: batches(split, batch_size=schedule.batch_size, lengths=padded, seed=(seed, epoch))
 
 
 def in_order(split: Split, batch_size: int = 64, most: int = LENGTHS[-1]) -> Iterator[Batch]:

@@ -71,7 +71,8 @@ class Norm(nn.Module):
             assert self.part.centres == x.centres, "a stream is centred, or not, for all normalisations"
             return self._divided(x.value, None, scale, bias, into, x.product)
         array, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
-        return self.part(array, self.epsilon) * scale + bias
+        wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))  # a mean of squares needs its bits
+        return self.part(wide, self.epsilon).astype(array.dtype) * scale + bias
 
     def _lazy(self, x: Lazy, scale: Array, bias: Array, into: Unit | None) -> Lazy:
         """What is left of it is the division: the matrices take the mean, and those that follow scale and bias.

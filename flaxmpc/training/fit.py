@@ -21,6 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxmpc.data.batches import Batch
+from flaxmpc.errors import brief, unknown
 from flaxmpc.files import claimed
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.training.checkpoint import Checkpoints
@@ -28,6 +29,9 @@ from flaxmpc.training.log import TrainingLog
 
 Params = Mapping[str, Any]
 Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Schedule:
         batch_size: sentences in a step, over all devices.
         checkpoint_every: steps between checkpoints within an epoch, after which there is one too; a killed run goes on
             from the last.
+        padded_lengths: the numbers of tokens, ascending, that sentences are padded to, and beyond them the model's
+            positions. Each has its own program: on an accelerator, where a program takes long to compile and padding
+            costs little, few are faster.
+        dtype: what a step computes in, float32 or bfloat16; parameters, moments and losses stay float32.
     """
 
     epochs: int
@@ -52,6 +60,8 @@ class Schedule:
     clip_norm: float = 1.0
     batch_size: int = 32
     checkpoint_every: int = 200
+    padded_lengths: tuple[int, ...] = (16, 24, 32, 48, 64, 128, 256, 512)
+    dtype: str = "float32"
 
     def __post_init__(self):
         wanted = {
@@ -66,6 +76,11 @@ class Schedule:
         for name, (right, allowed) in wanted.items():
             if not right:
                 raise ValueError(f"{name} of a schedule is {getattr(self, name):g}, not {allowed}")
+        lengths = self.padded_lengths
+        if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
+            raise ValueError(f"padded_lengths of a schedule is {brief(lengths)}, not numbers from 1, ascending")
+        if self.dtype not in _DTYPES:
+            raise unknown("dtype of a schedule", self.dtype, _DTYPES)
 
     def optimizer(self, num_steps: int) -> optax.GradientTransformation:
         """The optimizer of a run of so many steps."""
@@ -172,7 +187,7 @@ Stepped = tuple[int, dict[str, float]]
 _AHEAD = 2  # batches that are prepared before they are asked for
 
 
-class _Trainer:
+class Trainer:
     """The state of a run on all devices of all hosts, and one step after the other.
 
     Each batch is split over the devices, parameters are on every one.
@@ -304,7 +319,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     steps_per_epoch = sum(1 for _ in epoch_batches(0))
     num_steps = schedule.epochs * steps_per_epoch
-    trainer = _Trainer(objective, params, schedule, folder, num_steps=num_steps, seed=seed)
+    trainer = Trainer(objective, params, schedule, folder, num_steps=num_steps, seed=seed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(folder))
         latest = stack.enter_context(Checkpoints(folder / "checkpoints"))

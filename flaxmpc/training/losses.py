@@ -30,7 +30,7 @@ def label_loss(
 
     With one output, a regression, the squared difference.
     """
-    mask = labelled(labels, row_mask)
+    mask, logits = labelled(labels, row_mask), jnp.asarray(logits, jnp.float32)
     if logits.shape[-1] == 1:
         return masked_mean(jnp.square(logits[..., 0] - labels), mask)
     return masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0)), mask)
@@ -47,6 +47,7 @@ def logit_loss(
         logits, teacher: of texts (batch, label), or of tokens (batch, token, label).
         mask: 1 for each text, or token, that counts.
     """
+    logits = jnp.asarray(logits, jnp.float32)
     if logits.shape[-1] == 1:
         return masked_mean(jnp.square(logits - teacher)[..., 0], mask)
     return masked_mean(optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher)), mask)

@@ -99,6 +99,13 @@ def test_the_teachers_outputs_are_the_same_kept_or_not(tiny, tiny_params, toy_sp
             np.testing.assert_allclose(a[mask], np.asarray(b)[mask], rtol=1e-3, atol=1e-5)  # kept as float16
 
 
+def test_on_an_accelerator_the_teachers_outputs_stay_there(tiny, tiny_params, toy_split, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    teacher = Teacher(tiny, tiny_params, toy_split, with_states=True, with_scores=False, memory=1e9)
+    targets = teacher(next(epoch_batches(toy_split, SHORT, seed=3)(1)))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((targets.logits, targets.states)))
+
+
 def test_a_student_of_fewer_layers_is_given_theirs(toy_split):
     config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24)
     model = BertForSequenceClassification(config)

@@ -3,8 +3,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from flaxmpc.convert.finetune import Evaluate, classification_loss, learn, predict
+from flaxmpc.convert.finetune import Evaluate, classification_loss, computing, epoch_batches, learn, predict
 from flaxmpc.training.fit import Schedule
 from flaxmpc.training.metrics import accuracy
 
@@ -38,6 +39,23 @@ def test_a_classifier_learns_and_keeps_its_embeddings(tiny, tiny_params, toy_spl
     assert after > 0.9
     same = jax.tree.map(np.array_equal, params["bert"]["embeddings"], tiny_params["bert"]["embeddings"])
     assert all(jax.tree.leaves(same))
+
+
+def test_a_classifier_learns_in_bfloat16_and_few_lengths(tiny, tiny_params, toy_split, tmp_path):
+    schedule = Schedule(epochs=4, learning_rate=0.02, batch_size=8, padded_lengths=(8,), dtype="bfloat16")
+    model = computing(tiny, schedule)
+    padded = {batch.input_ids.shape[1] for batch in epoch_batches(toy_split, schedule, 0, 24)(0)}
+    assert padded == {8, 24}
+    batch = next(epoch_batches(toy_split, schedule, 0, 24)(0))
+    key = jax.random.key(0)
+    exact, coarse = (jax.jit(classification_loss(each))(tiny_params, batch, key)[0] for each in (tiny, model))
+    assert coarse.dtype == jnp.float32
+    assert float(coarse) == pytest.approx(float(exact), rel=0.03)
+    assert float(coarse) != float(exact)
+    evaluate = Evaluate(tiny, toy_split, ("accuracy",))
+    params = learn(tiny, tiny_params, toy_split, evaluate, schedule, tmp_path, classification_loss(model), seed=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    assert accuracy(predict(tiny, params, toy_split), toy_split.labels) > 0.9
 
 
 def test_dropout_acts_while_fine_tuning_and_is_the_seeds(tiny, tiny_params, toy_split, tmp_path):

@@ -343,6 +343,17 @@ def test_a_schedule_that_cannot_be_is_refused(field, value):
         dataclasses.replace(SCHEDULE, **{field: value})
 
 
+@pytest.mark.parametrize("lengths", [(), (0, 16), (-1,), (32, 16), (16, 16)])
+def test_lengths_that_cannot_be_are_refused(lengths):
+    with pytest.raises(ValueError, match=r"^padded_lengths of a schedule is .*, not numbers from 1, ascending$"):
+        dataclasses.replace(SCHEDULE, padded_lengths=lengths)
+
+
+def test_another_type_of_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"^unknown dtype of a schedule 'bfloat61'.*Did you mean 'bfloat16'"):
+        dataclasses.replace(SCHEDULE, dtype="bfloat61")
+
+
 # Trains the toy on two devices, of this process or of two, and writes its parameters.
 ON_TWO_DEVICES = """
 import json, sys
