@@ -1,31 +1,33 @@
-"""What every attention variant costs in accuracy: in the clear, in fixed point, on three parties' shares.
+"""What every student is worth, task by task: in the clear, in fixed point, on three parties' shares.
 
     python benchmarks/accuracy.py [--json]
 
-Nothing is measured here: the figures are those that `train/movie.py` leaves with each model (models/*/results.json, and
-models/*/runs/*.json for other seeds and for what was left out). Fractions, not per cent. `difference` is student minus
-teacher over the same test rows, with its 95 % paired bootstrap interval; `pieces_agreement` is the share of the
-teacher's labels on pieces of 1 to 6 tokens of the test rows.
+Nothing is measured here: the figures are those that the recipes in train/ leave with each model (models/*/results.json,
+and models/*/runs/*.json for other seeds and for what was left out). Fractions, not per cent. `value` is the task's own
+metric; `difference` is student minus teacher in accuracy over the same test rows, with its 95 % paired bootstrap
+interval; `pieces_agreement` is the share of the teacher's labels on pieces of 1 to 6 tokens of the test rows. Saved are
+a table for each task, and all figures as CSV.
 """
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tyro
-from harness import Options, Record, collected
+from harness import RESULTS, Options, Record, collected, markdown
+
+from flaxmpc.data.glue import GLUE
+from flaxmpc.training.metrics import ENTITY_F1
 
 ZOO = Path(__file__).parent.parent / "models"
 
 FIGURES = (
-    "accuracy",
-    "teacher_accuracy",
     "difference",
     "ci_low",
     "ci_high",
     "pieces_agreement",
-    "ref2k_accuracy",
     "ref2k_agreement",
     "ref2k_max_logit_difference",
     "aby3_agreement",
@@ -59,26 +61,45 @@ def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
                 yield f"{path.parent.name}/{other.stem}", recipe | chosen, found["results"]
 
 
+def task_of(recipe: dict[str, Any]) -> str:
+    """The name of a recipe's data: a task, or the folder or file."""
+    task, _, folder = recipe["data"].partition("=")
+    return task if folder else Path(task).stem
+
+
+def metric_of(task: str, results: dict[str, Any]) -> str:
+    """The metric that a task is told by."""
+    known = GLUE[task].metrics if task in GLUE else (ENTITY_F1, "accuracy", "pearson")
+    return next(name for name in known if name in results)
+
+
 def records() -> list[Record]:
     """One for each student; a figure that was not measured is None."""
-    return [
-        {
-            "model": name,
-            "attention": recipe["attention"],
-            "activation": recipe["activation"],
-            "layer_norm": recipe["layer_norm"],
-            "stages": stages(recipe),
-            "seed": recipe["seed"],
-            "train_embeddings": recipe["train_embeddings"],
-            **{figure: results.get(figure) for figure in FIGURES},
-        }
-        for name, recipe, results in runs()
-    ]
+    return [_record(*run) for run in runs()]
+
+
+def _record(name: str, recipe: dict[str, Any], results: dict[str, Any]) -> Record:
+    task = task_of(recipe)
+    metric = metric_of(task, results)
+    own = {f"{prefix}value": results.get(f"{prefix}{metric}") for prefix in ("", "teacher_", "ref2k_", "aby3_")}
+    return {
+        "model": name,
+        "task": task,
+        "metric": metric,
+        **own,
+        "attention": recipe["attention"],
+        "activation": recipe["activation"],
+        "layer_norm": recipe["layer_norm"],
+        "stages": stages(recipe),
+        "seed": recipe["seed"],
+        "train_embeddings": recipe["train_embeddings"],
+        **{figure: results.get(figure) for figure in FIGURES},
+    }
 
 
 def short(row: Record) -> str:
     """A student's name without its teacher's."""
-    return row["model"].removeprefix("movie-minilm-l6-")
+    return row["model"].removeprefix(f"{row['task']}-minilm-l6-")
 
 
 def plot(found: list[Record]) -> Any:
@@ -93,37 +114,51 @@ def plot(found: list[Record]) -> Any:
         axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color="C0", capsize=3)
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.axvspan(-0.5, 0.5, color="0.92", zorder=0)
-    axis.set_yticks(range(len(rows)), [short(row) for row in reversed(rows)])
+    axis.set_yticks(range(len(rows)), [f"{row['task']}: {short(row)}" for row in reversed(rows)])
     axis.set(xlabel="student minus teacher, points of test accuracy\n(95 % interval; grey: within 0.5)")
     return figure
 
 
 def table(found: list[Record]) -> list[list[str]]:
-    """Heading and rows, in per cent; differences in points."""
+    """Heading and rows of the students of one task, in per cent; differences in points."""
 
     def percent(value: float | None, form: str = ".1f") -> str:
         return "" if value is None else format(100 * value, form)
 
     def points(row: Record) -> str:
+        if row["metric"] != "accuracy":
+            return percent(row["value"] - row["teacher_value"], "+.2f")
         middle, low, high = (percent(row[name], "+.2f") for name in ("difference", "ci_low", "ci_high"))
         return f"{middle} ({low} to {high})" if low else middle
 
     head = ["model", "test", "teacher", "difference", "pieces", "REF2K", "as in REF2K", "as in ABY3"]
     rows = []
     for row in found:
-        names = ("pieces_agreement", "ref2k_accuracy", "ref2k_agreement", "aby3_agreement")
-        clear = [percent(row["accuracy"]), percent(row["teacher_accuracy"]), points(row)]
+        names = ("pieces_agreement", "ref2k_value", "ref2k_agreement", "aby3_agreement")
+        clear = [percent(row["value"]), percent(row["teacher_value"]), points(row)]
         rows.append([short(row), *clear, *(percent(row[name]) for name in names)])
     return [head, *rows]
 
 
+def tables(found: list[Record]) -> dict[str, list[list[str]]]:
+    """A table for each task, by its name and metric."""
+    titles = dict.fromkeys(f"`{row['task']}`, {row['metric']}" for row in found)
+    return {title: table([row for row in found if title == f"`{row['task']}`, {row['metric']}"]) for title in titles}
+
+
 def main(options: Options) -> None:
-    """Prints the table or the records; without --show and --quick also writes table and plot."""
+    """Prints the tables or the records; without --show and --quick also writes tables, records and plot."""
     found = records()
-    rows = table(found)
+    by_task = tables(found)
+    if not (options.show or options.quick):
+        with (RESULTS / "accuracy.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(found)
     # In the clear, then under MPC: together they are wider than 80 columns.
-    printed = [[[row[0], *row[columns]] for row in rows] for columns in (slice(1, 4), slice(4, None))]
-    collected("accuracy", found, rows, plot, options, printed)
+    printed = [[[row[0], *row[c]] for row in rows] for rows in by_task.values() for c in (slice(1, 4), slice(4, None))]
+    saved = "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in by_task.items())
+    collected("accuracy", found, saved, plot, options, printed)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 from accuracy import ZOO
-from harness import Options, Record, collected, figure
+from harness import Options, Record, collected, figure, markdown
 
 FIELDS = ("attention", "activation", "after_attention", "after_feed_forward")
 POLYNOMIALS = ("layer_norm_chebyshev", "layer_norm_chebyshev")
@@ -120,7 +120,7 @@ def main(options: Options) -> None:
     if not found:
         raise SystemExit("no run in models/*/runs has a search: `train/movie.py 2quad-freediv/budget` makes one")
     rows = table(found)
-    collected("front", found, rows, plot, options, [[row[1:] for row in rows]])
+    collected("front", found, markdown(rows), plot, options, [[row[1:] for row in rows]])
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class Benchmark:
 def collected(
     name: str,
     found: list[Record],
-    rows: list[list[str]],
+    table: str,
     plot: Callable[[list[Record]], "Figure"],
     options: Options,
     printed: Sequence[list[list[str]]],
@@ -148,7 +148,7 @@ def collected(
     Args:
         name: of its files.
         found: the records.
-        rows: the table of the records, the first row the heading, as it is saved.
+        table: the table of the records in Markdown, as it is saved.
         plot: makes the figure that is saved.
         options: the command's.
         printed: the tables that the terminal gets.
@@ -156,12 +156,12 @@ def collected(
     if not (options.show or options.quick):
         RESULTS.mkdir(exist_ok=True)
         plot(found).savefig(RESULTS / f"{name}.png", dpi=150)
-        (RESULTS / f"{name}.md").write_text(markdown(rows) + "\n", "utf-8")
+        (RESULTS / f"{name}.md").write_text(table + "\n", "utf-8")
     if options.json:
         print(json.dumps(found))
     else:
-        for table in printed:
-            Console().print(rich_table(table))
+        for rows in printed:
+            Console().print(rich_table(rows))
 
 
 def saved(name: str) -> list[Record]:

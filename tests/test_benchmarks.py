@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import functools
 import importlib
 import json
@@ -434,14 +435,30 @@ def test_every_student_of_the_zoo_is_in_the_table_of_accuracies(load, capsys):
     assert "movie-minilm-l6-2quad-freediv" in {record["model"] for record in records}
     for record in records:
         assert {"attention", "activation", "stages", "seed", *accuracy.FIGURES} <= record.keys()
-        shares = [record[name] for name in ("accuracy", "teacher_accuracy", "ref2k_agreement", "aby3_agreement")]
+        shares = [record[name] for name in ("value", "teacher_value", "ref2k_agreement", "aby3_agreement")]
         assert all(share is None or 0 <= share <= 1 for share in shares)
-    head, *rows = accuracy.table(records)
-    assert all(len(row) == len(head) for row in rows)
-    assert "2quad-freediv" in {row[0] for row in rows}
+    tables = accuracy.tables(records)
+    for head, *rows in tables.values():
+        assert all(len(row) == len(head) for row in rows)
+    assert "2quad-freediv" in {row[0] for row in tables["`movie`, accuracy"]}
     saved = (BENCHMARKS / "results" / "accuracy.md").read_text("utf-8")
-    assert saved.strip() == sys.modules["harness"].markdown([head, *rows])
+    markdown = sys.modules["harness"].markdown
+    assert saved.strip() == "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in tables.items())
     assert saved in (BENCHMARKS.parent / "README.md").read_text("utf-8")
+    with (BENCHMARKS / "results" / "accuracy.csv").open(encoding="utf-8") as file:
+        assert [row["model"] for row in csv.DictReader(file)] == [record["model"] for record in records]
+
+
+def test_an_accuracy_is_told_by_the_tasks_own_metric(load):
+    accuracy = load("accuracy")
+    for data, figures, expected in (
+        ("movie", {"accuracy": 0.9}, ("movie", "accuracy")),
+        ("cola=../glue/CoLA", {"accuracy": 0.8, "matthews_correlation": 0.4}, ("cola", "matthews_correlation")),
+        ("runs/wnut17", {"accuracy": 0.97, "entity_f1": 0.4}, ("wnut17", "entity_f1")),
+        ("my.csv", {"pearson": 0.8, "spearman": 0.7}, ("my", "pearson")),
+    ):
+        task = accuracy.task_of({"data": data})
+        assert (task, accuracy.metric_of(task, figures)) == expected
 
 
 def test_the_front_of_a_search_stands_beside_choices_by_hand(load, tmp_path, monkeypatch, capsys):
