@@ -131,6 +131,18 @@ def test_every_entry_of_minilm_on_glue_differs_from_the_others():
             glue.main(*arguments)
 
 
+def test_every_entry_of_wnut17_has_a_recipe_of_its_own(tmp_path, monkeypatch):
+    wnut17 = script("wnut17_minilm")
+    names = ("teacher", *wnut17.STUDENTS)
+    resolved = [json.dumps(runs.resolve(wnut17.config_of(name))) for name in names]
+    assert len(set(resolved)) == len({wnut17.config_of(name).out for name in names}) == len(names)
+    with pytest.raises(SystemExit, match="unknown 'x': teacher, 2quad-freediv, "):
+        wnut17.main("x")
+    monkeypatch.setattr(wnut17, "DATA", tmp_path / "wnut17")
+    with pytest.raises(SystemExit, match="wnut17 does not exist: ln -s FOLDER"):
+        wnut17.main("teacher")
+
+
 @pytest.mark.slow  # a minute and a half
 def test_an_entry_of_glue_is_made_and_published(tmp_path, monkeypatch, write_classifier):
     """From tasks with texts in common, in the files that GLUE ships."""
