@@ -82,6 +82,7 @@ class Conversion:
             must be near its teacher by then: without a stage 1 `layer_norm` does better.
         num_hidden_layers: the student's layers; by default as many as the teacher's. They start as layers of the
             teacher's, spread evenly, and match the hidden states of these.
+        kept_layers: these layers of the teacher's, from 0, in place of a number that is spread.
         num_attention_heads: the student's heads, a divisor of the teacher's, which are merged; by default all.
         intermediate_size: the features of the student's feed-forward; by default all. Those of the teacher's stay that
             move its output most.
@@ -119,6 +120,7 @@ class Conversion:
     activation: Annotated[str | tuple[str, ...], _of(ACTIVATIONS, "NAME [NAME ...]")] = "quad"
     layer_norm: Annotated[str | tuple[str, ...], _of(NORMALIZATIONS, "NAME [NAME ...]")] = "layer_norm_chebyshev"
     num_hidden_layers: int | None = None
+    kept_layers: tuple[int, ...] = ()
     num_attention_heads: int | None = None
     intermediate_size: int | None = None
     layers_sharing_scores: int | None = None
@@ -142,6 +144,8 @@ class Conversion:
 
     def __post_init__(self):
         _require_length(self.max_length)
+        if self.kept_layers and self.num_hidden_layers is not None:
+            raise ValueError("kept_layers says how many layers a student has: leave num_hidden_layers out")
         if self.budget is None:
             return
         Budget.parse(self.budget)

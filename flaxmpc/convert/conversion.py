@@ -229,8 +229,8 @@ def _material(config: Conversion, teacher: folders.LoadedModel) -> _Material:
     return _Material(task, by_name, train, validation, everything, inputs)
 
 
-def _replaced(config: Conversion, own: EncoderConfig) -> EncoderConfig:
-    """The teacher's config with the student's sizes, attention and activation.
+def _replaced(config: Conversion, own: EncoderConfig, layers: Sequence[int]) -> EncoderConfig:
+    """The config of a teacher of which `layers` are kept, with the student's sizes, attention and activation.
 
     Raises:
         ValueError: see `sizes`; an unknown part; embeddings to train that public layers read; scores to match, with
@@ -242,7 +242,7 @@ def _replaced(config: Conversion, own: EncoderConfig) -> EncoderConfig:
         raise ValueError(f"{config.teacher} has no layer whose parts a budget could choose: all of them are public")
     if config.train_embeddings and own.public_layers is not None:
         raise ValueError(f"{config.teacher} has public layers, which read its embeddings: these can't be trained")
-    fields = sizes(own, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+    fields = sizes(own, layers, config.num_attention_heads, config.intermediate_size)
     fields["layers_sharing_scores"] = 1 if config.layers_sharing_scores is None else config.layers_sharing_scores
     for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
         for field in ("num_attention_heads", "layers_sharing_scores"):
@@ -319,13 +319,18 @@ def _storage(config: Conversion) -> dict[str, int]:
 
 
 def _start(
-    config: Conversion, student: WithHead, teacher: folders.LoadedModel, run: Path, some: Sequence[Batch]
+    config: Conversion,
+    student: WithHead,
+    teacher: folders.LoadedModel,
+    layers: Sequence[int],
+    run: Path,
+    some: Sequence[Batch],
 ) -> dict[str, Any]:
     """The parameters that a student starts from: the teacher's in its size, its own attention calibrated on a batch.
 
     They go through a folder and back: the student starts with, and keeps, the embeddings as they will be stored.
     """
-    given = smaller_params(teacher.model, teacher.params, student.config, some)
+    given = smaller_params(teacher.model, teacher.params, student.config, layers, some)
     folders.save(run / "start", student, start_student(student, given), config.teacher, **_storage(config))
     return calibrate.calibrate_attention(student, folders.load(run / "start").params, some[0])
 
@@ -400,8 +405,8 @@ def convert(config: Conversion) -> dict[str, Any]:
     """
     teacher = _teacher(config)
     own = teacher.model.config
-    replaced = _replaced(config, own)
-    layers = layers_kept(own.num_hidden_layers, replaced.num_hidden_layers)
+    layers = layers_kept(own.num_hidden_layers, config.num_hidden_layers, config.kept_layers)
+    replaced = _replaced(config, own, layers)
     norms = _norms(config.layer_norm, len(layers))
     material = _material(config, teacher)
     task = material.task
@@ -426,7 +431,7 @@ def convert(config: Conversion) -> dict[str, Any]:
         norms = _norms(found.layer_norm, len(layers))
     replaced = calibrate.with_norms(replaced, seen, norms)
     student = teacher.model.clone(config=replaced)
-    params = _start(config, student, teacher, run, some)
+    params = _start(config, student, teacher, layers, run, some)
     if config.budget is not None:
         params = near_teacher(student, params, teacher, layers, material.train, seed=config.seed, steps=STEPS)
     results |= _figures(task, predict(student, params, task.test), "untrained_")

@@ -1,6 +1,6 @@
 """Makes the start of a student that is smaller than its teacher: with fewer layers, heads or features."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,41 +8,55 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxmpc.data.batches import Batch
+from flaxmpc.errors import listed
 from flaxmpc.models.base import WithHead, param_shapes
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.params import flatten, moved, unflatten
 
 
-def layers_kept(own: int, wanted: int) -> tuple[int, ...]:
-    """The teacher's layers that a student of `wanted` layers starts from, and whose hidden states it matches.
+def layers_kept(own: int, wanted: int | None, named: Sequence[int] = ()) -> tuple[int, ...]:
+    """The teacher's layers that a student starts from, and whose hidden states it matches.
 
-    They are spread evenly, and the last one is among them: of 6 layers, 3 are the second, fourth and sixth.
+    Args:
+        own: how many layers the teacher has.
+        wanted: how many the student has; None: as many. They are spread evenly over the teacher's, and its last one is
+            among them: of 6 layers, 3 are the second, fourth and sixth.
+        named: the layers themselves, from 0, in place of their number.
+
+    Raises:
+        ValueError: more layers than the teacher has, fewer than one, or not in ascending order.
     """
+    if named:
+        if list(named) != sorted({*range(own)} & {*named}):
+            raise ValueError(f"kept_layers is {listed(named)}: the teacher's are 0 to {own - 1}, each once, ascending")
+        return tuple(named)
+    wanted = own if wanted is None else wanted
+    _require_at_most("num_hidden_layers", wanted, own)
     return tuple((i + 1) * own // wanted - 1 for i in range(wanted))
 
 
+def _require_at_most(name: str, size: int, most: int) -> None:
+    if not min(1, most) <= size <= most:
+        raise ValueError(f"{name} is {size}: the teacher has {most}, and its student has 1 to {most}")
+
+
 def sizes(
-    own: EncoderConfig, num_hidden_layers: int | None, num_attention_heads: int | None, intermediate_size: int | None
+    own: EncoderConfig, layers: Sequence[int], num_attention_heads: int | None, intermediate_size: int | None
 ) -> dict[str, Any]:
     """The fields of a student's config that say how large it is, and the LayerNorms of the teacher's layers it keeps.
 
     Args:
         own: the teacher's config.
-        num_hidden_layers, num_attention_heads, intermediate_size: the student's; None: the teacher's.
+        layers: the teacher's layers that are kept, see `layers_kept`.
+        num_attention_heads, intermediate_size: the student's; None: the teacher's.
 
     Raises:
         ValueError: more than the teacher has, fewer than one, or heads that the teacher's heads can't be merged into.
     """
-    wanted = {
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "intermediate_size": intermediate_size,
-    }
+    wanted = {"num_attention_heads": num_attention_heads, "intermediate_size": intermediate_size}
     found: dict[str, Any] = {name: getattr(own, name) if size is None else size for name, size in wanted.items()}
     for name, size in found.items():
-        most = getattr(own, name)
-        if not min(1, most) <= size <= most:
-            raise ValueError(f"{name} is {size}: the teacher has {most}, and its student has 1 to {most}")
+        _require_at_most(name, size, getattr(own, name))
     heads = own.num_attention_heads
     if heads % found["num_attention_heads"]:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
@@ -50,16 +64,23 @@ def sizes(
             f"num_attention_heads is {num_attention_heads}, but the teacher's {heads} heads are merged into the "
             f"student's: a divisor, {divisors}"
         )
-    layers = layers_kept(own.num_hidden_layers, found["num_hidden_layers"])
-    return {**found, "layer_norm": tuple(own.layer_norms_of(layer) for layer in layers)}
+    return {
+        **found,
+        "num_hidden_layers": len(layers),
+        "layer_norm": tuple(own.layer_norms_of(layer) for layer in layers),
+    }
 
 
 def smaller_params(
-    teacher: WithHead, params: Mapping[str, Any], config: EncoderConfig, batches: Iterable[Batch]
+    teacher: WithHead,
+    params: Mapping[str, Any],
+    config: EncoderConfig,
+    layers: Sequence[int],
+    batches: Iterable[Batch],
 ) -> dict[str, Any]:
     """A teacher's parameters in the sizes of a student's config, see `sizes`.
 
-    - Layers: those that `layers_kept` names.
+    - Layers: those of `layers`, see `layers_kept`.
     - Heads: neighbours are merged. Their features stay, so the scores of a merged head are the sum of theirs, divided
       by the root of their number. A parameter with a number for every head gets the mean of theirs.
     - The feed-forward's features: those stay that move its output most on the batches, by the variance of the
@@ -69,7 +90,6 @@ def smaller_params(
     """
     own, prefix = teacher.config, teacher.base_model_prefix
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
-    layers = layers_kept(own.num_hidden_layers, config.num_hidden_layers)
     if config.intermediate_size < own.intermediate_size:
         seen = _activations(teacher, params, batches)
         for layer in layers:

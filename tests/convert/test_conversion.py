@@ -172,6 +172,7 @@ def test_a_students_layers_may_share_scores(teacher, data, tmp_path):
 def test_sizes_that_a_teacher_cannot_give_are_refused_before_anything_is_written(teacher, data, tmp_path):
     for changes, message in (
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3: the teacher has 2"),
+        ({"kept_layers": (2,)}, "kept_layers is 2: the teacher's are 0 to 1, each once, ascending"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0: the teacher has 2"),
         ({"intermediate_size": 10**9}, "intermediate_size is 1000000000: the teacher has"),
         (

@@ -27,8 +27,15 @@ def teacher_of(name: str, **changes):
 
 def student_of(model, params, split, **changes):
     """The student's model, and the parameters that it starts from."""
-    config = dataclasses.replace(model.config, **sizes(model.config, **(dict.fromkeys(SMALLER) | changes)))
-    return model.clone(config=config), smaller_params(model, params, config, in_order(split))
+    layers, fields = sizes_of(model.config, **changes)
+    config = dataclasses.replace(model.config, **fields)
+    return model.clone(config=config), smaller_params(model, params, config, layers, in_order(split))
+
+
+def sizes_of(own, num_hidden_layers=None, kept_layers=(), num_attention_heads=None, intermediate_size=None):
+    """The layers that are kept, and the fields of the student's config."""
+    layers = layers_kept(own.num_hidden_layers, num_hidden_layers, kept_layers)
+    return layers, sizes(own, layers, num_attention_heads, intermediate_size)
 
 
 def test_layers_are_spread_evenly_and_end_with_the_last():
@@ -49,6 +56,10 @@ def test_layers_are_spread_evenly_and_end_with_the_last():
     [
         ("num_hidden_layers", 0, "num_hidden_layers is 0: the teacher has 3, and its student has 1 to 3"),
         ("num_hidden_layers", 4, "num_hidden_layers is 4: the teacher has 3, and its student has 1 to 3"),
+        ("kept_layers", (0, 3), "kept_layers is 0, 3: the teacher's are 0 to 2, each once, ascending"),
+        ("kept_layers", (1, 0), "kept_layers is 1, 0: the teacher's are 0 to 2, each once, ascending"),
+        ("kept_layers", (1, 1), "kept_layers is 1, 1: the teacher's are 0 to 2, each once, ascending"),
+        ("kept_layers", (-1,), "kept_layers is -1: the teacher's are 0 to 2, each once, ascending"),
         ("num_attention_heads", -4, "num_attention_heads is -4: the teacher has 4, and its student has 1 to 4"),
         ("num_attention_heads", 3, r"num_attention_heads is 3, .* 4 heads are merged .*: a divisor, 1, 2, 4"),
         ("intermediate_size", 25, "intermediate_size is 25: the teacher has 24, and its student has 1 to 24"),
@@ -57,14 +68,14 @@ def test_layers_are_spread_evenly_and_end_with_the_last():
 def test_sizes_that_no_student_can_have_are_refused(field, value, message):
     config = teacher_of("bert")[0].config
     with pytest.raises(ValueError, match=f"^{message}$"):
-        sizes(config, **{**dict.fromkeys(SMALLER), field: value})
+        sizes_of(config, **{field: value})
 
 
 def test_a_students_layer_norms_are_those_of_its_layers():
     model, _ = teacher_of("bert")
     norms = ("layer_norm", {"name": "layer_norm_constant", "inverse": 2.0}, "layer_norm")
     config = dataclasses.replace(model.config, layer_norm=norms)
-    fields = sizes(config, 2, None, None)
+    _, fields = sizes_of(config, num_hidden_layers=2)
     student = dataclasses.replace(config, **fields)
     assert [student.layer_norms_of(i) for i in range(2)] == [config.layer_norms_of(0), config.layer_norms_of(2)]
 
@@ -80,12 +91,15 @@ def test_a_student_of_every_family_has_what_it_needs(name, toy_split):
     assert jax.tree.map(np.shape, start) == jax.tree.map(np.shape, param_shapes(student))
 
 
-def test_a_student_of_fewer_layers_starts_with_theirs(toy_split):
+@pytest.mark.parametrize(
+    ("asked", "layers"), [({"num_hidden_layers": 2}, (0, 2)), ({"kept_layers": (0, 1)}, (0, 1)), ({}, (0, 1, 2))]
+)
+def test_a_student_of_fewer_layers_starts_with_theirs(toy_split, asked, layers):
     model, params = teacher_of("bert")
-    _, start = student_of(model, params, toy_split, num_hidden_layers=2)
-    for i, layer in enumerate((0, 2)):
+    _, start = student_of(model, params, toy_split, **asked)
+    for i, layer in enumerate(layers):
         jax.tree.map(np.testing.assert_array_equal, start["bert"][f"layer_{i}"], params["bert"][f"layer_{layer}"])
-    assert "layer_2" not in start["bert"]
+    assert f"layer_{len(layers)}" not in start["bert"]
     jax.tree.map(np.testing.assert_array_equal, start["classifier"], params["classifier"])
 
 

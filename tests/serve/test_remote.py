@@ -18,7 +18,7 @@ from safetensors.numpy import load
 from flaxmpc import secure
 from flaxmpc.models import folder as folders
 from flaxmpc.models.base import without_embeddings
-from flaxmpc.models.bert import BertConfig
+from flaxmpc.models.bert import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.secure.deploy import messages as m
 from flaxmpc.secure.deploy.cluster import Limits
@@ -86,6 +86,28 @@ def test_answers_are_those_of_the_in_process_run(parties, expected):
     assert [prediction.logits_plaintext for prediction in predictions] == [[]] * 3
     # A run of two texts, and one of one.
     assert cost.bytes_sent == sum(each.cost.bytes_sent for each in predictions[::2] if each.cost)
+
+
+def test_entities_and_answers_to_questions_are_those_of_the_in_process_run(parties, write_diverging, tmp_path, group):
+    """Of the logits of every token nothing but these comes out, and padding has no part in them."""
+    asked = {
+        "tokens": (BertForTokenClassification, {"id2label": ("O", "B-film", "I-film")}, [TEXTS[0], "a mess"]),
+        "answers": (BertForQuestionAnswering, {}, [("good", TEXTS[0]), ("a", "mess")]),
+    }
+    for name, (architecture, changes, texts) in asked.items():
+        model = folders.load(write_diverging(tmp_path / name, architecture=architecture, **changes))
+        with parties.connect() as owner:
+            remote.put(model, owner, name=name, lengths=(16,), batches=(1,))
+        here = SecureClassifier(model, group("ABY3")).classify(texts[:1]).predictions[0]
+        with parties.connect("client") as client:
+            found, diverged = remote.RemoteClassifier(client, name).classify(texts).predictions
+        assert diverged.error == "the model diverges on this text"
+        assert diverged.entities is diverged.answer is None
+        assert found.error is here.error is None
+        for ours, theirs in zip(found.entities or (), here.entities or (), strict=True):
+            assert ours | {"score": 0} == theirs | {"score": 0}
+            assert ours["score"] == pytest.approx(theirs["score"], abs=0.01)
+        assert (found.answer, found.start, found.end) == (here.answer, here.start, here.end)
 
 
 def test_clients_of_one_certificate_may_all_start_at_once(parties, monkeypatch):
