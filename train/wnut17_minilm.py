@@ -4,9 +4,9 @@
     python train/wnut17_minilm.py teacher
     python train/wnut17_minilm.py 2quad-freediv     # then also: softmax-freediv, 2quad
 
-Data: the shared task of WNUT 2017 (Derczynski and others, aclanthology.org/W17-4418; CC BY 4.0), 13 tags of six kinds of
-entities that are new or rare. Its train, dev and test rows are used as they are. Method: as in movie.py, but the first
-stage has no other texts to learn from. A killed run goes on from its last checkpoint when it is started again.
+Data: the shared task of WNUT 2017 (Derczynski and others, aclanthology.org/W17-4418; CC BY 4.0), 13 tags of six kinds
+of entities that are new or rare. Its train, dev and test rows are used as they are. Method: as in movie.py, but the
+first stage has no other texts to learn from. A killed run goes on from its last checkpoint when it is started again.
 """
 
 import dataclasses
