@@ -17,6 +17,7 @@ from typing import Any
 
 import tyro
 from harness import RESULTS, Options, Record, collected, markdown
+from style import colour, figure, titled
 
 from flaxmpc.data.glue import GLUE
 from flaxmpc.training.metrics import ENTITY_F1
@@ -104,19 +105,19 @@ def short(row: Record) -> str:
 
 def plot(found: list[Record]) -> Any:
     """Each student's difference from its teacher, with its interval, in points."""
-    from matplotlib.figure import Figure
-
     rows = [record for record in found if record["difference"] is not None]
-    figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
-    axis = figure.subplots()
+    made, axes = figure(figsize=(8, 1.6 + 0.3 * len(rows)))
+    axis = axes[0][0]
     for y, row in enumerate(reversed(rows)):
         low, middle, high = (100 * row[name] for name in ("ci_low", "difference", "ci_high"))
-        axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color="C0", capsize=3)
+        own = colour(row["attention"]) if isinstance(row["attention"], str) else "0.5"
+        axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color=own, capsize=3)
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.axvspan(-0.5, 0.5, color="0.92", zorder=0)
     axis.set_yticks(range(len(rows)), [f"{row['task']}: {short(row)}" for row in reversed(rows)])
     axis.set(xlabel="student minus teacher, points of test accuracy\n(95 % interval; grey: within 0.5)")
-    return figure
+    axis.margins(y=0.02)
+    return titled(made, "What students lose, in the clear; colours are attentions", [{}])
 
 
 def table(found: list[Record]) -> list[list[str]]:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, figure, record
+from harness import Benchmark, Options, Record, record
+from style import colour, figure, log, titled
 from variants import SHARED_RECIPROCAL, Workload
 
 from flaxmpc import secure
@@ -78,24 +79,30 @@ def plot(records: list[Record]) -> Any:
         "rounds": ("rounds", 1),
         "wan_seconds": ("seconds, WAN (modelled)", 1),
     }
-    made, axes = figure(len(protocols), len(panels), figsize=(11, 3.2 * len(protocols)), sharex=True)
+    made, axes = figure(len(protocols), len(panels), figsize=(11, 3.4 * len(protocols)), sharex=True)
     for row, protocol in zip(axes, protocols, strict=True):
         for axis, (field, (label, unit)) in zip(row, panels.items(), strict=True):
-            for i, name in enumerate(dict.fromkeys(r["variant"] for r in records)):
+            for name in dict.fromkeys(r["variant"] for r in records):
                 own = [r for r in records if r["protocol"] == protocol and r["variant"] == name]
-                line = "o-" if "freediv" in name or name == "scaling" else "s--"
-                axis.plot(
-                    [r["num_tokens"] for r in own], [r[field] / unit for r in own], line, color=f"C{i}", label=name
-                )
-            axis.set(xscale="log", yscale="log", ylabel=label, title=protocol)
-            axis.set_xticks(_lengths(records, protocol), _lengths(records, protocol), minor=False)
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
+                divides = "freediv" not in name and name != "scaling"
+                line = {
+                    "marker": "s" if divides else "o",
+                    "linestyle": ":" if "pade" in name else "--" if divides else "-",
+                }
+                x, y = [r["num_tokens"] for r in own], [r[field] / unit for r in own]
+                axis.plot(x, y, color=colour(name), label=name, **line)
+            axis.set(ylabel=label, title=protocol)
+            log(axis.xaxis)
+            log(axis.yaxis)
+            axis.set_xticks(_lengths(records, protocol))
     for axis in axes[-1]:
         axis.set(xlabel="tokens")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return made
+    title = "squares and broken lines divide by what depends on the text; circles do not"
+    made.legend(handles, labels, loc="outside lower center", ncols=4, title=title)
+    several = [record for record in records if record["protocol"] in protocols]
+    heads, size = records[0]["num_heads"], records[0]["head_size"]
+    return titled(made, f"Attention alone, {heads} heads of {size}", several)
 
 
 def _lengths(records: list[Record], protocol: str) -> list[int]:

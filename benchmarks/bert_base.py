@@ -22,7 +22,8 @@ from typing import Any
 
 import jax
 import tyro
-from harness import Benchmark, Options, Record, figure, held, in_child, medians, per_op, record, short
+from harness import Benchmark, Options, Record, held, in_child, medians, per_op, record, short
+from style import colour, figure, log, titled
 from variants import BASELINE, EMBEDDED, SHARED_RECIPROCAL, VARIANTS, Workload, workload
 
 from flaxmpc import secure
@@ -221,9 +222,8 @@ def plot_operations(records: list[Record]) -> Any:
     by = {record["variant"]: record for record in records}
     rows = {"unmodified\n(flax_bert)": by.get(BASELINE), "ours\n(2quad_freediv)": by["2quad_freediv"]}
     rows = {label: found for label, found in reversed(rows.items()) if found is not None}
-    panels = (("seconds", "compute, 2 cores", 1, "s"), ("bytes_sent", "bytes sent", 1e6, "MB"),
-              ("rounds", "rounds", 1, ""))  # fmt: skip
-    made, axes = figure(1, len(panels), figsize=(11, 3.2), sharey=True)
+    panels = (("seconds", "compute", 1, "s"), ("bytes_sent", "bytes sent", 1e6, "MB"), ("rounds", "rounds", 1, ""))
+    made, axes = figure(1, len(panels), figsize=(11, 3.6), sharey=True)
     for axis, (field, title, unit, symbol) in zip(axes[0], panels, strict=True):
         for y, found in enumerate(rows.values()):
             parts = shares(found, field)
@@ -233,29 +233,47 @@ def plot_operations(records: list[Record]) -> Any:
                 left += 100 * value / total
             axis.text(50, y + 0.43, f"{short(total / unit)} {symbol}".strip(), ha="center", va="bottom", weight="bold")
         axis.set(title=title, xlabel="% of the total above the bar", xlim=(0, 100), ylim=(-0.5, len(rows) - 0.25))
+        axis.grid(visible=False)
     axes[0][0].set_yticks(range(len(rows)), rows)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return made
+    made.legend(handles, labels, loc="outside lower center", ncols=4)
+    return titled(made, "BERT-Base: what takes the time, the bytes and the rounds", list(filter(None, by.values())))
+
+
+# What the variants are called in figures.
+_SHOWN = {
+    "flax_bert": "unmodified (flax_bert)",
+    "flax_bert_embedded": "unmodified, embedded by the client",
+    "puma": "PUMA's functions",
+    "mpcformer": "MPCFormer's (2quad + quad)",
+    "secformer": "SecFormer's",
+    "2quad_freediv": "ours: 2quad_freediv + quad",
+    "2quad_freediv_planned": "ours: the same by a plan of bits",
+    "softmax_freediv": "ours: softmax_freediv + quad",
+}
 
 
 def plot_variants(records: list[Record]) -> Any:
-    """The variants side by side."""
+    """The variants side by side, on logarithmic axes: they differ by a factor of fifty."""
     panels = {
-        "lan_seconds": ("LAN, modelled", "s", 1),
-        "wan_seconds": ("WAN, modelled", "s", 1),
+        "lan_seconds": ("LAN, modelled", "seconds", 1),
+        "wan_seconds": ("WAN, modelled", "seconds", 1),
         "bytes_sent_total": ("sent, all parties", "GB", 1e9),
-        "rounds": ("rounds", "", 1),
+        "rounds": ("rounds", "rounds", 1),
     }
-    made, axes = figure(1, len(panels), figsize=(12, 3), sharey=True)
-    names = [record["variant"] for record in reversed(records)]
-    for axis, (field, (title, symbol, unit)) in zip(axes[0], panels.items(), strict=True):
-        values = [record[field] / unit for record in reversed(records)]
-        bars = axis.barh(names, values, color=["C0" if "freediv" in name else "0.6" for name in names])
-        axis.bar_label(bars, [short(value) for value in values], padding=3)
-        axis.set(title=title, xlabel=symbol or "number", xlim=(0, max(values) * 1.3))
-        axis.spines[["top", "right"]].set_visible(False)
-    return made
+    made, axes = figure(1, len(panels), figsize=(12, 3.4), sharey=True)
+    rows = list(reversed(records))
+    for axis, (field, (title, unit, size)) in zip(axes[0], panels.items(), strict=True):
+        for y, row in enumerate(rows):
+            value = row[field] / size
+            ours = _SHOWN[row["variant"]].startswith("ours")
+            axis.plot(value, y, "o" if ours else "s", color=colour(row["variant"]))
+            axis.annotate(short(value), (value, y), xytext=(8, 0), textcoords="offset points", va="center")
+        log(axis.xaxis)
+        axis.margins(x=0.3, y=0.08)
+        axis.set(title=title, xlabel=f"{unit} (logarithmic)")
+    axes[0][0].set_yticks(range(len(rows)), [_SHOWN[row["variant"]] for row in rows])
+    return titled(made, "BERT-Base, 12 layers: circles are ours, squares are others' functions", records)
 
 
 def benchmark(quick: bool) -> Benchmark:

@@ -14,7 +14,8 @@ from typing import Any
 
 import tyro
 from accuracy import ZOO
-from harness import Options, Record, collected, figure, markdown
+from harness import Options, Record, collected, markdown
+from style import figure, log, titled
 
 FIELDS = ("attention", "activation", "after_attention", "after_feed_forward")
 POLYNOMIALS = ("layer_norm_chebyshev", "layer_norm_chebyshev")
@@ -57,37 +58,24 @@ def records() -> list[Record]:
 
 def plot(found: list[Record]) -> Any:
     """Loss against cost, a panel for each search."""
-    from matplotlib.ticker import LogLocator
-
     models = list(dict.fromkeys(row["model"] for row in found))
-    made, axes = figure(1, len(models), figsize=(7 * len(models), 4.5))
+    made, axes = figure(1, len(models), figsize=(7 * len(models), 4.8))
     for axis, model in zip(axes[0], models, strict=True):
         rows = [row for row in found if row["model"] == model]
         front = [row for row in rows if row["choice"] == "searched"]
-        axis.plot(
-            [row["cost"] for row in front],
-            [row["loss"] for row in front],
-            ".-",
-            color="0.5",
-            label="front of the search",
-        )
+        x, y = [row["cost"] for row in front], [row["loss"] for row in front]
+        axis.plot(x, y, ".-", color="0.5", label="front of the search")
         for i, row in enumerate(row for row in rows if row["choice"] != "searched"):
             label = "the student of this search, its cost as measured" if row["choice"] == "chosen" else row["choice"]
-            axis.plot(row["cost"], row["loss"], "*" if row["choice"] == "chosen" else "o", color=f"C{i}", label=label)
+            marker = {"marker": "*", "markersize": 12} if row["choice"] == "chosen" else {"marker": "o"}
+            axis.plot(row["cost"], row["loss"], linestyle="", color=f"C{i}", label=label, **marker)
         axis.set(
-            xscale="log",
             xlabel=f"cost of a request: {LABELS[rows[0]['budget']]}",
             ylabel="loss: of the logits' variance, summed over places",
-            title=model,
         )
-        axis.set_yscale("symlog", linthresh=0.1)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axis.minorticks_off()
-        for each in (axis.xaxis, axis.yaxis):
-            each.set_major_formatter("{x:g}")
-        axis.legend(frameon=False, fontsize="small")
-        axis.grid(alpha=0.3)
-    return made
+        log(axis.xaxis)
+        axis.legend(fontsize="small")
+    return titled(made, f"Parts that a search chose, beside choices by hand: {', '.join(models)}", [{}])
 
 
 LABELS = {

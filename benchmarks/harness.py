@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
+from style import draw
 
 from flaxmpc import secure
 
@@ -34,11 +35,13 @@ class Options:
 
     Attributes:
         show: print what is saved, without measuring.
+        draw: make the figures of what is saved anew, without measuring.
         json: print the records as JSON in place of the table.
         quick: small: to see that it runs. Nothing is saved.
     """
 
     show: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    draw: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -67,10 +70,12 @@ class Benchmark:
 
     def run(self, options: Options) -> list[Record]:
         """Measures (or reads what is saved), saves and prints; returns the records."""
-        if options.show:
+        if options.show or options.draw:
             records = saved(self.name)
             if not records:
                 raise SystemExit(f"{self.name} has no saved results: run the benchmark without --show first")
+            if options.draw:
+                self._draw(records)
         else:
             records = self.finish(self._measured(options))
             if records and not options.quick:
@@ -115,15 +120,10 @@ class Benchmark:
         return [*self.notes(records), *([_INDICATIVE.format(", ".join(protocols))] if protocols else [])]
 
     def save(self, records: list[Record]) -> None:
-        """JSON, CSV, Markdown and PNG, named by what made them."""
+        """JSON, CSV, Markdown and figures, named by what made them."""
         import pandas as pd
 
-        first = records[0]
-        made = [f"{library}{first['versions'][library]}" for library in self.libraries]
-        if "protocol" in first:
-            made = ["+".join(dict.fromkeys(record["protocol"] for record in records)), first["ring"], *made]
-        made = "-".join([*made, f"{first['machine']['cpus']}cores"])
-        stem = RESULTS / f"{self.name}-{made}"
+        stem = self._stem(records)
         RESULTS.mkdir(exist_ok=True)
         Path(f"{stem}.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
         flat = pd.json_normalize([{k: v for k, v in record.items() if k != "per_op"} for record in records])
@@ -131,8 +131,20 @@ class Benchmark:
         blocks = [markdown(_table(records, columns)) for columns in self.tables]
         blocks.append("\n".join(f"- {note}" for note in self._notes(records)))
         Path(f"{stem}.md").write_text("\n\n".join(blocks).rstrip() + "\n", "utf-8")
+        self._draw(records)
+
+    def _draw(self, records: list[Record]) -> None:
         for suffix, plot in self.plots.items():
-            plot(records).savefig(f"{stem}{suffix and '-' + suffix}.png", dpi=150)
+            draw(plot, records, f"{self._stem(records)}{suffix and '-' + suffix}")
+
+    def _stem(self, records: list[Record]) -> Path:
+        """The start of the files' names, which says what made them."""
+        first = records[0]
+        made = [f"{library}{first['versions'][library]}" for library in self.libraries]
+        if "protocol" in first:
+            made = ["+".join(dict.fromkeys(record["protocol"] for record in records)), first["ring"], *made]
+        made = "-".join([*made, f"{first['machine']['cpus']}cores"])
+        return RESULTS / f"{self.name}-{made}"
 
 
 def collected(
@@ -155,7 +167,7 @@ def collected(
     """
     if not (options.show or options.quick):
         RESULTS.mkdir(exist_ok=True)
-        plot(found).savefig(RESULTS / f"{name}.png", dpi=150)
+        draw(plot, found, RESULTS / name)
         (RESULTS / f"{name}.md").write_text(table + "\n", "utf-8")
     if options.json:
         print(json.dumps(found))
@@ -212,18 +224,6 @@ def held(claim: str, value: float, *, least: float | None = None, most: float | 
     """A line that says whether `value` is within its bounds."""
     good = (least is None or value >= least) and (most is None or value <= most)
     return f"{'holds' if good else 'FAILS'}: {claim}: {value:.3g}"
-
-
-def figure(
-    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], sharex: bool = False, sharey: bool = False
-) -> tuple["Figure", Any]:
-    """A figure and its axes (2-D array), for a file; `figsize` in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=figsize, layout="constrained")
-    FigureCanvasAgg(made)
-    return made, made.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
 
 
 def short(value: float) -> str:

@@ -23,7 +23,8 @@ from typing import Any
 
 import namespaces
 import tyro
-from harness import Benchmark, Options, Record, figure, held, medians, record
+from harness import Benchmark, Options, Record, held, medians, record
+from style import figure, titled
 from variants import Workload, workload
 
 from flaxmpc import secure
@@ -170,15 +171,17 @@ def notes(records: list[Record]) -> list[str]:
 
 
 def plot(records: list[Record]) -> Any:
-    made, axes = figure(figsize=(7, 3.2))
+    made, axes = figure(figsize=(8, 3.8))
     labels = [f"{r['protocol']}\n{r['network']}" for r in records]
-    for shift, field in ((-0.2, "modelled_seconds"), (0.2, "measured_seconds")):
-        bars = axes[0][0].bar([i + shift for i in range(len(records))], [r[field] for r in records], 0.4, label=field)
+    for shift, kind in ((-0.2, "modelled"), (0.2, "measured")):
+        values = [r[f"{kind}_seconds"] for r in records]
+        bars = axes[0][0].bar([i + shift for i in range(len(records))], values, 0.4, label=kind)
         axes[0][0].bar_label(bars, fmt="%.1f")
     axes[0][0].set_xticks(range(len(records)), labels)
-    axes[0][0].set(ylabel="seconds", title="A BERT-Base layer, 128 tokens")
-    axes[0][0].legend(frameon=False)
-    return made
+    axes[0][0].set(ylabel="seconds")
+    axes[0][0].margins(y=0.12)
+    axes[0][0].legend()
+    return titled(made, "A BERT-Base layer of 128 tokens: seconds over a network, modelled and measured", records)
 
 
 def benchmark(quick: bool) -> Benchmark:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from harness import Benchmark, Options, Record, figure, record
+from harness import Benchmark, Options, Record, record
+from style import colour, figure, log, titled
 from variants import SHARED_RECIPROCAL, ours
 
 from flaxmpc import secure
@@ -76,27 +77,26 @@ def finish(records: list[Record]) -> list[Record]:
 
 
 def plot(records: list[Record]) -> Any:
-    made, axes = figure(1, 2, figsize=(11, 4), sharey=True)
+    made, axes = figure(1, 2, figsize=(11, 4.6), sharey=True)
     for axis, network in zip(axes[0], ("lan", "wan"), strict=True):
         field = f"{network}_seconds"
-        for i, own in enumerate(records):
-            marker = "o" if own["attention"] != "softmax" else "s"
+        for own in records:
+            teacher = own["activation"] == "gelu"
             label = f"{own['model']} ({own['attention']} + {own['activation']})"
-            axis.plot(own[field], 100 * own["accuracy"], marker, color=f"C{i}", markersize=9, label=label)
+            look = {"color": "0.5" if teacher else colour(own["attention"]), "marker": "s" if teacher else "o"}
+            axis.plot(own[field], 100 * own["accuracy"], linestyle="", markersize=9, label=label, **look)
             interval = [100 * (own["teacher_accuracy"] + own[end]) for end in ("ci_low", "ci_high")]
-            axis.plot([own[field]] * 2, interval, color=f"C{i}", linewidth=1)
+            axis.plot([own[field]] * 2, interval, color=look["color"], linewidth=1)
         front = sorted((r for r in records if r[f"pareto_{network}"]), key=lambda r: r[field])
         x, y = [r[field] for r in front], [100 * r["accuracy"] for r in front]
-        axis.step(x, y, where="post", color="0.6", zorder=0)
-        axis.set(xscale="log", xlabel=f"seconds, {network.upper()} (modelled)")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
-        axis.grid(alpha=0.3, which="both")
+        axis.step(x, y, where="post", color="0.6", zorder=0, label="none is as accurate in less time")
+        axis.set(xlabel=f"seconds, {network.upper()} (modelled)")
+        log(axis.xaxis)
         axis.margins(x=0.15, y=0.2)
     axes[0][0].set(ylabel="test accuracy, %\n(line: 95 % interval of the\ndifference from the teacher)")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", frameon=False, ncols=1)
-    return made
+    made.legend(handles, labels, loc="outside lower center", ncols=2)
+    return titled(made, "The zoo on movie sentences: a circle is a student, the square their teacher", records)
 
 
 def benchmark(quick: bool) -> Benchmark:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, figure, record, short
+from harness import Benchmark, Options, Record, record, short
+from style import figure, titled
 from variants import AFTER_ATTENTION, AFTER_FEED_FORWARD, Workload
 
 from flaxmpc import secure
@@ -70,8 +71,9 @@ def plot(records: list[Record]) -> Any:
     """MB and rounds of every part, ABY3."""
     own = [r for r in reversed(records) if r["protocol"] == "ABY3"]
     labels = [r["variant"] + (", folded" if r["form"] == "folded" else "") for r in own]
-    colors = ["C0" if r["kind"] == "activation" else "C1" for r in own]
-    made, axes = figure(1, 3, figsize=(12, 5), sharey=True)
+    sizes = {r["kind"]: f"{r['kind']}s of {r['num_tokens']} x {r['width']} numbers" for r in own}
+    colours = dict(zip(sizes, ("C0", "C1"), strict=True))
+    made, axes = figure(1, 3, figsize=(12, 5.6), sharey=True)
     panels = {
         "bytes_sent_total": ("MB sent, all parties", 1e6),
         "rounds": ("rounds", 1),
@@ -79,13 +81,15 @@ def plot(records: list[Record]) -> Any:
     }
     for axis, (field, (label, unit)) in zip(axes[0], panels.items(), strict=True):
         values = [r[field] / unit for r in own]
-        bars = axis.barh(labels, values, color=colors)
+        bars = axis.barh(labels, values, color=[colours[r["kind"]] for r in own])
         axis.bar_label(bars, [short(value) for value in values], padding=3)
         axis.set(xlabel=label, xlim=(0, max(values) * 1.2))
-        axis.spines[["top", "right"]].set_visible(False)
-    sizes = {r["kind"]: f"{r['kind']}s ({r['num_tokens']} x {r['width']})" for r in own}
-    made.suptitle(f"ABY3: {sizes['activation']} and {sizes['normalisation']}")
-    return made
+        axis.grid(visible=False)
+    for kind, size in sizes.items():
+        axes[0][0].barh(0, 0, color=colours[kind], label=size)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    made.legend(handles, names, loc="outside lower center", ncols=2)
+    return titled(made, "Activations and normalisations of a BERT-Base layer", own)
 
 
 def benchmark(quick: bool) -> Benchmark:

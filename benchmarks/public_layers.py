@@ -16,7 +16,8 @@ from typing import Any
 
 import tyro
 from accuracy import ZOO
-from harness import Benchmark, Options, Record, figure, record
+from harness import Benchmark, Options, Record, record
+from style import figure, titled
 from variants import CHEBYSHEV_PARTS, ours
 
 from flaxmpc import secure
@@ -70,24 +71,21 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
 
 def plot(records: list[Record]) -> Any:
     """Accuracy and cost over the number of public layers."""
-    made, axes = figure(1, 2, figsize=(10, 4))
+    made, axes = figure(1, 3, figsize=(12, 4))
     counts = [row["public_layers"] for row in records]
     for field, label, marker in (("teacher_accuracy", "teacher", "s--"), ("accuracy", "student on shares", "o-")):
         known = [row for row in records if row[field] is not None]
-        axes[0][0].plot(
-            [row["public_layers"] for row in known], [100 * row[field] for row in known], marker, label=label
-        )
+        x, y = [row["public_layers"] for row in known], [100 * row[field] for row in known]
+        axes[0][0].plot(x, y, marker, label=label)
     axes[0][0].set(ylabel="test accuracy, %")
-    axes[0][0].legend(frameon=False)
-    axes[0][1].plot(counts, [row["bytes_sent_total"] / 1e6 for row in records], "o-", color="C2", label="MB")
-    rounds = axes[0][1].twinx()
-    rounds.plot(counts, [row["rounds"] for row in records], "^--", color="C3", label="rounds")
-    axes[0][1].set(ylabel="MB of all parties (circles)", ylim=(0, None))
-    rounds.set(ylabel="rounds (triangles)", ylim=(0, None))
+    axes[0][0].legend()
+    axes[0][1].plot(counts, [row["bytes_sent_total"] / 1e6 for row in records], "o-", color="C2")
+    axes[0][1].set(ylabel="MB of all parties", ylim=(0, None))
+    axes[0][2].plot(counts, [row["rounds"] for row in records], "o-", color="C3")
+    axes[0][2].set(ylabel="rounds", ylim=(0, None))
     for axis in axes[0]:
         axis.set(xlabel="first layers that are public", xticks=counts)
-        axis.grid(alpha=0.3)
-    return made
+    return titled(made, "MiniLM-L6 on movie sentences, its first layers as they were published", records)
 
 
 def benchmark(quick: bool) -> Benchmark:

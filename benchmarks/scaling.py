@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, figure, record
+from harness import Benchmark, Options, Record, record
+from style import figure, titled
 from variants import VARIANTS, ours
 
 from flaxmpc import secure
@@ -93,23 +94,29 @@ def notes(records: list[Record]) -> list[str]:
 
 def plot(records: list[Record]) -> Any:
     names = list(dict.fromkeys(r["axis"] for r in records))
-    made, axes = figure(2, len(names), figsize=(3.2 * len(names), 5))
+    made, axes = figure(2, len(names), figsize=(3.2 * len(names), 5.4))
     for name, (top, bottom) in zip(names, axes.T, strict=True):
         own = [r for r in records if r["axis"] == name]
         x = [r["value"] for r in own]
         grid = np.linspace(min(x), max(x), 100)
-        top.plot(grid, np.polyval(own[0]["bytes_polynomial"][::-1], grid) / 1e6, color="0.6", label="fit")
+        fit = own[0]["bytes_polynomial"]
+        top.plot(grid, np.polyval(fit[::-1], grid) / 1e6, color="0.6", label="fit: the polynomial above")
         top.plot(x, [r["bytes_sent_total"] / 1e6 for r in own], "o", label="measured")
         bottom.plot(x, [r["rounds"] for r in own], "o")
-        top.set(title=f"bytes ~ {name}^{own[0]['bytes_sent_total_exponent']:.2f}")
-        bottom.set(title=f"rounds ~ {name}^{own[0]['rounds_exponent']:.2f}", xlabel=_LABELS[name])
+        letter = "n" if name == "length" else name[0]
+        powers = ("", f" {letter}", f" {letter}\u00b2")
+        terms = [f"{c / 1e6:.3g}{power}" for c, power in zip(fit, powers, strict=False)]
+        top.set(title=f"MB = {' + '.join(terms)}")
+        bottom.set(xlabel=f"{_LABELS[name]} ({letter})")
         for axis in (top, bottom):
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
+            axis.set_ylim(0, 1.1 * axis.dataLim.y1)
     axes[0][0].set(ylabel="MB sent, all parties")
     axes[1][0].set(ylabel="rounds")
-    axes[0][0].legend(frameon=False)
-    return made
+    axes[0][0].legend()
+    what = (
+        f"{records[0]['variant']}: a BERT of 2 layers of width 768, one text of 128 tokens, and one of these at a time"
+    )
+    return titled(made, what, records)
 
 
 _LABELS = {"length": "tokens", "layers": "layers", "batch": "sentences", "width": "hidden size"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 
@@ -146,7 +147,27 @@ def test_every_benchmark_runs_quickly_and_saves_and_shows_what_it_promises(name,
     for suffix in ("json", "csv", "md"):
         (path,) = tmp_path.glob(f"*.{suffix}")
         assert path.name.startswith(f"{name}-{records[0]['protocol']}")
-    assert len(list(tmp_path.glob("*.png"))) == len(script.benchmark(True).plots)
+    for suffix in ("png", "svg"):
+        assert len(list(tmp_path.glob(f"*.{suffix}"))) == len(script.benchmark(True).plots)
+
+
+DRAWN = ("attention", "bert_base", "network", "pareto", "parts", "public_layers", "scaling")
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_saved_figures_are_those_of_the_saved_records(name, load, capsys, tmp_path):
+    script = load(name)
+    for path in (BENCHMARKS / "results").glob(f"{name}-*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    saved = {path: path.read_text("utf-8") for path in tmp_path.glob("*.svg")}
+    assert len(saved) == len(script.benchmark(False).plots)
+    for path in saved:
+        path.unlink()
+    script.benchmark(False).run(sys.modules["harness"].Options(draw=True))
+    for path, before in saved.items():
+        # Another version of Matplotlib may place a letter elsewhere.
+        if f"Matplotlib v{matplotlib.__version__}," in before:
+            assert path.read_text("utf-8") == before
 
 
 @pytest.mark.slow  # three real parties with the zoo's model: minutes
