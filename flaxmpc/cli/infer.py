@@ -117,8 +117,7 @@ def infer(
 ) -> None:
     """Answers texts on secret shares, and compares with the clear.
 
-    By the model's head: a label, several or a number for a text; its named entities; the answer to a question (--pair
-    QUESTION TEXT); or the words at [MASK].
+    The model's head says what: a label, entities, an answer, words at [MASK].
 
     Without --cluster the parties are threads of this process: it sees all.
 

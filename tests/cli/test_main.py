@@ -190,7 +190,7 @@ def test_a_regression_and_a_set_of_labels_are_shown_as_such(run, write_classifie
     assert re.search(r"┃ text +┃ value +┃ \|secure - plaintext\| ┃", out)
     assert "LABEL_0" not in out
     results = json.loads(run("infer", "good", "--model", regression, *REF2K, "--json")[1])["results"]
-    assert results[0].keys() == {"text", "truncated", "value", "logits", "logits_plaintext"}
+    assert results[0].keys() == {"text", "truncated", "value", "logits", "logits_plaintext", "difference"}
     assert results[0]["value"] == results[0]["logits"][0]
 
     labels = write_classifier(

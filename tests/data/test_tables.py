@@ -165,7 +165,7 @@ def test_reading_writes_nothing(tmp_path, monkeypatch):
         ("a.csv", " \n", "a.csv is empty"),
         ("a.jsonl", "", "a.jsonl is empty"),
         ("a.parquet", "no parquet", "a.parquet cannot be read as Parquet"),
-        ("a.txt", "a\n", "a.txt is none of the formats that can be read: .csv, .json, .jsonl, .parquet, .tsv"),
+        ("a.txt", "a\n", "a.txt is none of the formats that can be read: .conll, .csv, .json, .jsonl, .parquet, .tsv"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_line(tmp_path, name, text, message):
