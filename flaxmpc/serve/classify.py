@@ -118,6 +118,8 @@ class Client:
         for place, text in enumerate(texts):
             if reason := _malformed(text) or (self._wrong_form(pairs) if _is_pair(text) != pairs else None):
                 raise TextError(place, len(texts), reason)
+        if self.kind.masks and self.tokenizer.mask_token is None:
+            raise ValueError("the model gives the words at masked tokens, but its tokenizer has no such token")
         encoded = encode(self.tokenizer, texts, self.config.longest)
         special = self.tokenizer.num_special_tokens_to_add(pairs)
         # By itself, as not every family tells the texts of a pair apart.

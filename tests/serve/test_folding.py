@@ -70,16 +70,7 @@ def output(model, params, ids=IDS, mask=MASK, types=None):
 def lazily(model, params, ids=IDS, mask=MASK, types=None, config=CONFIG):
     """The same on a lazy state, as it runs on shares, and the weights."""
     ids, types = jnp.asarray(ids), None if types is None else jnp.asarray(types)
-    if isinstance(model, BertForMaskedLM):  # its output matrix is the table, so that it is on shares too
-
-        def on_shares(params, embeddings, mask):
-            lazy = defer(model.config, embeddings, mask, grouped_conv)
-            return model.apply({"params": params}, lazy, mask, method="from_embeddings")
-
-        client = params
-        function, weights = secure.hoist(on_shares, params, *shared_of(model, params, ids, mask, types))
-    else:
-        _, client, function, weights, _ = private(model, params, config)
+    _, client, function, weights, _ = private(model, params, config)
     head = np.asarray(jax.jit(function)(weights, *shared_of(model, client, ids, mask, types)))
     return (head if head.ndim == 2 else head[mask > 0]), weights
 

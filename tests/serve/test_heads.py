@@ -1,13 +1,18 @@
 """Every head on shares: a label for each token, the answer to a question, the word at a mask."""
 
+from typing import Any
+
+import jax
 import numpy as np
 import pytest
 
+from flaxmpc import secure
 from flaxmpc.models import folder as folders
+from flaxmpc.models.base import WORDS, family_of, init_params
 from flaxmpc.models.bert import BertForMaskedLM, BertForQuestionAnswering, BertForTokenClassification
 from flaxmpc.serve import plans
 from flaxmpc.serve.classify import TextError
-from flaxmpc.serve.private import SecureClassifier, check, plan_bits
+from flaxmpc.serve.private import SecureClassifier, check, plan_bits, private
 
 TAGS = ("O", "B-film", "I-film", "B-actor", "I-actor")
 # A text or a pair of each, short and long: so in two buckets.
@@ -148,3 +153,31 @@ def test_by_a_plan_of_bits_and_where_the_model_diverges(write_diverging, tmp_pat
         RIGHT[kind](prediction, text, *in_the_clear(classifier, text))
     assert wrong.error == "the model diverges on this text: its logits in the clear are not finite"
     assert wrong.entities is wrong.answer is None
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "electra", "mpnet"])
+def test_the_words_at_masks_in_other_families(name, group):
+    """Their head reads the table, which ELECTRA's embeddings have in another width."""
+    family = family_of(name)
+    size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size["intermediate_size"] = 48
+    if name == "electra":
+        size["embedding_size"] = 16
+    config = family.config(**size, vocab_size=20, max_position_embeddings=24, initializer_range=0.2)
+    model = family.model_for(WORDS)(config)
+    params = init_params(model, seed=1)
+    ids, mask = np.random.default_rng(0).integers(4, 20, (2, 8)).astype(np.int32), np.arange(8) < np.array([[8], [5]])
+    parties = group("REF2K")
+    found = private(model, params, parties.config)
+    shared = found.client(None).share(ids, mask.astype(np.int32))
+    logits = np.asarray(secure.jit(found.function, parties=parties)(found.weights, *shared))
+    plain = np.asarray(jax.jit(model.apply)({"params": params}, ids, mask.astype(np.int32)))
+    assert logits.shape == model.logits_shape(2, 8) == (2, 8, 20)
+    np.testing.assert_allclose(logits[mask], plain[mask], atol=0.02)
+
+
+def test_a_tokenizer_without_a_mask_is_named(folder_of, group, monkeypatch):
+    classifier = SecureClassifier.from_folder(folder_of("words"), group("REF2K"))
+    monkeypatch.setattr(type(classifier.tokenizer), "mask_token", None, raising=False)
+    with pytest.raises(ValueError, match="the model gives the words at masked tokens, but its tokenizer has no such"):
+        classifier.classify(["a [MASK]"])
