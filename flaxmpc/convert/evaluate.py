@@ -22,6 +22,7 @@ from flaxmpc.models import folder as folders
 from flaxmpc.models import zoo
 from flaxmpc.models.config import MOST_POSITIONS
 from flaxmpc.serve import plans
+from flaxmpc.serve.answers import wrong
 from flaxmpc.serve.classify import Client, buckets
 from flaxmpc.serve.private import SecureClassifier, check_encoded
 from flaxmpc.training import metrics
@@ -30,14 +31,18 @@ from flaxmpc.training import metrics
 def secure_logits(
     classifier: SecureClassifier, split: Split, batch_size: int, description: str = ""
 ) -> tuple[np.ndarray, np.ndarray, secure.Cost]:
-    """Computes the logits (answer, label) of a split on shares and in the clear. Returns both, and a run's cost."""
+    """Computes the logits (answer, label) of a split on shares and in the clear. Returns both, and a run's cost.
+
+    Those on shares are NaN where `infer` would give no answer, see `flaxmpc.serve.answers.wrong`.
+    """
     secret, plain, cost = {}, {}, None
     runs = list(classifier.runs(split, range(len(split)), lambda _: [batch_size]))
     for run in track(runs, description):
         found = classifier.answer(run)
         cost = found.cost
         for row, place in enumerate(run.places):
-            secret[place], plain[place] = (split.logits_of(place, each[row]) for each in (found.secret, found.plain))
+            ours, theirs = (split.logits_of(place, each[row]) for each in (found.secret, found.plain))
+            secret[place], plain[place] = np.where(wrong(ours, theirs) is None, ours, np.nan), theirs
     assert cost is not None, "a split is never empty"
     rows = range(len(split))
     return np.concatenate([secret[row] for row in rows]), np.concatenate([plain[row] for row in rows]), cost

@@ -255,7 +255,7 @@ def predict(
         truncated: whether the text is cut.
         cost: the cost of the secure run that the text was in.
     """
-    if error := _wrong(logits, plain):
+    if error := wrong(logits, plain):
         return Prediction(read.text, truncated, cost, error=error)
     answer = head(model).read(logits.astype(np.float64), model.config.id2label, read)
     if model.task == TEXTS:  # of every token they are too many to be looked at
@@ -264,13 +264,17 @@ def predict(
     return Prediction(read.text, truncated, cost, **answer, difference=difference)
 
 
-def _wrong(logits: np.ndarray, plain: np.ndarray | None) -> str | None:
-    """Why logits on shares cannot be right; None: they may be."""
+def wrong(logits: np.ndarray, plain: np.ndarray | None) -> str | None:
+    """Why the logits of one text on shares cannot be right, beside those in the clear if anybody has them; None: they
+    may be.
+    """
     if plain is not None and not np.isfinite(plain).all():
         return "the model diverges on this text: its logits in the clear are not finite"
     if not np.isfinite(logits).all():
         return "the model diverges on this text"
     # Fixed point is off by some 0.01; by a quarter only where it has overflowed, or has far too few bits.
-    if plain is not None and (off := np.abs(logits - plain).max()) > 0.25 + 0.05 * np.abs(plain).max():
-        return f"the logits on shares are off by {off:.3g} from those in the clear: fixed point does not hold this text"
+    if plain is not None:
+        off, most = (float(np.abs(each).max(initial=0)) for each in (logits - plain, plain))
+        if off > 0.25 + 0.05 * most:
+            return f"the logits on shares are off by {off:.3g} from those in the clear: fixed point does not hold this text"
     return None

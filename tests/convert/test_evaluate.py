@@ -1,16 +1,21 @@
 """What is measured of a model that is not finite everywhere, and what becomes of it."""
 
 import json
+import types
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flaxmpc.convert.configs import Conversion
-from flaxmpc.convert.evaluate import evaluate
+from flaxmpc.convert.evaluate import evaluate, secure_logits
 from flaxmpc.convert.runs import resolve
+from flaxmpc.data.batches import Split
 from flaxmpc.models import folder as folders
 from flaxmpc.models.folder import read_config
-from flaxmpc.serve.private import plan_bits
+from flaxmpc.serve.classify import TextRun
+from flaxmpc.serve.private import Logits, plan_bits
+from flaxmpc.training import metrics
 
 
 @pytest.fixture
@@ -83,6 +88,22 @@ def test_a_recipe_that_convert_did_not_write_is_refused(fields, message, tmp_pat
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match=message):
         evaluate(tmp_path)
+
+
+def test_a_text_that_infer_gives_no_answer_to_counts_as_wrong():
+    """Though the label of what overflowed may be the right one by chance."""
+    plain = np.array([[0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.1, 0.2]], np.float32)
+    secret = plain + 0.01
+    secret[0] *= 1e7
+    secret[2] = [np.nan, 1.0]
+    split = Split([[1, 2]] * 4, np.array([0, 1, 0, 1]))
+    run = TextRun(range(4), np.ones((4, 2)), np.ones((4, 2)), None)
+    cost: Any = object()
+    classifier: Any = types.SimpleNamespace(runs=lambda *_: [run], answer=lambda _: Logits(secret, plain, cost))
+    ours, theirs, _ = secure_logits(classifier, split, 4)
+    np.testing.assert_array_equal(theirs, plain)
+    assert np.isfinite(ours).all(-1).tolist() == [False, True, False, True]
+    assert metrics.agreement(ours, theirs) == metrics.accuracy(ours, split.labels) == 0.5
 
 
 def test_a_model_with_a_plan_of_bits_is_measured_by_it(write_classifier, tmp_path):
