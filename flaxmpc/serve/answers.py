@@ -276,5 +276,6 @@ def wrong(logits: np.ndarray, plain: np.ndarray | None) -> str | None:
     if plain is not None:
         off, most = (float(np.abs(each).max(initial=0)) for each in (logits - plain, plain))
         if off > 0.25 + 0.05 * most:
-            return f"the logits on shares are off by {off:.3g} from those in the clear: fixed point does not hold this text"
+            why = "fixed point does not hold this text"
+            return f"the logits on shares are off by {off:.3g} from those in the clear: {why}"
     return None
