@@ -11,6 +11,8 @@ from flaxmpc import files
 from flaxmpc.convert.contents import Digests
 from flaxmpc.errors import brief
 
+_NOWHERE = ("out", "runs", "notes")  # fields that change no figure
+
 _Config = TypeVar("_Config")
 Made = TypeVar("Made")
 
@@ -49,7 +51,7 @@ def run_folder(config: Any, inputs: Digests) -> Path:
     mend = "remove the folder, or name another with --runs"
     begun = folder.is_dir() and any(entry.name not in (path.name, f"{path.name}.new") for entry in folder.iterdir())
     if path.is_file() and begun:
-        before = files.read_object(path, mend=mend)
+        before = completed(files.read_object(path, mend=mend), config)
         other = [field for field in resolved if field != "inputs" and before.get(field) != resolved[field]]
         other += [brief(field) for field in before if field not in resolved]
         if other:
@@ -74,7 +76,7 @@ def recipe(config: Any, inputs: Digests) -> dict[str, Any]:
 def done(config: Any, inputs: Digests) -> bool:
     """Whether the folder holds the model that this config makes of these inputs.
 
-    Older recipes do not name the inputs, nor options of today, which are None where they ask for nothing.
+    Older recipes do not name the inputs, nor options of today, see `completed`.
 
     Raises:
         ValueError: recipe.json is damaged.
@@ -84,7 +86,30 @@ def done(config: Any, inputs: Digests) -> bool:
         return False
     found = files.read_object(path, mend="remove it, and the model is finished again from its checkpoints")
     wanted = recipe(config, inputs)
-    return {**dict.fromkeys(wanted), "inputs": wanted["inputs"], **found} == wanted
+    return {"inputs": wanted["inputs"], **completed(found, config)} == wanted
+
+
+def completed(found: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A recorded config with the options that are newer than it: what they are by default, as all was done so then.
+
+    Args:
+        found: what was recorded, see `resolve`.
+        config: one of the same kind, of today.
+    """
+    whole = _defaults(config) | found
+    for field in dataclasses.fields(config):
+        own = getattr(config, field.name)
+        if dataclasses.is_dataclass(own) and isinstance(found.get(field.name), dict):
+            whole[field.name] = _defaults(own) | found[field.name]
+    return whole
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The fields of a config that are of a plain type and have a default, as JSON holds them."""
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    plain = (str, int, float, bool, tuple, type(None))
+    named = {name: value for name, value in fields.items() if isinstance(value, plain)}
+    return {name: value for name, value in json.loads(json.dumps(named)).items() if name not in _NOWHERE}
 
 
 def unfinished(config: Any) -> None:
@@ -96,4 +121,4 @@ def resolve(config: Any) -> dict[str, Any]:
     """The config as JSON holds it, without what changes no figure: where things are written, and notes."""
     # Of a path, what says which folder it is on any machine.
     fields = json.loads(json.dumps(dataclasses.asdict(config), default=lambda path: "/".join(path.parts[-2:])))
-    return {name: value for name, value in fields.items() if name not in ("out", "runs", "notes")}
+    return {name: value for name, value in fields.items() if name not in _NOWHERE}

@@ -74,6 +74,28 @@ def test_a_changed_bit_of_a_config_is_seen(config):
                 runs.run_folder(config, INPUTS)
 
 
+def test_options_that_are_newer_than_a_run_were_as_they_are_by_default(config):
+    path = begun(config)
+    recorded = json.loads(path.read_text())
+    for field in ("public_layers", "seed"):
+        del recorded[field]
+    for field in ("padded_lengths", "dtype"):
+        del recorded["schedule"][field]
+    path.write_text(json.dumps(recorded))
+    assert runs.run_folder(config, INPUTS) == path.parent
+    for changed, named in (
+        (dataclasses.replace(config, seed=1), "seed"),
+        (dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, dtype="bfloat16")), "schedule"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a run with another {named}:"):
+            runs.run_folder(changed, INPUTS)
+    config.out.mkdir()
+    (config.out / "results.json").write_text("{}")
+    (config.out / "recipe.json").write_text(json.dumps(recorded))
+    assert runs.done(config, INPUTS)
+    assert not runs.done(dataclasses.replace(config, seed=1), INPUTS)
+
+
 def test_a_run_with_nothing_to_lose_is_begun_anew_with_another_config(config):
     folder = runs.run_folder(dataclasses.replace(config, seed=1), INPUTS)
     assert runs.run_folder(config, INPUTS) == folder
