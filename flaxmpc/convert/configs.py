@@ -34,7 +34,7 @@ class FineTuning:
     Attributes:
         encoder: a folder with a pre-trained BERT, HF's or ours.
         data: `movie` (the shipped sentences), a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli; from
-            the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
+            the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, CoNLL, Parquet or Arrow.
         out: the folder to write.
         schedule: how long and how fast it is trained.
         max_length: the number of tokens that a text is cut at.
@@ -72,7 +72,7 @@ class Conversion:
     Attributes:
         teacher: the folder of a fine-tuned classifier, HF's or ours.
         data: the data that the teacher was fine-tuned on: `movie`, a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli,
-            qnli, rte, wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, Parquet or Arrow.
+            qnli, rte, wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, CoNLL, Parquet or Arrow.
         out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
         attention: the student's attention: a name for all layers, or one for each.
         activation: the student's activation: a name for all layers, or one for each.
