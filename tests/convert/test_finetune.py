@@ -55,7 +55,7 @@ def test_a_classifier_learns_in_bfloat16_and_few_lengths(tiny, tiny_params, toy_
     evaluate = Evaluate(tiny, toy_split, ("accuracy",))
     params = learn(tiny, tiny_params, toy_split, evaluate, schedule, tmp_path, classification_loss(model), seed=1)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
-    assert accuracy(predict(tiny, params, toy_split), toy_split.labels) > 0.9
+    assert accuracy(predict(tiny, params, toy_split), toy_split.labels) > 0.85
 
 
 def test_dropout_acts_while_fine_tuning_and_is_the_seeds(tiny, tiny_params, toy_split, tmp_path):
