@@ -20,9 +20,9 @@ from flaxmpc.convert.finetune import (
     computing,
     in_order,
     learn,
-    lengths,
     looking_up,
     predict,
+    training_lengths,
 )
 from flaxmpc.convert.head import linear_head
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
@@ -420,7 +420,7 @@ def convert(config: Conversion) -> dict[str, Any]:
     results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
 
     answers = {"id2label": task.id2label, "model_max_length": config.max_length, "num_texts": len(task.text_columns)}
-    padded = lengths(own.num_positions)
+    padded = training_lengths(config.stage1, own.num_positions)
     some = list(itertools.islice(batches(task.train, batch_size=64, lengths=padded, seed=config.seed), 8))
     met = calibrate.variances(teacher.model, teacher.params, some)
     seen = {(i, place): met[layer, place] for i, layer in enumerate(layers) for place in (0, 1)}

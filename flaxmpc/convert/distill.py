@@ -153,7 +153,8 @@ def _padded(leaves: Sequence[np.ndarray], row_mask: np.ndarray, tokens: int) -> 
     shape = {1: first.shape, 2: (tokens, first.shape[-1]), 3: (first.shape[0], tokens, tokens)}[first.ndim]
     out = np.zeros((len(leaves), *shape), np.float32)
     for row in np.flatnonzero(row_mask):
-        _cut(out[row], leaves[row].shape[max(0, first.ndim - 2)])[...] = leaves[row]
+        own = leaves[row]
+        _cut(out[row], own.shape[-1] if own.ndim == 3 else len(own))[...] = own
     return out
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,11 @@ import numpy as np
 from flaxmpc.data.batches import Batch, Split, batches
 from flaxmpc.models.base import WithHead, embeddings_path
 from flaxmpc.models.params import flatten
+from flaxmpc.serve.classify import buckets
 from flaxmpc.training import losses, metrics
 from flaxmpc.training.fit import Loss, Objective, Schedule, fit
 
-# Lengths that sentences are padded to while a model is evaluated: one program each.
-LENGTHS = (16, 32, 64, 128, 256, 512)
-
-
-def lengths(most: int, named: Sequence[int] = LENGTHS) -> tuple[int, ...]:
-    """The lengths for a model of so many positions: no padding beyond them."""
-    return (*(length for length in named if length < most), most)
+_POSITIONS = 512  # of a model, where nothing else is said
 
 
 def computing(model: WithHead, schedule: Schedule) -> WithHead:
@@ -30,20 +25,25 @@ def computing(model: WithHead, schedule: Schedule) -> WithHead:
     return model if schedule.dtype == "float32" else model.clone(dtype=jnp.dtype(schedule.dtype))
 
 
+def training_lengths(schedule: Schedule, most: int) -> tuple[int, ...]:
+    """The lengths that a schedule's sentences are padded to, for a model of `most` positions."""
+    return (*(length for length in schedule.padded_lengths if length < most), most)
+
+
 def epoch_batches(
-    split: Split, schedule: Schedule, seed: int, most: int = LENGTHS[-1]
+    split: Split, schedule: Schedule, seed: int, most: int = _POSITIONS
 ) -> Callable[[int], Iterator[Batch]]:
     """What `fit` asks for its batches: shuffled anew in every epoch, the same for the same seed.
 
     `most` is the model's number of positions, here and in what follows.
     """
-    padded = lengths(most, schedule.padded_lengths)
+    padded = training_lengths(schedule, most)
     return lambda epoch: batches(split, batch_size=schedule.batch_size, lengths=padded, seed=(seed, epoch))
 
 
-def in_order(split: Split, batch_size: int = 64, most: int = LENGTHS[-1]) -> Iterator[Batch]:
+def in_order(split: Split, batch_size: int = 64, most: int = _POSITIONS) -> Iterator[Batch]:
     """Batches of every sentence once, unshuffled."""
-    return batches(split, batch_size=batch_size, lengths=lengths(most))
+    return batches(split, batch_size=batch_size, lengths=buckets(most))
 
 
 def looking_up(model: WithHead) -> WithHead:
