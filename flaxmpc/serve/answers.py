@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import expit, softmax
 
 from flaxmpc import secure
 from flaxmpc.data.batches import Text
@@ -109,18 +110,12 @@ class Read(NamedTuple):
     encoding: Any
 
 
-def _probabilities(logits: np.ndarray) -> np.ndarray:
-    odds = np.exp(logits - logits.max(-1, keepdims=True))
-    return odds / odds.sum(-1, keepdims=True)
-
-
 def _one_label(logits: np.ndarray, names: Sequence[str], read: Read) -> dict[str, Any]:
-    return {"label": names[int(logits.argmax())], "score": float(_probabilities(logits).max())}
+    return {"label": names[int(logits.argmax())], "score": float(softmax(logits).max())}
 
 
 def _labels(logits: np.ndarray, names: Sequence[str], read: Read) -> dict[str, Any]:
-    probabilities = 0.5 * (1 + np.tanh(0.5 * logits))  # the sigmoid; it overflows nowhere
-    by_name = dict(zip(names, probabilities.tolist(), strict=True))
+    by_name = dict(zip(names, expit(logits).tolist(), strict=True))
     return {"labels": tuple(name for name, each in by_name.items() if each > 0.5), "probabilities": by_name}
 
 
@@ -133,7 +128,7 @@ def _entities(logits: np.ndarray, names: Sequence[str], read: Read) -> dict[str,
     words, offsets = read.encoding.word_ids, read.encoding.offsets
     first = [i for i, word in enumerate(words) if word is not None and word != (words[i - 1] if i else None)]
     last = [max(i for i, word in enumerate(words) if word == words[place]) for place in first]
-    probabilities = _probabilities(logits[first]) if first else logits[:0]
+    probabilities = softmax(logits[first], axis=-1) if first else logits[:0]
     tags = [names[int(place)] for place in probabilities.argmax(-1)]
     found = []
     for kind, begin, end in spans(tags):
@@ -150,7 +145,7 @@ _LONGEST_ANSWER = 15  # tokens, as in HF's pipeline
 def _answer(logits: np.ndarray, names: Sequence[str], read: Read) -> dict[str, Any]:
     """The most probable span of the second text, as in BERT (arXiv 1810.04805, section 4.2) and HF's pipeline."""
     own = np.array([side == 1 for side in read.encoding.sequence_ids])
-    starts, ends = _probabilities(np.where(own[:, None], logits, -np.inf).T)
+    starts, ends = softmax(np.where(own[:, None], logits, -np.inf).T, axis=-1)
     scores = np.triu(np.outer(starts, ends)) - np.triu(np.outer(starts, ends), _LONGEST_ANSWER)
     first, last = np.unravel_index(scores.argmax(), scores.shape)
     start, end = read.encoding.offsets[first][0], read.encoding.offsets[last][1]
@@ -163,7 +158,7 @@ _MOST_WORDS = 5  # shown for a masked token
 def _masked(logits: np.ndarray, names: Sequence[str], read: Read) -> dict[str, Any]:
     found = []
     for place in np.flatnonzero(np.array(read.encoding.ids) == read.tokenizer.mask_token_id):
-        probabilities = _probabilities(logits[place])
+        probabilities = softmax(logits[place])
         best = np.argsort(-probabilities, kind="stable")[:_MOST_WORDS].tolist()
         found.append(tuple({"token_str": read.tokenizer.decode([i]), "score": float(probabilities[i])} for i in best))
     return {"masked": tuple(found)}
