@@ -112,7 +112,7 @@ def put(
     """The model's owner shares its weights among the parties: each gets its own shares only.
 
     Args:
-        model: a name of the zoo or a model folder.
+        model: a name of the zoo, a model folder, or a name on the hub, see `infer`.
         cluster: cluster.toml, or its folder.
         name: the model's name for clients; by default the folder's.
         lengths: the tokens that texts are padded to: 16, 32, 64, 128, 256, 512, or the most that the model takes.
@@ -134,7 +134,7 @@ def put(
         seconds, sent = time.perf_counter() - start, parties.bytes_sent
     what = "weights in the clear" if public_weights else "shares"
     print(
-        f"{name or loaded.folder.resolve().name}: {len(served.programs)} programs ({', '.join(served.programs)}), "
+        f"{name or zoo.name_of(loaded.folder)}: {len(served.programs)} programs ({', '.join(served.programs)}), "
         f"hash {served.hash[:16]}, {sent / 1e6:.1f} MB of {what} to {len(parties.cluster.party)} parties "
         f"in {seconds:.1f} s"
     )
@@ -152,7 +152,8 @@ def approve(
     """Who runs a party approves a model's programs: their digests go to the file that cluster.toml names, `programs`.
 
     Args:
-        model: a name of the zoo or a folder with the model's config.json; its weights are not needed.
+        model: a name of the zoo, a folder with the model's config.json, or a name on the hub; its weights are not
+            needed.
         cluster: cluster.toml, or its folder.
         name: the model's name, a remark in the file; by default the folder's.
         lengths: the lengths that the owner puts it for.

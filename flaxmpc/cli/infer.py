@@ -15,6 +15,7 @@ from flaxmpc.cli import deploy, results, texts
 from flaxmpc.cli.results import console
 from flaxmpc.data.batches import Text
 from flaxmpc.models import zoo
+from flaxmpc.models.zoo import name_of
 from flaxmpc.secure import SecureError
 from flaxmpc.serve.classify import TextError, limit
 
@@ -25,7 +26,7 @@ def _or(default: str, metavar: str) -> Any:
 
 
 PositionalModel = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|FOLDER]")]
-Public = Annotated[bool, tyro.conf.arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
 Json = Annotated[bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
 OptionalPath = Annotated[Path | None, _or("", "PATH")]
 
@@ -65,10 +66,6 @@ class Runtime(FixedPoint):
         from flaxmpc.serve import plans
 
         return plans.parties(folder, **self.given())
-
-
-def _name(folder: Path) -> str:
-    return folder.name or folder.resolve().name  # "." has none
 
 
 def _parties(count: int) -> str:
@@ -112,7 +109,7 @@ def infer(
     model: Annotated[str | None, _or(zoo.DEFAULT, "NAME|FOLDER")] = None,
     cluster: OptionalPath = None,
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime(),
-    public_weights: Public = False,
+    public_weights: Flag = False,
     json_: Json = False,
 ) -> None:
     """Answers texts on secret shares, and compares with the clear.
@@ -131,8 +128,9 @@ def infer(
         format_: the format of the file, where its suffix does not say it.
         text_columns: the columns of a table: one, or two for pairs; by default the first usual names that it has.
         out: a file for the answers, .csv or .jsonl, in place of the table on the screen.
-        model: a name of the zoo (`flaxmpc zoo list`) or a model folder; on a cluster the name that it was put under, by
-            default the only one there.
+        model: a name of the zoo (`flaxmpc zoo list`), a model folder, or a model on the hub, OWNER/NAME or
+            OWNER/NAME@REVISION: the hub learns which model is fetched, and no text; a copy is kept in its cache. On a
+            cluster the name that it was put under, by default the only one there.
         cluster: ask the parties of this cluster.toml (or its folder), in place of own ones.
         public_weights: the parties know the weights, as of a model that is published anyway: only texts and answers are
             secret, and a run costs less. On a cluster the owner's `put` says it.
@@ -186,10 +184,10 @@ def _ask_here(name: str, runtime: Runtime, given: Sequence[Text], public_weights
     found = classifier.classify(given, _bar)
     cost = found.cost
     summary = (
-        f"{_name(folder)}, {'public weights, ' if public_weights else ''}{cost.protocol}, {_parties(cost.parties)}: "
+        f"{name_of(folder)}, {'public weights, ' if public_weights else ''}{cost.protocol}, {_parties(cost.parties)}: "
         f"{cost.seconds:.1f} s, {cost.bytes_sent / 1e6:.1f} MB in all, {cost.rounds:.0f} rounds"
     )
-    return results.Asked(_name(folder), classifier, found, summary, {"public_weights": public_weights})
+    return results.Asked(name_of(folder), classifier, found, summary, {"public_weights": public_weights})
 
 
 def cost(
@@ -198,13 +196,13 @@ def cost(
     tokens: int = 32,
     sentences: int = 1,
     runtime: tyro.conf.OmitArgPrefixes[Runtime] = Runtime(),
-    public_weights: Public = False,
+    public_weights: Flag = False,
     json_: Json = False,
 ) -> None:
     """What a run would cost, without secrets: zeros cost as much.
 
     Args:
-        model: a name of the zoo or a model folder.
+        model: a name of the zoo, a model folder, or a name on the hub, see `infer`.
         tokens: length of the sentences, [CLS] and [SEP] included.
         sentences: how many in one run.
         public_weights: the parties know the weights, see `infer`.
@@ -222,13 +220,13 @@ def cost(
     modelled = {f"{network.name.lower()}_seconds": network.seconds(record) for network in (secure.LAN, secure.WAN)}
     exact = secure.PROTOCOLS[record.protocol].rounds_exact
     if json_:
-        shape = {"model": _name(folder), "tokens": tokens, "sentences": sentences}
+        shape = {"model": name_of(folder), "tokens": tokens, "sentences": sentences}
         rest = {**modelled, "indicative": not exact, "public_weights": public_weights}
         print(json.dumps({**shape, **record.as_dict(), **rest}, allow_nan=False))
         return
     out = console()
     held = ", public weights" if public_weights else ""
-    out.print(f"{_name(folder)}, {sentences} x {tokens} tokens, {record.protocol}, {_parties(record.parties)}{held}")
+    out.print(f"{name_of(folder)}, {sentences} x {tokens} tokens, {record.protocol}, {_parties(record.parties)}{held}")
     table = Table("operation", "count", "seconds", "MB in all", "rounds")
     for name, op in record.per_op.items():
         if op.bytes_sent:
@@ -257,7 +255,7 @@ def check(
     SPU overflows silently. The exit code is 2 if fewer than 2 bits are left.
 
     Args:
-        model: a name of the zoo or a model folder.
+        model: a name of the zoo, a model folder, or a name on the hub, see `infer`.
         file: texts, as for `infer`; by default the validation sentences of the movie reviews.
         sentences: how many of them.
         json_: print one JSON object: the record, or an error.
@@ -279,7 +277,7 @@ def check(
     except ValueError as error:
         risk = error
     if json_:
-        record = {"model": _name(folder), "sentences": len(some), **margins.as_dict()}
+        record = {"model": name_of(folder), "sentences": len(some), **margins.as_dict()}
         print(json.dumps(record | ({"error": str(risk)} if risk else {}), allow_nan=False))
     else:
         table = Table(Column("operation", overflow="fold"), "quantity", "largest", "limit", "bits left")
@@ -288,7 +286,7 @@ def check(
             table.add_row(name, op.quantity, f"{op.magnitude:.3g}", f"{op.limit:.3g}", f"{op.margin_bits:.1f}")
         console().print(table)
         console().print(
-            f"{_name(folder)}, {margins.ring} with {margins.fraction_bits} fraction bits, {len(some)} sentences: "
+            f"{name_of(folder)}, {margins.ring} with {margins.fraction_bits} fraction bits, {len(some)} sentences: "
             f"{margins.margin_bits:.1f} bits of margin"
         )
     if risk is not None:
@@ -309,7 +307,7 @@ def plan(
     It is for models without a division or an exponential on shares, such as 2quad_freediv with quad.
 
     Args:
-        model: a name of the zoo or a model folder.
+        model: a name of the zoo, a model folder, or a name on the hub, see `infer`.
         file: texts, as for `infer`; by default the validation sentences of the movie reviews.
         sentences: how many of them.
         error: the standard deviation of a logit that all roundings together may make.
@@ -330,7 +328,7 @@ def plan(
             loaded = folders.load(folder)
             tried = private.plan_bits(loaded, some, error=error, progress=status.update)
     if json_:
-        print(json.dumps({"model": _name(folder), **tried._asdict(), "plan": tried.plan.as_dict()}, allow_nan=False))
+        print(json.dumps({"model": name_of(folder), **tried._asdict(), "plan": tried.plan.as_dict()}, allow_nan=False))
         return
     encoder = f"{type(loaded.model).__name__}/{loaded.model.base_model_prefix}/"
     table = Table(Column("truncated", overflow="fold"), "numbers", "largest", "bits", "kept", "to spare")
@@ -340,7 +338,7 @@ def plan(
             table.add_row(step.where.removeprefix(encoder), str(step.elements), *sizes)
     out = console()
     out.print(table)
-    out.print(f"{_name(folder)}: {tried.plan}")
+    out.print(f"{name_of(folder)}: {tried.plan}")
     out.print(
         f"in the clear: logits within {tried.difference:.3f} of the model's, "
         f"{tried.same_labels} of {tried.texts} labels the same"

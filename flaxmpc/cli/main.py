@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.table import Column, Table
 import flaxmpc
 from flaxmpc import files
 from flaxmpc.cli import convert, deploy, infer
-from flaxmpc.cli.infer import Json
+from flaxmpc.cli.infer import Flag, Json
 from flaxmpc.cli.results import console
 from flaxmpc.errors import unknown
 from flaxmpc.models import zoo
@@ -66,27 +67,44 @@ def _zoo_table(entries: list[dict[str, Any]]) -> Table:
 
 
 def zoo_(
-    action: Annotated[Literal["list", "show"], tyro.conf.Positional],
+    action: Annotated[Literal["list", "show", "push"], tyro.conf.Positional],
     model: Annotated[
         str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|FOLDER]", help_behavior_hint="")
     ] = None,
     /,
     json_: Json = False,
+    to: Annotated[str | None, tyro.conf.arg(metavar="OWNER/NAME", help_behavior_hint="")] = None,
+    private: Flag = False,
+    dry_run: Flag = False,
 ) -> None:
-    """The trained models: `zoo list` is a table, `zoo show NAME` a card.
+    """The trained models: a table of them, the card of one; or publishes one.
 
     Args:
-        action: list or show.
-        model: the model whose card is shown; by default the one that `infer` uses.
+        action: list, show or push: `zoo show NAME`, `zoo push FOLDER --to OWNER/NAME`.
+        model: show: the model whose card is shown; by default the one that `infer` uses. push: the model to publish. It
+            must load; then config, weights, tokenizer, plan of bits, recipe, results and card are uploaded, and no
+            other file of its folder. A card is written where there is none.
         json_: list: print an array with an object for every model.
+        to: push: the repository on the hub, made where it is not there. First log in: `hf auth login`, or HF_TOKEN.
+        private: push: only its owner is to see it.
+        dry_run: push: say which files would be uploaded, and upload none.
     """
+    if action != "push" and (to is not None or private or dry_run):
+        raise ValueError(f"--to, --private and --dry-run are of zoo push, not of zoo {action}")
+    if action == "push":
+        if json_:
+            raise ValueError("--json is for zoo list")
+        if model is None or to is None:
+            raise ValueError("which model, and to where? zoo push FOLDER --to OWNER/NAME")
+        _push(model, to, private=private, dry_run=dry_run)
+        return
     if action == "show":
         if json_:
             raise ValueError("--json is for zoo list: a card is Markdown, README.md in the model's folder")
         card = zoo.find(model or zoo.DEFAULT) / "README.md"
         if not card.is_file():
             raise ValueError(f"{card.parent} has no card (README.md)")
-        text = files.read(card, files.JSON_BYTES).decode("utf-8", "replace")
+        text = _METADATA.sub("", files.read(card, files.JSON_BYTES).decode("utf-8", "replace"))
         # What a terminal would obey is left out.
         Console().print(Markdown("".join(c for c in text if c.isprintable() or c in "\n\t")))
         return
@@ -102,6 +120,28 @@ def zoo_(
     out.print(_zoo_table(entries))
     if any(entry["weights_bytes"] is None for entry in entries):
         out.print("A script in place of a size: the weights are not here; it makes them, in the repository.")
+
+
+# What a card begins with, for the hub.
+_METADATA = re.compile(r"\A---\r?\n.*?^---\s*$", re.DOTALL | re.MULTILINE)
+
+
+def _push(model: str, repository: str, *, private: bool, dry_run: bool) -> None:
+    """Uploads a model and prints its address; of a dry run the files, with their sizes."""
+    from flaxmpc.convert import publish
+    from flaxmpc.models import hub
+
+    hub.require_repository(repository)
+    folder = zoo.with_weights(model)
+    if not dry_run:
+        print(publish.push(folder, repository, private=private))
+        return
+    table = Table("file", Column("bytes", justify="right"), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name, size in publish.check(folder).items():
+        table.add_row(name, f"{size:,}")
+    out = console()
+    out.print(table)
+    out.print(f"a dry run, nothing was uploaded to {repository}{', private' * private}", soft_wrap=True)
 
 
 def _versions() -> str:

@@ -22,6 +22,9 @@ def _of(registry: Registry[Any], metavar: str) -> Any:
     )
 
 
+_MODEL = tyro.conf.arg(metavar="NAME|FOLDER")
+
+
 def _require_length(max_length: int) -> None:
     if max_length < 3:
         raise ValueError(f"max_length must be at least 3, [CLS], a token and [SEP], not {max_length}")
@@ -32,7 +35,8 @@ class FineTuning:
     """Says how a teacher is made: a pre-trained encoder, fine-tuned on labelled sentences.
 
     Attributes:
-        encoder: a folder with a pre-trained BERT, HF's or ours.
+        encoder: a folder with a pre-trained BERT, HF's or ours, or its name on the hub, OWNER/NAME or
+            OWNER/NAME@REVISION: the hub learns which one it is, and no text.
         data: `movie` (the shipped sentences), a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli; from
             the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, CoNLL, Parquet or Arrow.
         out: the folder to write.
@@ -47,7 +51,7 @@ class FineTuning:
         runs: the folder of checkpoints and metrics; by default OUT.run, beside OUT.
     """
 
-    encoder: Path
+    encoder: Annotated[str | Path, _MODEL]
     data: str
     out: Path
     schedule: Schedule = Schedule(epochs=3, learning_rate=5e-5)
@@ -70,7 +74,8 @@ class Conversion:
     """Says how a student is made: a fine-tuned teacher, with parts replaced, distilled in two stages.
 
     Attributes:
-        teacher: the folder of a fine-tuned classifier, HF's or ours.
+        teacher: the folder of a fine-tuned classifier, HF's or ours, or its name on the hub, OWNER/NAME or
+            OWNER/NAME@REVISION: the hub learns which one it is, and no text.
         data: the data that the teacher was fine-tuned on: `movie`, a GLUE task (cola, sst2, mrpc, qqp, stsb, mnli,
             qnli, rte, wnli; from the hub, or TASK=FOLDER), or a file or folder of CSV, JSONL, CoNLL, Parquet or Arrow.
         out: the folder to write: config.json, weights, tokenizer, results.json, recipe.json and a card.
@@ -113,7 +118,7 @@ class Conversion:
         notes: Markdown for the card: what was tried.
     """
 
-    teacher: Path
+    teacher: Annotated[str | Path, _MODEL]
     data: str
     out: Path
     attention: Annotated[str | tuple[str, ...], _of(ATTENTION, "NAME [NAME ...]")] = "2quad_freediv"

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -33,12 +33,15 @@ from flaxmpc.data.batches import SPLITS, Batch, Split, batches
 from flaxmpc.data.matching import matched, named, refuse_other_order
 from flaxmpc.data.pieces import pieces
 from flaxmpc.models import folder as folders
+from flaxmpc.models import zoo
 from flaxmpc.models.base import TEXTS, TOKENS, WithHead
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.public import with_public_layers
 from flaxmpc.nn.normalization import NORMALIZATIONS, Ranged
 from flaxmpc.training import hosts
 from flaxmpc.training.metrics import agreement, correct, evaluate, paired_difference
+
+_Config = TypeVar("_Config", bound=FineTuning | Conversion)
 
 
 def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str, float]:
@@ -49,6 +52,12 @@ def _figures(task: tasks.Task, logits: np.ndarray, prefix: str = "") -> dict[str
 def _bits(hits: np.ndarray) -> str:
     """Writes for results.json which rows are right: "1" for each that is, "0" for every other."""
     return "".join("01"[int(hit)] for hit in hits)
+
+
+def located(config: _Config) -> _Config:
+    """The config with the folder of the model that it starts from, which may be named otherwise, see `zoo.find`."""
+    start = "encoder" if isinstance(config, FineTuning) else "teacher"
+    return dataclasses.replace(config, **{start: zoo.with_weights(getattr(config, start))})
 
 
 @alone
@@ -62,6 +71,7 @@ def finetune_encoder(config: FineTuning) -> dict[str, Any]:
             that can't be public, see `with_public_layers`.
         FloatingPointError: see `fit`.
     """
+    config = located(config)
     encoder = folders.read_config(config.encoder)
     if config.public_layers and not encoder.embedding.client_embeds:
         raise ValueError(f"{config.encoder} has a secret embedding: what follows it can't be public either")
@@ -180,6 +190,16 @@ def _teacher(config: Conversion) -> folders.LoadedModel:
             f"{config.teacher} gives a text several labels; a student of one label, or of a number, is made"
         )
     return teacher._replace(model=looking_up(teacher.model))
+
+
+def _encoder(teacher: Path) -> dict[str, str]:
+    """For results.json: the encoder that a teacher was made of, as its folder says it. Empty: it does not."""
+    for file in ("recipe.json", "results.json"):
+        path = teacher / file
+        found = files.read_object(path).get("encoder") if path.is_file() else None
+        if isinstance(found, str):
+            return {"encoder": found}
+    return {}
 
 
 class _Material(NamedTuple):
@@ -403,6 +423,7 @@ def convert(config: Conversion) -> dict[str, Any]:
             other labels than the data; a run of another config, or from other data or weights.
         FloatingPointError: see `fit`.
     """
+    config = located(config)
     teacher = _teacher(config)
     own = teacher.model.config
     layers = layers_kept(own.num_hidden_layers, config.num_hidden_layers, config.kept_layers)
@@ -417,7 +438,8 @@ def convert(config: Conversion) -> dict[str, Any]:
     teacher_logits = predict(teacher.model, teacher.params, task.test)
     if not material.by_name:
         _refuse_other_order(config, teacher, task.train)
-    results: dict[str, Any] = {"test_sentences": len(task.test), **_figures(task, teacher_logits, "teacher_")}
+    results: dict[str, Any] = {**_encoder(teacher.folder), "test_sentences": len(task.test)}
+    results |= _figures(task, teacher_logits, "teacher_")
 
     answers = {"id2label": task.id2label, "model_max_length": config.max_length, "num_texts": len(task.text_columns)}
     padded = training_lengths(config.stage1, own.num_positions)

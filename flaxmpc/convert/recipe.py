@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from flaxmpc import files
 from flaxmpc.convert import card
 from flaxmpc.convert.configs import Conversion, FineTuning
-from flaxmpc.convert.conversion import convert, finetune_encoder
+from flaxmpc.convert.conversion import convert, finetune_encoder, located
 from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.training import hosts
 
@@ -22,9 +22,9 @@ def make(config: FineTuning | Conversion) -> dict[str, Any]:
     hosts (`hosts.Hosts.join`) the first writes and measures; the others return nothing.
 
     Raises:
-        Exception: see `finetune_encoder`, `convert` and `evaluate`.
+        Exception: see `zoo.find`, `finetune_encoder`, `convert` and `evaluate`.
     """
-    with hosts.kept(config) as own:
+    with hosts.kept(located(config)) as own:
         if isinstance(own, FineTuning):
             results = finetune_encoder(own)
             card.write(own.out)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from flaxmpc import files
 from flaxmpc.convert.contents import Digests
 from flaxmpc.errors import brief
+from flaxmpc.models import hub
 
 _NOWHERE = ("out", "runs", "notes")  # fields that change no figure
 
@@ -119,6 +120,10 @@ def unfinished(config: Any) -> None:
 
 def resolve(config: Any) -> dict[str, Any]:
     """The config as JSON holds it, without what changes no figure: where things are written, and notes."""
-    # Of a path, what says which folder it is on any machine.
-    fields = json.loads(json.dumps(dataclasses.asdict(config), default=lambda path: "/".join(path.parts[-2:])))
+    fields = json.loads(json.dumps(dataclasses.asdict(config), default=_place))
     return {name: value for name, value in fields.items() if name not in _NOWHERE}
+
+
+def _place(path: Path) -> str:
+    """What says which folder it is on any machine: of a copy from the hub OWNER/NAME@COMMIT."""
+    return str(hub.origin(path) or "/".join(path.parts[-2:]))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -58,12 +57,8 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 
 def no_model_folder(path: Path) -> FileNotFoundError:
-    """The error for what should be a model's folder and is none. What looks like a hub's name is told how to get it."""
-    message = f"{path} is {'a file, not the folder of a model' if path.is_file() else 'no folder'}"
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)) and not path.exists():
-        get = f"from huggingface_hub import snapshot_download as get; get({str(path)!r}, local_dir='FOLDER')"
-        message += f'. If it is a name on the hub, download it first: python -c "{get}"'
-    return FileNotFoundError(message)
+    """The error for what should be a model's folder and is none."""
+    return FileNotFoundError(f"{path} is {'a file, not the folder of a model' if path.is_file() else 'no folder'}")
 
 
 def _attention(spec: Any) -> AttentionPart:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from flaxmpc import files
 from flaxmpc.errors import brief, unknown
-from flaxmpc.models import bert, distilbert, electra, mpnet, roberta  # noqa: F401  they register their families
+from flaxmpc.models import bert, distilbert, electra, mpnet, roberta, zoo  # noqa: F401  families are registered
 from flaxmpc.models.base import TEXTS, WithHead, architectures, family_of, init_params, param_shapes
 from flaxmpc.models.config import EncoderConfig, read_fields
 from flaxmpc.models.tokenizer import load_tokenizer, save_tokenizer
@@ -30,23 +30,25 @@ class LoadedModel(NamedTuple):
     folder: Path
 
 
-def load(folder: str | Path, architecture: str | None = None) -> LoadedModel:
+def load(model: str | Path, architecture: str | None = None) -> LoadedModel:
     """Reads a model as it was saved; its weights must fit exactly.
 
     Args:
-        folder: a model folder, HF's or ours.
+        model: a model folder, HF's or ours; or a name, of the zoo, or on the hub as OWNER/NAME or OWNER/NAME@REVISION,
+            see `flaxmpc.models.zoo.find`. The hub learns which model is fetched from it, and no text.
         architecture: HF's name of a class; None takes what config.json says.
 
     Raises:
-        FileNotFoundError: the folder, its config.json, weights or tokenizer do not exist.
+        FileNotFoundError: the folder, its config.json, weights or tokenizer do not exist, nor are to be had.
+        ConnectionError: the download from the hub broke off.
         ValueError: an unknown architecture or part, or a file that is damaged, a link (see `flaxmpc.files.inside`), or
             asks for more than any published model.
         WeightsError: the weights do not fit, with the list of misfits.
     """
-    folder = Path(folder)
-    model = read_model(folder, architecture)
-    params = read_params(folder / "model.safetensors", param_shapes(model))
-    return LoadedModel(model, params, load_tokenizer(folder), folder)
+    folder = zoo.with_weights(model) if isinstance(model, str) else model
+    read = read_model(folder, architecture)
+    params = read_params(folder / "model.safetensors", param_shapes(read))
+    return LoadedModel(read, params, load_tokenizer(folder), folder)
 
 
 def read_model(folder: Path, architecture: str | None = None) -> Any:
@@ -84,7 +86,7 @@ def read_config(folder: str | Path) -> EncoderConfig:
 
 
 def load_pretrained(
-    folder: str | Path,
+    encoder: str | Path,
     task: str = TEXTS,
     *,
     seed: int = 0,
@@ -93,15 +95,16 @@ def load_pretrained(
     """Reads a pre-trained encoder and puts a fresh head on it, to be fine-tuned; a head in the file is passed over.
 
     Args:
-        folder: a model folder, HF's or ours.
+        encoder: a model folder or a name, see `load`.
         task: what the head is for, see `WithHead.task`.
         seed: what the head's random weights are made from.
         **changes: fields of the config that are to be other than in the file, such as `id2label`.
 
     Raises:
-        FileNotFoundError, ValueError, WeightsError: see `load`; what the file has beyond the encoder is passed over.
+        FileNotFoundError, ConnectionError, ValueError, WeightsError: see `load`; what the file has beyond the encoder
+            is passed over.
     """
-    folder = Path(folder)
+    folder = zoo.with_weights(encoder) if isinstance(encoder, str) else encoder
     config = dataclasses.replace(read_config(folder), **changes)
     model = family_of(config.model_type).model_for(task)(config)
     params = read_params(folder / "model.safetensors", param_shapes(model), fresh=lambda: init_params(model, seed))

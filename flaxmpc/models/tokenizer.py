@@ -122,8 +122,8 @@ def as_text(tokenizer: Any) -> str:
 
 
 def _read(path: Path, check: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
-    """What is kept of a JSON file; empty if there is no such file."""
-    if not path.is_file():
+    """What is kept of a JSON file; empty if there is no such file. A link to nothing is refused."""
+    if not path.is_file() and not path.is_symlink():
         return {}
     large = path.name in ("tokenizer.json", "vocab.json")
     fields = files.read_object(path, _MOST_BYTES if large else files.JSON_BYTES)

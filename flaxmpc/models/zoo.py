@@ -1,4 +1,4 @@
-"""The zoo: a folder per trained model, found by name."""
+"""Finds the folder of a model: by its path, by its name in the zoo, or by its name on the hub."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 from flaxmpc import files
 from flaxmpc.errors import brief, unknown
+
+_ON_HUB = "a name on the hub (OWNER/NAME, OWNER/NAME@REVISION)"
 
 DEFAULT = "movie-minilm-l6-2quad-freediv"
 
@@ -21,38 +23,64 @@ def entries() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(zoo_folder().glob("*/config.json"))}
 
 
-def find(name_or_folder: str | Path) -> Path:
-    """The folder of a model given by its name in the zoo or by its path.
+def find(model: str | Path, *, weights: bool = False) -> Path:
+    """The folder of a model.
+
+    A folder goes before a name of the zoo, and both before a name on the hub: OWNER/NAME, or OWNER/NAME@REVISION of a
+    branch, a tag or a commit. That model is fetched into the cache of Hugging Face's client (HF_HOME); the hub learns
+    which one it is, and no text.
+
+    Args:
+        model: a path or a name; a `Path` is never a name on the hub.
+        weights: whether a model of the hub is fetched with its weights.
 
     Raises:
-        FileNotFoundError: a path to no folder.
-        ValueError: an unknown name; the message lists the known ones and the closest.
+        FileNotFoundError, ConnectionError: no folder, nor to be had from the hub, see `hub.fetch`.
+        ValueError: an unknown name, the message lists the known ones and the closest; or see `hub.fetch`.
     """
-    folder = Path(name_or_folder)
-    if str(name_or_folder) and folder.is_dir():  # Path("") is the current folder
-        return folder
+    name = str(model)
+    if name and os.path.isdir(model):  # Path("") is the current folder
+        return Path(model)
     known = entries()
-    if str(name_or_folder) in known:
-        return known[str(name_or_folder)]
-    if len(folder.parts) > 1:
-        raise FileNotFoundError(f"{folder} is no folder")
+    if name in known:
+        return known[name]
+    if os.path.isfile(model):
+        raise FileNotFoundError(f"{name} is a file, not the folder of a model")
+    if "/" in name:
+        from flaxmpc.models import hub
+
+        if isinstance(model, str) and (on_hub := hub.parse(model)):
+            return hub.fetch(on_hub, weights=weights)
+        path = isinstance(model, Path) or name.startswith(("/", ".", "~"))
+        shown = name if len(name) < 300 else brief(name)
+        raise FileNotFoundError(f"{shown} is no folder{'' if path else f', nor {_ON_HUB}'}")
     if not known:
-        raise FileNotFoundError(f"there is no folder {folder}, and no model in the zoo {zoo_folder()} (FLAXMPC_ZOO)")
-    raise unknown("model", str(name_or_folder), known)
+        raise FileNotFoundError(f"there is no folder {name}, and no model in the zoo {zoo_folder()} (FLAXMPC_ZOO)")
+    raise ValueError(f"{unknown('model', name, known)}; or a folder, or {_ON_HUB}")
 
 
-def with_weights(name_or_folder: str | Path) -> Path:
+def with_weights(model: str | Path) -> Path:
     """The same, of a model that can run.
 
     Raises:
         FileNotFoundError: its weights are not there; says what makes those of an entry that is kept as a recipe.
     """
-    folder = find(name_or_folder)
+    folder = find(model, weights=True)
     recipe = folder / "recipe.json"
-    if not (folder / "model.safetensors").is_file() and recipe.is_file():
+    kept = any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
+    if not kept and recipe.is_file():
         by = results(folder).get("made_by", recipe)
         raise FileNotFoundError(f"{folder} has no weights here: {by} makes them, in the repository")
     return folder
+
+
+def name_of(folder: Path) -> str:
+    """What a model is called: as its folder; a copy from the hub as its repository, without the owner."""
+    from flaxmpc.models import hub
+
+    folder = folder.resolve()  # "." has no name
+    on_hub = hub.origin(folder)
+    return folder.name if on_hub is None else on_hub.repository.partition("/")[2]
 
 
 def results(folder: Path) -> dict[str, Any]:

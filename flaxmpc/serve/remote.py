@@ -17,6 +17,7 @@ from flaxmpc import files, secure
 from flaxmpc.data.batches import Text
 from flaxmpc.errors import brief
 from flaxmpc.models import folder as folders
+from flaxmpc.models import zoo
 from flaxmpc.models.base import WithHead, param_shapes, without_embeddings
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
@@ -69,7 +70,7 @@ def put(
         secure.SecureError: a party refuses, or can't be reached.
     """
     sizes = _sizes(loaded.model.config, lengths, batches)
-    name = name or loaded.folder.resolve().name
+    name = name or zoo.name_of(loaded.folder)
     m.check_name(name)  # before minutes of compiling and sending
     found = private_classifier(loaded, parties.config, checked=True)
     client = found.client(loaded.tokenizer)
@@ -114,7 +115,7 @@ def approve(
     found = without_weights(folder, cluster.config)
     weights = secure.Planned(found.weights, visibility(public_weights))
     programs = _programs(found.client(None), found.function, weights, cluster, sizes)
-    approved.add(name or folder.resolve().name, programs)
+    approved.add(name or zoo.name_of(folder), programs)
     return programs
 
 

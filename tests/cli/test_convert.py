@@ -99,7 +99,8 @@ def test_two_hosts_convert_and_the_first_writes(data, tmp_path, write_classifier
         (("--max-length", "-1"), "at least 3"),
         (("--max-length", "2"), "at least 3"),
         (("--data", "movies"), "movie"),
-        (("--teacher", "nowhere"), "nowhere is no folder"),
+        (("--teacher", "nowhere"), "unknown model 'nowhere'"),
+        (("--teacher", "no/where"), "no/where is no folder here, HF_HUB_OFFLINE says not to ask the hub"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(change, message, data, tmp_path, write_classifier, capsys):

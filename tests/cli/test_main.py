@@ -386,6 +386,40 @@ def test_version_names_what_decides_what_is_computed(run):
     assert re.fullmatch(r"flaxmpc \d+\.\d+\.\d+, spu \S+, jax \S+, Python 3\.\d+\.\d+\n", out)
 
 
+def test_zoo_push_says_what_it_would_upload(run, model):
+    (model / "owner.key").write_text("secret")
+    code, out, err = run("zoo", "push", model, "--to", "org/film", "--private", "--dry-run")
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    found = {line[0]: int(line[1].replace(",", "")) for line in lines[2:-1]}
+    names = {"config.json", "model.safetensors", "README.md", "results.json", "tokenizer.json", "tokenizer_config.json"}
+    assert found.keys() == names | (found.keys() & {"special_tokens_map.json"})
+    assert all(size == (model / name).stat().st_size for name, size in found.items())
+    assert out.splitlines()[-1] == "a dry run, nothing was uploaded to org/film, private"
+
+
+def test_zoo_push_refuses_what_it_would_pass_over(refused, model, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", "none")
+    assert refused("zoo", "push", model) == "which model, and to where? zoo push FOLDER --to OWNER/NAME"
+    assert refused("zoo", "push", "--to", "org/film").startswith("which model, and to where?")
+    assert refused("zoo", "push", model, "--to", "film").startswith("'film' is no name on the hub: OWNER/NAME")
+    assert refused("zoo", "push", model, "--to", "org/film", "--json") == "--json is for zoo list"
+    for options in (("--to", "org/film"), ("--private",), ("--dry-run",)):
+        assert refused("zoo", "list", *options).startswith("--to, --private and --dry-run are of zoo push")
+    (model / "model.safetensors").unlink()
+    message = f"{model / 'model.safetensors'} does not exist: a model folder holds config.json and model.safetensors"
+    assert refused("zoo", "push", model, "--to", "org/film") == message
+
+
+def test_zoo_show_leaves_out_what_is_for_the_hub(run, model):
+    (model / "README.md").write_text("---\nlicense: mit\n---\n\n# A card\n\nabove\n\n---\n\nbelow\n")
+    code, out, _ = run("zoo", "show", model)
+    assert code == 0
+    assert "license" not in out
+    assert all(word in out for word in ("A card", "above", "below"))
+
+
 def test_zoo_show_prints_the_card(run, model):
     code, out, err = run("zoo", "show", "movie-tiny")
     assert (code, err) == (0, "")
@@ -479,11 +513,16 @@ def test_a_folder_in_place_of_a_file(refused, tmp_path):
 
 
 def test_an_unknown_model(refused):
-    message = "unknown model 'movie-tyni'. Did you mean 'movie-tiny'? Known: movie-tiny"
+    message = (
+        "unknown model 'movie-tyni'. Did you mean 'movie-tiny'? Known: movie-tiny; or a folder, or a name on the hub "
+        "(OWNER/NAME, OWNER/NAME@REVISION)"
+    )
     assert refused("infer", "good", "--model", "movie-tyni") == message
     assert refused("cost", "movie-tyni") == message
     assert refused("zoo", "show", "movie-tyni") == message
-    assert refused("cost", "no/folder") == "no/folder is no folder"
+    assert refused("cost", "./no/folder") == "./no/folder is no folder"
+    for command in (("cost",), ("plan",), ("check",), ("infer", "good", "--model"), ("zoo", "show")):
+        assert refused(*command, "no/folder").startswith("no/folder is no folder here, HF_HUB_OFFLINE says not to ask")
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
@@ -611,7 +650,8 @@ def test_nothing_but_the_answer_reaches_the_terminal(tmp_path):
 def test_a_real_process_ends_with_2_and_one_line(tmp_path):
     done = python("-m", "flaxmpc", "infer", "good", "--model", "zzz", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "flaxmpc: unknown model 'zzz'. Known: movie-tiny\n"
+    assert done.stderr.startswith("flaxmpc: unknown model 'zzz'. Known: movie-tiny; or a folder, or a name on the hub")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_byte_that_is_not_utf8_is_named(tmp_path):

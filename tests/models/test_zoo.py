@@ -39,14 +39,41 @@ def test_a_folder_goes_before_a_name(own_zoo, tmp_path_factory, monkeypatch):
 
 def test_an_unknown_name_gets_the_known_ones_and_the_closest(own_zoo):
     with pytest.raises(
-        ValueError, match=r"^unknown model 'movie-tyni'\. Did you mean 'movie-tiny'\? Known: movie-base, movie-tiny$"
+        ValueError,
+        match=r"^unknown model 'movie-tyni'\. Did you mean 'movie-tiny'\? Known: movie-base, movie-tiny; or a folder, ",
     ):
         zoo.find("movie-tyni")
 
 
 def test_a_path_to_nothing_is_no_misspelt_name(own_zoo):
     with pytest.raises(FileNotFoundError, match=r"^some/where is no folder$"):
+        zoo.find(Path("some/where"))
+    with pytest.raises(FileNotFoundError, match=r"^some/where is no folder here, HF_HUB_OFFLINE says not to ask"):
         zoo.find("some/where")
+
+
+def test_a_file_is_no_folder(own_zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").write_text("")
+    for path in ("model", str(tmp_path / "model"), tmp_path / "model"):
+        with pytest.raises(FileNotFoundError, match=r"model is a file, not the folder of a model$"):
+            zoo.find(path)
+
+
+@pytest.mark.parametrize("name", ["m" * 5000, "m\0", "/" + "m" * 5000])
+def test_what_the_file_system_does_not_take_is_no_model(own_zoo, name):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"^(unknown model|.* is no folder)") as error:
+        zoo.find(name)
+    assert len(str(error.value)) < 300
+
+
+def test_weights_in_shards_are_weights(own_zoo):
+    folder = own_zoo / "movie-tiny"
+    (folder / "recipe.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="has no weights here"):
+        zoo.with_weights("movie-tiny")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert zoo.with_weights("movie-tiny") == folder
 
 
 def test_an_empty_zoo_says_where_it_looked(tmp_path, monkeypatch):
