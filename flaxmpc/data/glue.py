@@ -9,6 +9,8 @@ from flaxmpc.data import tables
 from flaxmpc.data.labels import REGRESSION
 from flaxmpc.data.tables import Table
 
+HUB_ID = "nyu-mll/glue"
+
 
 class Glue(NamedTuple):
     """A task of GLUE (Wang et al., arXiv 1804.07461), with the names that the hub gives to its columns and labels.
@@ -83,7 +85,7 @@ def from_hub(name: str) -> dict[str, Table]:
     import datasets
 
     try:
-        dataset: Any = datasets.load_dataset("nyu-mll/glue", name)
+        dataset: Any = datasets.load_dataset(HUB_ID, name)
     except Exception as error:  # the hub's client, its transport and datasets each raise their own
         raise ConnectionError(
             f"GLUE's {name} cannot be had from the hub ({error}). Give a local copy: {name}=FOLDER, with "

