@@ -15,7 +15,7 @@ LOCKED := --quiet --disable-pip-version-check --no-deps --only-binary :all: --re
 # Two processes: most tests of parties wait, most others compute.
 TOGETHER := --numprocesses 2 --dist loadfile --durations 15
 
-.PHONY: help setup demo test test-slow test-next wheel-test lint lock audit bench bench-layer bench-peers
+.PHONY: docs help setup demo test test-slow test-next wheel-test lint lock audit bench bench-layer bench-peers
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -86,10 +86,16 @@ lock: ## pins what pyproject.toml asks for, with hashes: needs uv; what is pinne
 		--override requirements/spu-next.in --output-file requirements/spu-next.txt pyproject.toml
 	$(COMPILE) --python-version 3.10 \
 		--output-file requirements/audit.txt requirements/audit.in
+	$(COMPILE) --python-version 3.11 --extra docs --override requirements/overrides.txt \
+		--constraint requirements/stable.txt --output-file requirements/docs.txt pyproject.toml
 
 # With an environment of its own: what pip-audit needs is none of flaxmpc's business.
 audit: ## asks for known vulnerabilities in what is locked: needs the network
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install $(LOCKED) -r requirements/audit.txt
-	for lock in stable spu-next audit; do \
+	for lock in stable spu-next docs audit; do \
 		.venv-audit/bin/pip-audit --require-hashes --disable-pip -r requirements/$$lock.txt || exit 1; done
+
+docs: ## the documentation site, with its notebooks executed, in docs/_build/html: 10 minutes at most, Python 3.11
+	$(MAKE) setup VENV=.venv-docs LOCK=requirements/docs.txt
+	.venv-docs/bin/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
