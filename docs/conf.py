@@ -10,6 +10,9 @@ sys.path.insert(0, str(DOCS))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "100"}
 
 import flaxmpc  # noqa: E402
+from flaxmpc.models import zoo  # noqa: E402
+from flaxmpc.models.folder import read_config  # noqa: E402
+from flaxmpc.training import metrics  # noqa: E402
 
 project = "flaxmpc"
 author = "the flaxmpc authors"
@@ -83,6 +86,26 @@ def skipped(app, what, name, obj, skip, options) -> bool | None:
     return True if name == "setup" else None
 
 
+def gallery(app) -> None:
+    """Writes a page for each card of the zoo, and a tile that leads to it."""
+    pages = DOCS / "zoo"
+    pages.mkdir(exist_ok=True)
+    tiles = []
+    for folder in sorted(path.parent for path in (DOCS.parent / "models").glob("*/README.md")):
+        name, config, figures = folder.name, read_config(folder), zoo.results(folder)
+        card = (folder / "README.md").read_text("utf-8")
+        (pages / f"{name}.md").write_text(re.sub(r"\(\.\./([\w-]+)/README\.md\)", r"(\1.md)", card), "utf-8")
+        parts = f"`{config.attention_of(0).name}`, `{config.hidden_act_of(0).name}`, {config.num_hidden_layers} layers"
+        metric = next(metric for metric in metrics.NAMES if metric in figures)
+        value = f"{100 * figures[metric]:.1f} % {metric.replace('_', ' ')}"
+        ships = "weights ship" if (folder / "model.safetensors").is_file() else "by recipe"
+        tiles.append(
+            f"::::{{grid-item-card}} {name}\n:link: zoo/{name}\n:link-type: doc\n{parts}\n\n{value}; {ships}\n::::"
+        )
+    (pages / "tiles.txt").write_text(":::::{grid} 1 1 2 2\n:gutter: 2\n\n" + "\n\n".join(tiles) + "\n:::::\n", "utf-8")
+
+
 def setup(app) -> None:
+    app.connect("builder-inited", gallery)
     app.connect("autodoc-skip-member", skipped)
     app.connect("autodoc-process-docstring", as_rst, priority=100)  # before napoleon's, at 500
