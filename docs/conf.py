@@ -48,6 +48,7 @@ suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
 html_title = "flaxmpc"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_theme_options = {
     "source_repository": "",
