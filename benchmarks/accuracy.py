@@ -6,7 +6,7 @@ Nothing is measured here: the figures are those that the recipes in train/ leave
 and models/*/runs/*.json for other seeds and for what was left out). Fractions, not per cent. `size` is the number of
 parameters, `value` the task's own metric; `difference` is student minus teacher in accuracy over the same test rows,
 with its 95 % paired bootstrap interval; `pieces_agreement` is the share of the teacher's labels on pieces of 1 to 6
-tokens of the test rows. Saved are a table for each task, and all figures as CSV.
+tokens of the test rows. Saved are a table for each task, and as CSV a row for each model and protocol.
 """
 
 import csv
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
-from harness import RESULTS, Options, Record, collected, markdown
+from harness import RESULTS, Options, Record, collected, markdown, saved
 from style import colour, figure, titled
 
 from flaxmpc.data.glue import GLUE
@@ -174,19 +174,42 @@ def tables(found: list[Record]) -> dict[str, list[list[str]]]:
     return {title: table([row for row in found if title == f"`{row['task']}`, {row['metric']}"]) for title in titles}
 
 
+def measurements(found: list[Record]) -> list[Record]:
+    """One row for each model and what it was measured in: float32 in the clear, fixed point (REF2K), shares (ABY3).
+
+    `rounds` and `bytes_sent_total` are those of a text of 64 tokens on ABY3, where pareto.py measured the model.
+    """
+    costs = {record["model"]: record for record in saved("pareto")}
+    rows = []
+    for record in found:
+        same = ("model", "task", "metric", "size", "num_layers", "attention", "activation", "seed")
+        for protocol, prefix in (("", ""), ("REF2K", "ref2k_"), ("ABY3", "aby3_")):
+            if record[f"{prefix}value"] is None:
+                continue
+            cost = costs.get(record["model"], {}) if protocol == "ABY3" else {}
+            rows.append(
+                {name: record[name] for name in same}
+                | {"precision": "FM64" if protocol else "float32", "protocol": protocol}
+                | {"value": record[f"{prefix}value"], "agreement": record.get(f"{prefix}agreement")}
+                | {name: cost.get(name) for name in ("rounds", "bytes_sent_total")}
+            )
+    return rows
+
+
 def main(options: Options) -> None:
     """Prints the tables or the records; without --show and --quick also writes tables, records and plot."""
     found = records()
     by_task = tables(found)
     if not (options.show or options.quick):
         with (RESULTS / "accuracy.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+            rows = measurements(found)
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(found)
+            writer.writerows(rows)
     # In the clear, then under MPC: together they are wider than 80 columns.
     printed = [[[row[0], *row[c]] for row in rows] for rows in by_task.values() for c in (slice(1, 4), slice(4, None))]
-    saved = "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in by_task.items())
-    collected("accuracy", found, saved, plot, options, printed)
+    joined = "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in by_task.items())
+    collected("accuracy", found, joined, plot, options, printed)
 
 
 if __name__ == "__main__":
