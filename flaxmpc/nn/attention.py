@@ -116,13 +116,18 @@ def square(scores: Scores, mask: Mask, shift: PerHeadScalar | None) -> Scores:
     return jnp.square(scores if shift is None else scores + shift[:, None, None])
 
 
-def power5(scores: Scores, mask: Mask, shift: PerHeadScalar) -> Scores:
+def power5(scores: Scores, mask: Mask, shift: PerHeadScalar | None) -> Scores:
     """(s/8 + c)^5, c one trainable scalar per head. The truncation of the eighth, two squarings and a product.
 
     The published (s + 5)^5 leaves FM64's 18 fraction bits at s = 31 (36.7^5 = 2^26), and the constant that goes with it
     is about a millionth, less than a unit of theirs. In eighths it is s = 288, and the constant has 8^5 of it. Negative
     where s < -8c, as published: a row can sum to less than 0.
+
+    Raises:
+        ValueError: no c, as where it is folded into the scores: the eighth is of these alone.
     """
+    if shift is None:
+        raise ValueError("power5 takes c beside the scores: give its Attention Constant(per_length=False)")
     # The sum holds the eighth where it is: XLA may take a factor out of all products, for the largest to overflow.
     x = scores * 0.125 + shift[:, None, None]
     return jnp.square(jnp.square(x)) * x
@@ -139,21 +144,22 @@ def softmax_ode(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
     Two comparisons at once for the bounds, and two products a step; no maximum, exponential or division. The width of
     the bounds is the number of steps, so no factor 1 + (x - <x, y>) / 16 is negative, and no weight.
 
-    Ours: a masked key starts at 0 and stays there, where SHAFT gives it the score -4; and x is counted from -4 on,
-    which changes nothing as rows sum to 1, but makes <x, y> positive, so that what a row sums to beside 1, as rounded,
-    shrinks in each step in place of growing.
+    Ours: a masked key, which SHAFT clips to -4, starts at 0 as well, and stays there; and x is counted from -4 on.
+    That changes nothing as rows sum to 1, but <x, y> is never negative then, so an error in a row's sum shrinks with
+    each step, where it could grow.
 
     Where all scores of a row are within d of one another, each weight is within a factor of (1 - d/16)^-16 e^-d of
     softmax's: 1.03 for d = 1, 1.83 for 4. The clipping loses what is outside: with a score of 14 beside one of 12, both
     keys weigh the same.
     """
     low, high = _ODE_BOUNDS
-    # (clipped score - low) / steps, in [0, 1].
-    x = scores / _ODE_STEPS
+    # (clipped score - low) / steps, in [0, 1]; 0 of a masked key, so that what rounding makes of its weight shrinks: a
+    # high score would double that in each step.
+    x = mask.lower(scores, _BELOW_ALL_SCORES) / _ODE_STEPS
     edges = jnp.array([low, high]).reshape(2, *[1] * x.ndim) / _ODE_STEPS
     above_low, above_high = jax.nn.relu(jnp.stack([x, x]) - edges)
     x = above_low - above_high
-    weights = mask.weights()
+    weights = mask.uniform()
     for _ in range(_ODE_STEPS):
         gain = x * weights
         weights = weights + gain - gain.sum(-1, keepdims=True) * weights

@@ -109,7 +109,7 @@ class Mask(flax.struct.PyTreeNode):
         """The factor that a lazy state is multiplied with where attention has a degree, (batch, token, 1)."""
         return Unit(self.scale[..., None], self.inverse[..., None], self.inverse_square[..., None])
 
-    def weights(self) -> Float[Array, "batch 1 #query key"]:
+    def uniform(self) -> Float[Array, "batch 1 #query key"]:
         """The same weight for all keys that a query sees: 1/n each, 0 for the others."""
         if self.pairs is None:
             return self.weight[:, None, None, :]
