@@ -15,7 +15,7 @@ LOCKED := --quiet --disable-pip-version-check --no-deps --only-binary :all: --re
 # Two processes: most tests of parties wait, most others compute.
 TOGETHER := --numprocesses 2 --dist loadfile --durations 15
 
-.PHONY: help setup demo test test-slow test-next wheel-test lint lock audit bench bench-layer bench-peers
+.PHONY: help setup demo docs test test-slow test-next wheel-test release lint lock audit bench bench-layer bench-peers
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -85,11 +85,25 @@ lock: ## pins what pyproject.toml asks for, with hashes: needs uv; what is pinne
 	$(COMPILE) --python-version 3.11 --extra dev --override requirements/overrides.txt \
 		--override requirements/spu-next.in --output-file requirements/spu-next.txt pyproject.toml
 	$(COMPILE) --python-version 3.10 \
-		--output-file requirements/audit.txt requirements/audit.in
+		--output-file requirements/tools.txt requirements/tools.in
+	$(COMPILE) --python-version 3.11 --extra docs --override requirements/overrides.txt \
+		--constraint requirements/stable.txt --output-file requirements/docs.txt pyproject.toml
 
-# With an environment of its own: what pip-audit needs is none of flaxmpc's business.
-audit: ## asks for known vulnerabilities in what is locked: needs the network
-	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/python -m pip install $(LOCKED) -r requirements/audit.txt
-	for lock in stable spu-next audit; do \
-		.venv-audit/bin/pip-audit --require-hashes --disable-pip -r requirements/$$lock.txt || exit 1; done
+# With an environment of its own: what these need is none of flaxmpc's business.
+TOOLS := .venv-tools
+$(TOOLS)/.ready: requirements/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install $(LOCKED) -r requirements/tools.txt
+	@touch $@
+
+audit: $(TOOLS)/.ready ## asks for known vulnerabilities in what is locked: needs the network
+	for lock in stable spu-next docs tools; do \
+		$(TOOLS)/bin/pip-audit --require-hashes --disable-pip -r requirements/$$lock.txt || exit 1; done
+
+release: wheel-test $(TOOLS)/.ready ## builds and checks what would be uploaded, in dist/, and tries the wheel; uploads nothing
+	$(TOOLS)/bin/twine check --strict dist/*.whl dist/*.tar.gz
+
+docs: ## the documentation site, with its notebooks executed, in docs/_build/html: 10 minutes at most, Python 3.11
+	$(MAKE) setup VENV=.venv-docs LOCK=requirements/docs.txt
+	.venv-docs/bin/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
+	.venv-docs/bin/python -m pytest docs --numprocesses 2 --quiet  # with a browser where there is one: Debian's chromium

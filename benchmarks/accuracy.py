@@ -3,23 +3,26 @@
     python benchmarks/accuracy.py [--json]
 
 Nothing is measured here: the figures are those that the recipes in train/ leave with each model (models/*/results.json,
-and models/*/runs/*.json for other seeds and for what was left out). Fractions, not per cent. `value` is the task's own
-metric; `difference` is student minus teacher in accuracy over the same test rows, with its 95 % paired bootstrap
-interval; `pieces_agreement` is the share of the teacher's labels on pieces of 1 to 6 tokens of the test rows. Saved are
-a table for each task, and all figures as CSV.
+and models/*/runs/*.json for other seeds and for what was left out). Fractions, not per cent. `size` is the number of
+parameters, `value` the task's own metric; `difference` is student minus teacher in accuracy over the same test rows,
+with its 95 % paired bootstrap interval; `pieces_agreement` is the share of the teacher's labels on pieces of 1 to 6
+tokens of the test rows. Saved are a table for each task, and as CSV a row for each model and protocol.
 """
 
 import csv
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
-from harness import RESULTS, Options, Record, collected, markdown
+from harness import RESULTS, Options, Record, collected, markdown, saved
 from style import colour, figure, titled
 
 from flaxmpc.data.glue import GLUE
+from flaxmpc.models.base import num_params
+from flaxmpc.models.folder import read_model
 from flaxmpc.training.metrics import ENTITY_F1
 
 ZOO = Path(__file__).parent.parent / "models"
@@ -48,18 +51,40 @@ def stages(recipe: dict[str, Any]) -> str:
     return ", then ".join(names) or "none"
 
 
-def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, recipe and results of every student."""
+class Run(NamedTuple):
+    """A student: its name, recipe and results, and the folder of the entry that it is a run of."""
+
+    name: str
+    recipe: dict[str, Any]
+    results: dict[str, Any]
+    entry: Path
+
+
+def runs() -> Iterator[Run]:
     for path in sorted(ZOO.glob("*/recipe.json")):
         recipe = json.loads(path.read_text("utf-8"))
         if "attention" in recipe:
-            yield path.parent.name, recipe, json.loads((path.parent / "results.json").read_text("utf-8"))
+            results = json.loads((path.parent / "results.json").read_text("utf-8"))
+            yield Run(path.parent.name, recipe, results, path.parent)
         for other in sorted(path.parent.glob("runs/*.json")):
             found = json.loads(other.read_text("utf-8"))
             recipe = found["recipe"]
             if "attention" in recipe:  # what a search chose stands beside the recipe
                 chosen = found["search"]["chosen"]["parts"] if "search" in found else {}
-                yield f"{path.parent.name}/{other.stem}", recipe | chosen, found["results"]
+                yield Run(f"{path.parent.name}/{other.stem}", recipe | chosen, found["results"], path.parent)
+
+
+def shape(run: Run) -> dict[str, int]:
+    """How many layers a student has, public ones too, and how many parameters."""
+    model = read_model(run.entry)
+    own = model.config
+    layers = len(run.recipe.get("kept_layers") or ()) or run.recipe["num_hidden_layers"] or own.num_hidden_layers
+    parts = {"attention": own.attention_of(0), "hidden_act": own.hidden_act_of(0)}
+    norms = (own.layer_norms_of(0),) * layers
+    fields = ("num_attention_heads", "intermediate_size", "layers_sharing_scores")
+    changed = {field: run.recipe[field] for field in fields if run.recipe.get(field) is not None}
+    config = dataclasses.replace(own, **parts, **changed, layer_norm=norms, num_hidden_layers=layers)
+    return {"num_layers": layers, "size": num_params(type(model)(config))}
 
 
 def task_of(recipe: dict[str, Any]) -> str:
@@ -76,10 +101,11 @@ def metric_of(task: str, results: dict[str, Any]) -> str:
 
 def records() -> list[Record]:
     """One for each student; a figure that was not measured is None."""
-    return [_record(*run) for run in runs()]
+    return [_record(run) for run in runs()]
 
 
-def _record(name: str, recipe: dict[str, Any], results: dict[str, Any]) -> Record:
+def _record(run: Run) -> Record:
+    name, recipe, results, _ = run
     task = task_of(recipe)
     metric = metric_of(task, results)
     own = {f"{prefix}value": results.get(f"{prefix}{metric}") for prefix in ("", "teacher_", "ref2k_", "aby3_")}
@@ -87,6 +113,7 @@ def _record(name: str, recipe: dict[str, Any], results: dict[str, Any]) -> Recor
         "model": name,
         "task": task,
         "metric": metric,
+        **shape(run),
         **own,
         "attention": recipe["attention"],
         "activation": recipe["activation"],
@@ -147,19 +174,42 @@ def tables(found: list[Record]) -> dict[str, list[list[str]]]:
     return {title: table([row for row in found if title == f"`{row['task']}`, {row['metric']}"]) for title in titles}
 
 
+def measurements(found: list[Record]) -> list[Record]:
+    """One row for each model and what it was measured in: float32 in the clear, fixed point (REF2K), shares (ABY3).
+
+    `rounds` and `bytes_sent_total` are those of a text of 64 tokens on ABY3, where pareto.py measured the model.
+    """
+    costs = {record["model"]: record for record in saved("pareto")}
+    rows = []
+    for record in found:
+        same = ("model", "task", "metric", "size", "num_layers", "attention", "activation", "seed")
+        for protocol, prefix in (("", ""), ("REF2K", "ref2k_"), ("ABY3", "aby3_")):
+            if record[f"{prefix}value"] is None:
+                continue
+            cost = costs.get(record["model"], {}) if protocol == "ABY3" else {}
+            rows.append(
+                {name: record[name] for name in same}
+                | {"precision": "FM64" if protocol else "float32", "protocol": protocol}
+                | {"value": record[f"{prefix}value"], "agreement": record.get(f"{prefix}agreement")}
+                | {name: cost.get(name) for name in ("rounds", "bytes_sent_total")}
+            )
+    return rows
+
+
 def main(options: Options) -> None:
     """Prints the tables or the records; without --show and --quick also writes tables, records and plot."""
     found = records()
     by_task = tables(found)
     if not (options.show or options.quick):
         with (RESULTS / "accuracy.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+            rows = measurements(found)
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(found)
+            writer.writerows(rows)
     # In the clear, then under MPC: together they are wider than 80 columns.
     printed = [[[row[0], *row[c]] for row in rows] for rows in by_task.values() for c in (slice(1, 4), slice(4, None))]
-    saved = "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in by_task.items())
-    collected("accuracy", found, saved, plot, options, printed)
+    joined = "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in by_task.items())
+    collected("accuracy", found, joined, plot, options, printed)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from style import colour, figure, log, titled
 from variants import SHARED_RECIPROCAL, Workload
 
 from flaxmpc import secure
-from flaxmpc.nn.attention import ATTENTION, Attention
+from flaxmpc.nn.attention import ATTENTION, Attention, RowSum
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.product import grouped_conv
 
@@ -84,7 +84,7 @@ def plot(records: list[Record]) -> Any:
         for axis, (field, (label, unit)) in zip(row, panels.items(), strict=True):
             for name in dict.fromkeys(r["variant"] for r in records):
                 own = [r for r in records if r["protocol"] == protocol and r["variant"] == name]
-                divides = "freediv" not in name and name != "scaling"
+                divides = isinstance(ATTENTION[name.split(",")[0]].normaliser, RowSum)
                 line = {
                     "marker": "s" if divides else "o",
                     "linestyle": ":" if "pade" in name else "--" if divides else "-",

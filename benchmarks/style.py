@@ -13,11 +13,15 @@ _STYLE = Path(__file__).parent / "flaxmpc.mplstyle"
 _COLOURS = {
     "softmax": "#000000",
     "softmax_puma": "#999999",
+    "softmax_nimbus": "#882255",
+    "softmax_shaft": "#661100",
     "2relu": "#56B4E9",
     "2quad": "#0072B2",
     "2quad_fixed": "#CC79A7",
     "softmax_freediv": "#E69F00",
     "2quad_freediv": "#D55E00",
+    "power5_batch": "#332288",
+    "square_freediv": "#117733",
     "relu_freediv": "#8C6D1F",
     "scaling": "#009E73",
 }

@@ -15,7 +15,7 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parents[1]
-LOCKS = {"stable": ("3.10", "3.11"), "spu-next": ("3.11",), "audit": ("3.10", "3.11")}
+LOCKS = {"stable": ("3.10", "3.11"), "spu-next": ("3.11",), "docs": ("3.11",), "tools": ("3.10", "3.11")}
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
 
 
@@ -28,11 +28,13 @@ def entries(name: str) -> list[tuple[Requirement, list[str]]]:
 
 def asked(name: str) -> list[Requirement]:
     """What a lock file is of: pyproject.toml with the extra dev, and what takes the place of some of it."""
-    if name == "audit":
-        return [Requirement("pip-audit")]
+    if name == "tools":
+        lines = (ROOT / "requirements" / "tools.in").read_text("utf-8").splitlines()
+        return [Requirement(line) for line in lines if not line.startswith("#")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [Requirement(spec) for spec in (*project["dependencies"], *extras["dev"], *extras["bench"])]
+    own = (*extras["dev"], *extras["bench"], *(extras["docs"] if name == "docs" else ()))
+    wanted = [Requirement(spec) for spec in (*project["dependencies"], *own)]
     instead = {}
     if name == "spu-next":
         lines = (ROOT / "requirements" / "spu-next.in").read_text("utf-8").splitlines()

@@ -69,6 +69,7 @@ def load(
     """Reads, checks, splits and encodes a data set.
 
     `data` is one of
+
     - `movie`, the shipped sentences, see `movie_sentences`;
     - a task of GLUE: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, from the hub;
     - TASK=FOLDER, such as `sst2=data/SST-2`: a local copy of a task of GLUE, in the files that GLUE ships or with the

@@ -1,7 +1,7 @@
 """Pluggable parts: attention, activations, normalisation, embedding; and the layers that take them."""
 
 from flaxmpc.nn.activation import ACTIVATIONS, Activation
-from flaxmpc.nn.attention import ATTENTION, Attention, Constant, PerHead, RowSum
+from flaxmpc.nn.attention import ATTENTION, Attention, Constant, PerHead, RowSum, Unnormalised
 from flaxmpc.nn.embedding import EMBEDDINGS, Embedding
 from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, PreNormBlock, SelfAttention
 from flaxmpc.nn.lazy import Lazy, Stream, Unit
@@ -30,5 +30,6 @@ __all__ = [
     "SelfAttention",
     "Stream",
     "Unit",
+    "Unnormalised",
     "causal",
 ]

@@ -106,7 +106,10 @@ def relu(x: X) -> X:
 
 
 def identity(x: X) -> X:
-    """x itself. Of a lazy state nothing is computed: the matrices before and behind it become one."""
+    """x itself, which PriViT has in GELU's place for some tokens of a layer; ours has it for all of a layer's.
+
+    Of a lazy state nothing is computed: the matrices before and behind it become one.
+    """
     return x
 
 
@@ -233,7 +236,7 @@ ACTIVATIONS.register(Activation("gelu", gelu_erf, "exact", max_gelu_error=0.0))
 ACTIVATIONS.register(Activation("gelu_tanh", gelu_tanh, "exact", input_range=(-7.0, 7.0), max_gelu_error=0.0005))
 ACTIVATIONS.register(Activation("relu", relu, "exact"))
 ACTIVATIONS.register(Activation("tanh", jnp.tanh, "exact"))
-IDENTITY = ACTIVATIONS.register(Activation("identity", identity, "exact"))
+IDENTITY = ACTIVATIONS.register(Activation("identity", identity, "PriViT, TMLR 2024, arXiv 2310.04604"))
 ACTIVATIONS.register(Activation("silu", silu, "exact"))
 ACTIVATIONS.register(
     Activation(

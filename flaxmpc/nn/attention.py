@@ -5,6 +5,7 @@ sees, V the values.
 
     row sum      context_i = sum_j f(s_ij) m_j V_j / sum_j f(s_ij) m_j
     constant     context_i = r sum_j f(s_ij) (m_j / n) V_j            (r: one trainable scalar per head)
+    none         context_i = sum_j f(s_ij) V_j                        (f is 0 at m_j = 0, and its row sums are 1)
 
 The mask is multiplied into V, never added to the scores: under fixed point (-1e4 + 5)^2 is at the ring's edge. One
 product of V with the mask (S x d) then serves numerator and normaliser, where masking the weights costs S x S.
@@ -72,6 +73,25 @@ def exp_puma(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
     return _exp_limit(jnp.where(x > _LOWEST, 1.0 + x / 32.0, 0.0))
 
 
+# Where Nimbus's exponential ends, and its cubic above, the highest power first.
+_NIMBUS_LOWEST = -3.9
+_NIMBUS = (0.0291786417536755, 0.26332572942924737, 0.8318065569430768, 0.9708981428645548)
+
+
+def exp_nimbus(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
+    """A cubic in x = s - max, 0 where x <= -3.9. A maximum, one comparison and two products.
+
+    The coefficients are those of its code (examples/python/ml/Nimbus/nonlinear.py in secretflow/spu), fitted to the
+    scores that a BERT has. On [-3.9, 0] the cubic is within 0.0292 of e^x; below, a key loses 0.0203 at most. Where all
+    keys of a row are within 2.5 of the largest, each weight is within 9 % of softmax's. Further off it depends on how
+    many keys there are: of a hundred that are 4 below the largest, which weigh 65 % by softmax, nothing is left.
+    """
+    lowered = mask.lower(scores, _BELOW_ALL_SCORES)  # so masked keys are 0
+    x = lowered - jax.lax.stop_gradient(lowered.max(-1, keepdims=True))
+    cubic, square, linear, constant = _NIMBUS
+    return jnp.where(x > _NIMBUS_LOWEST, x * (x * (cubic * x + square) + linear) + constant, 0.0)
+
+
 def exp_bounded(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
     """e^s / n: (1 + x/2^5)^(2^5) on x = s - log n up to 1, 0 where x <= -14. Two comparisons, five squarings.
 
@@ -94,6 +114,56 @@ def relu_eps(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
 def square(scores: Scores, mask: Mask, shift: PerHeadScalar | None) -> Scores:
     """(s + c)^2, c one trainable scalar per head. One squaring: the cheapest that is never negative."""
     return jnp.square(scores if shift is None else scores + shift[:, None, None])
+
+
+def power5(scores: Scores, mask: Mask, shift: PerHeadScalar | None) -> Scores:
+    """(s/8 + c)^5, c one trainable scalar per head. The truncation of the eighth, two squarings and a product.
+
+    The published (s + 5)^5 leaves FM64's 18 fraction bits at s = 31 (36.7^5 = 2^26), and the constant that goes with it
+    is about a millionth, less than a unit of theirs. In eighths it is s = 288, and the constant has 8^5 of it. Negative
+    where s < -8c, as published: a row can sum to less than 0.
+
+    Raises:
+        ValueError: no c, as where it is folded into the scores: the eighth is of these alone.
+    """
+    if shift is None:
+        raise ValueError("power5 takes c beside the scores: give its Attention Constant(per_length=False)")
+    # The sum holds the eighth where it is: XLA may take a factor out of all products, for the largest to overflow.
+    x = scores * 0.125 + shift[:, None, None]
+    return jnp.square(jnp.square(x)) * x
+
+
+# SHAFT's softmax: between which scores, and in how many steps.
+_ODE_BOUNDS = (-4.0, 12.0)
+_ODE_STEPS = 16
+
+
+def softmax_ode(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
+    """Softmax as y(1) of y' = y (x - <x, y>), y(0) = m / n, in 16 Euler steps, of x = s clipped to [-4, 12].
+
+    Two comparisons at once for the bounds, and two products a step; no maximum, exponential or division. The width of
+    the bounds is the number of steps, so no factor 1 + (x - <x, y>) / 16 is negative, and no weight.
+
+    Ours: a masked key, which SHAFT clips to -4, starts at 0 as well, and stays there; and x is counted from -4 on.
+    That changes nothing as rows sum to 1, but <x, y> is never negative then, so an error in a row's sum shrinks with
+    each step, where it could grow.
+
+    Where all scores of a row are within d of one another, each weight is within a factor of (1 - d/16)^-16 e^-d of
+    softmax's: 1.03 for d = 1, 1.83 for 4. The clipping loses what is outside: with a score of 14 beside one of 12, both
+    keys weigh the same.
+    """
+    low, high = _ODE_BOUNDS
+    # (clipped score - low) / steps, in [0, 1]; 0 of a masked key, so that what rounding makes of its weight shrinks: a
+    # high score would double that in each step.
+    x = mask.lower(scores, _BELOW_ALL_SCORES) / _ODE_STEPS
+    edges = jnp.array([low, high]).reshape(2, *[1] * x.ndim) / _ODE_STEPS
+    above_low, above_high = jax.nn.relu(jnp.stack([x, x]) - edges)
+    x = above_low - above_high
+    weights = mask.uniform()
+    for _ in range(_ODE_STEPS):
+        gain = x * weights
+        weights = weights + gain - gain.sum(-1, keepdims=True) * weights
+    return weights
 
 
 def relu(scores: Scores, mask: Mask, shift: Array | None) -> Scores:
@@ -141,6 +211,20 @@ class RowSum:
         return context * (1.0 / row_sum) if self.reciprocal else context / row_sum
 
 
+# (sums of rows, which of them count) -> r_h (head,), where a head has a row that counts.
+Start = Callable[[Float[Array, "batch head query"], Float[Array, "batch head query"]], PerHeadScalar]
+
+
+def mean_inverse(row_sums: Array, used: Array) -> PerHeadScalar:
+    """The mean of 1 / (a row's sum): rows then sum to 1 on average."""
+    return (used / jnp.where(used > 0, row_sums, 1.0)).sum((0, 2)) / jnp.maximum(used.sum((0, 2)), 1.0)
+
+
+def inverse_max(row_sums: Array, used: Array) -> PerHeadScalar:
+    """1 / (the largest sum of a row): then none sums to more than 1."""
+    return 1.0 / jnp.where(used > 0, row_sums, 1e-3).max((0, 2))
+
+
 @dataclasses.dataclass(frozen=True)
 class Constant:
     """Multiplies by r_h / n (or by r_h alone): no division, no comparison, and r_h folds into the weights.
@@ -148,12 +232,12 @@ class Constant:
     Attributes:
         per_length: whether it is r_h / n. Without, for an f that has the 1/n itself; with any other f the constant is
             off for every sentence of another length than those it was calibrated on, as the seed paper's constant is.
-        calibrated: whether r_h starts at the mean of n / sum_j f(s_ij) over a calibration batch; else it starts, and is
-            published, as 1.
+        start: r_h from what the rows of a calibration batch sum to (by n, where `per_length`); None where it starts,
+            and is published, as 1.
     """
 
     per_length: bool = True
-    calibrated: bool = True
+    start: Start | None = mean_inverse
 
     def __call__(
         self, mix: Mix, value: Values, mask: Mask, scale: PerHeadScalar | None, dropout: Dropout | None
@@ -165,6 +249,16 @@ class Constant:
         if self.per_length and not in_value:  # n differs from query to query
             mixed = mixed * mask.inverse_count[:, None, :, None]
         return mixed if scale is None else mixed * scale[:, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unnormalised:
+    """Nothing is left to do: f gives weights, 0 where the mask is, whose rows sum to 1."""
+
+    def __call__(
+        self, mix: Mix, value: Values, mask: Mask, scale: PerHeadScalar | None, dropout: Dropout | None
+    ) -> Context:
+        return mix(value, dropout=dropout)
 
 
 # -------------------------------------------------------------------------------------------- what a part must have
@@ -324,7 +418,7 @@ class Attention:
 
     Attributes:
         f: the numerator, (scores, mask, shift) -> the same shape as scores.
-        normaliser: `RowSum()` or `Constant()`.
+        normaliser: `RowSum()`, `Constant()` or `Unnormalised()`.
         source: the paper that published it.
         score_range: the scores on which the secure result is within 0.01 of plaintext (FM64, 18 fraction bits, values
             of unit size, r_h = 1). Rows whose numerators sum to less than 0.01 are excepted: few of their bits are
@@ -338,7 +432,7 @@ class Attention:
 
     name: str
     f: Callable[..., Scores]
-    normaliser: RowSum | Constant
+    normaliser: RowSum | Constant | Unnormalised
     source: str
     score_range: tuple[float, float] = (-20.0, 20.0)
     shift: float | None = None
@@ -421,20 +515,20 @@ class Attention:
         return start
 
     def calibrated(self, scores: Scores, mask: Mask, scalars: Scalars) -> Scalars:
-        """With r from data: the mean of n / sum_j f(s_ij) over the valid queries.
+        """With r from data: what its normaliser's `start` makes of sum_j f(s_ij) (/ n) of the valid queries.
 
-        Scores of self-attention: a query is valid where the key at its place is. Rows with sum / n below 1e-3 (relu of
-        negative scores: 0) are left out of the mean; a head that has no other starts at 1.
+        Scores of self-attention: a query is valid where the key at its place is. Rows with a sum (/ n) below 1e-3
+        (relu of negative scores: 0) do not count; a head that has no other starts at 1.
         """
-        if not isinstance(self.normaliser, Constant) or not self.normaliser.calibrated:
+        if not isinstance(self.normaliser, Constant) or self.normaliser.start is None:
             return scalars
         numerator = mask.hide(self.f(scores, mask, scalars.get("shift")))
         row_sum_BxHxQ = jnp.einsum("bhqk,bk->bhq", numerator, mask.tokens)
         if self.normaliser.per_length:
             row_sum_BxHxQ = row_sum_BxHxQ * mask.inverse_count[:, None, :]
         used_BxHxQ = mask.tokens[:, None, :] * (row_sum_BxHxQ >= 1e-3)
-        total, count = (used_BxHxQ / jnp.maximum(row_sum_BxHxQ, 1e-3)).sum((0, 2)), used_BxHxQ.sum((0, 2))
-        scale: Any = jnp.where(count > 0, total / jnp.maximum(count, 1.0), 1.0)
+        start = self.normaliser.start(row_sum_BxHxQ, used_BxHxQ)
+        scale: Any = jnp.where(used_BxHxQ.sum((0, 2)) > 0, start, 1.0)
         return {**scalars, "scale": scale}
 
     def row_offset(self, scores: Scores, mask: Mask) -> Float[Array, "batch head query"] | None:
@@ -592,6 +686,22 @@ softmax_puma = ATTENTION.register(
         "PUMA, arXiv 2307.12533",
     )
 )
+softmax_nimbus = ATTENTION.register(
+    Attention(
+        "softmax_nimbus",
+        exp_nimbus,
+        RowSum(),
+        "Nimbus, NeurIPS 2024, arXiv 2411.15707 (the coefficients of its code)",
+    )
+)
+softmax_shaft = ATTENTION.register(
+    Attention(
+        "softmax_shaft",
+        softmax_ode,
+        Unnormalised(),
+        "SHAFT, NDSS 2025 (steps and bounds of its code), after Zheng et al., ACSAC 2023",
+    )
+)
 two_relu = ATTENTION.register(
     Attention(
         "2relu",
@@ -633,6 +743,31 @@ two_quad_freediv = ATTENTION.register(
 two_quad_fixed = ATTENTION.register(
     dataclasses.replace(two_quad_freediv, name="2quad_fixed", normaliser=Constant(per_length=False))
 )
+# Of the paper the abstract and the code were at hand. There the weights are (s + 5)^5 / R, R of every head and position
+# the largest sum of a row in the last batch of training, over all keys, padding too. Ours: one r = 8^5 / R a head, for
+# all positions, from sums over tokens; it starts there and is trained from then on, as c is, which starts at 5/8.
+power5_batch = ATTENTION.register(
+    Attention(
+        "power5_batch",
+        power5,
+        Constant(per_length=False, start=inverse_max),
+        "Powerformer, ACL 2025, eprint 2024/1429 (its Batch Power-Max, by its code)",
+        score_range=(-20.0, 16.0),
+        shift=0.625,
+        degree=5,
+    )
+)
+# The paper's constant is 1/197, of 197 tokens each time. Ours: n, and r, which starts at 1 and may be trained.
+square_freediv = ATTENTION.register(
+    Attention(
+        "square_freediv",
+        square,
+        Constant(start=None),
+        "PriViT, TMLR 2024, arXiv 2310.04604",
+        score_range=(-19.0, 19.0),
+        degree=2,
+    )
+)
 relu_freediv = ATTENTION.register(
     Attention(
         "relu_freediv",
@@ -646,7 +781,7 @@ scaling = ATTENTION.register(
     Attention(
         "scaling",
         linear,
-        Constant(calibrated=False),
+        Constant(start=None),
         "MPCViT, arXiv 2211.13955",
         degree=1,
         linear=True,

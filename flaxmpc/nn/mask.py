@@ -109,6 +109,12 @@ class Mask(flax.struct.PyTreeNode):
         """The factor that a lazy state is multiplied with where attention has a degree, (batch, token, 1)."""
         return Unit(self.scale[..., None], self.inverse[..., None], self.inverse_square[..., None])
 
+    def uniform(self) -> Float[Array, "batch 1 #query key"]:
+        """The same weight for all keys that a query sees: 1/n each, 0 for the others."""
+        if self.pairs is None:
+            return self.weight[:, None, None, :]
+        return self.hide(self.tokens[:, None, None, :] * self.inverse_count[:, None, :, None])
+
     def hide(self, numerators: Float[Array, "batch head query key"]) -> Float[Array, "batch head query key"]:
         """The numerators, 0 where `pairs` says so. Padding is left to the product with V, which costs less.
 

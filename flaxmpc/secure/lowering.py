@@ -7,6 +7,7 @@ SPU has one ring for all integers, no stable sort, and divides with the precisio
   products are right as long as they fit (see `secure.check`), and what is returned is right even then;
 - integer division, and the remainder of floats, are exact;
 - sort and top_k are stable;
+- products and quotients are computed as they are written, see `flaxmpc.secure.apart`;
 - what remains, such as the bits of a float, is refused by name.
 """
 

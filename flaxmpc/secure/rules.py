@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.core import DropVar
 
+from flaxmpc.secure.apart import apart
 from flaxmpc.secure.arithmetic import Arithmetic, wraps
 from flaxmpc.secure.jaxpr import bind, names, refusal
 from flaxmpc.secure.ring import FRACTION_BITS, truncated_on_shares
@@ -50,9 +51,17 @@ def wrapped(eqn: Any, outs: Sequence[Any], arithmetic: Arithmetic) -> list[Any]:
     return [arithmetic.wrap(out) if wraps(out.dtype) else out for out in outs]
 
 
+def _mul(eqn: Any, ins: Operands) -> list[Any]:
+    out = eqn.outvars[0].aval
+    outs = wrapped(eqn, bind(eqn, ins.values), ins.arithmetic)
+    # A constant of as many numbers as the product: XLA would move it to another one. What is broadcast it leaves.
+    whole = any(known is not None and np.size(known) == out.size for known in ins.known)
+    return [apart(outs[0])] if whole and jnp.issubdtype(out.dtype, jnp.floating) else outs
+
+
 def _div(eqn: Any, ins: Operands) -> list[Any]:
     if not _integers(eqn):
-        return bind(eqn, ins.values)
+        return [apart(out) for out in bind(eqn, ins.values)]
     return wrapped(eqn, [_divided(eqn, ins)[0]], ins.arithmetic)  # -128 / -1
 
 
@@ -201,6 +210,10 @@ def _tan(eqn: Any, ins: Operands) -> list[Any]:
     return [lax.sin(ins.values[0]) / lax.cos(ins.values[0])]
 
 
+def _barrier(eqn: Any, ins: Operands) -> list[Any]:
+    return [apart(value) if jnp.issubdtype(value.dtype, jnp.floating) else value for value in ins.values]
+
+
 def _same(eqn: Any, ins: Operands) -> list[Any]:
     return list(ins.values)
 
@@ -214,10 +227,11 @@ RULES: Mapping[str, Callable[[Any, Operands], list[Any]]] = {
     "div": _div,
     "dynamic_slice": _picked,
     "gather": _picked,
-    "optimization_barrier": _same,  # it only tells XLA's scheduler what to keep apart
+    "mul": _mul,
+    "optimization_barrier": _barrier,
     "rem": _rem,
-    "sharding_constraint": _same,  # there is one device
     "select_n": _select,
+    "sharding_constraint": _same,  # there is one device
     "shift_left": _shift,
     "shift_right_arithmetic": _shift,
     "shift_right_logical": _shift,

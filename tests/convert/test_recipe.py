@@ -143,6 +143,28 @@ def test_every_entry_of_wnut17_has_a_recipe_of_its_own(tmp_path, monkeypatch):
         wnut17.main("teacher")
 
 
+def test_mpnet_on_sst2_learns_from_the_rows_that_it_is_told(tmp_path, monkeypatch):
+    mpnet = script("sst2_mpnet")
+    rows = [f"text {number}\t{number % 2}\n" for number in range(20)]
+    for name, place in (("RUNS", ""), ("SST2", "SST-2"), ("ENCODER", "mpnet-base")):
+        monkeypatch.setattr(mpnet, name, tmp_path / place)
+    with pytest.raises(SystemExit, match="SST-2 does not exist: ln -s FOLDER"):
+        mpnet.main("teacher")
+    (tmp_path / "SST-2").mkdir()
+    for split, chosen in (("train", rows), ("dev", rows[:4])):
+        (tmp_path / "SST-2" / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(chosen))
+    with pytest.raises(SystemExit, match=r"mpnet-base does not exist: python train/mpnet_base\.py"):
+        mpnet.main("teacher")
+    monkeypatch.chdir(tmp_path)
+    assert mpnet.some_rows(5) == "sst2=sst2-5"
+    assert (tmp_path / "sst2-5" / "train.tsv").read_text() == "sentence\tlabel\n" + "".join(rows[:5])
+    with pytest.raises(SystemExit, match=r"train\.tsv has 20 rows, not 21"):
+        mpnet.some_rows(21)
+    student = mpnet.config_of("2quad-freediv", "sst2=sst2-5", "float32")
+    assert student.teacher == mpnet.config_of("teacher", "sst2=sst2-5", "float32").out
+    assert student.stage1.epochs == 6
+
+
 @pytest.mark.slow  # a minute and a half
 def test_an_entry_of_glue_is_made_and_published(tmp_path, monkeypatch, write_classifier):
     """From tasks with texts in common, in the files that GLUE ships."""

@@ -42,6 +42,15 @@ def test_without_pairs_nothing_is_hidden():
     assert Mask.from_tokens(TOKENS).hide(numerators) is numerators
 
 
+@pytest.mark.parametrize("pairs", [None, causal], ids=["all pairs", "causal"])
+def test_uniform_weights_are_alike_for_all_keys_that_a_query_sees(pairs):
+    visible = np.ones((4, 4)) if pairs is None else causal(4)
+    visible = np.asarray(TOKENS)[:, None] * visible
+    expected = visible / np.maximum(visible.sum(-1, keepdims=True), 1.0)
+    weights = jnp.broadcast_to(Mask.from_tokens(TOKENS, pairs=pairs).uniform(), (3, 1, 4, 4))
+    np.testing.assert_allclose(weights[:, 0], expected, rtol=1e-6)
+
+
 def even(num_tokens):
     return np.add.outer(np.arange(num_tokens), np.arange(num_tokens)) % 2 == 0
 

@@ -18,7 +18,8 @@ by_kind = pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: r
 
 def test_every_published_part_is_registered():
     assert set(ATTENTION) >= {
-        *("softmax", "softmax_puma", "2relu", "2quad", "softmax_freediv", "2quad_freediv", "relu_freediv", "scaling")
+        *("softmax", "softmax_puma", "2relu", "2quad", "softmax_freediv", "2quad_freediv", "relu_freediv", "scaling"),
+        *("softmax_nimbus", "softmax_shaft", "power5_batch", "square_freediv"),
     }
     assert set(ACTIVATIONS) >= {
         *("gelu", "gelu_tanh", "relu", "silu", "quad", "gelu_puma", "gelu_bumblebee", "gelu_bolt"),

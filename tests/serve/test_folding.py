@@ -194,6 +194,14 @@ def test_every_activation_in_a_classifiers_head(act):
     assert ((model.config.hidden_size, model.config.num_labels) in shapes) or act == "identity"
 
 
+def test_a_feed_forward_without_an_activation_is_one_matrix():
+    """So none has the features in between, as with an activation some have."""
+    for act, has in (("identity", False), ("quad", True)):
+        model = model_of(hidden_act=act)
+        weights = assert_the_same_function(model, random_params(model))
+        assert any(model.config.intermediate_size in np.shape(leaf) for leaf in weights.values()) == has
+
+
 def test_a_linear_head_is_one_matrix():
     """That of what follows the last LayerNorm, too."""
     plain, linear = (model_of(classifier_activation=act) for act in ("tanh", "identity"))

@@ -282,5 +282,5 @@ def test_importing_the_package_loads_no_grpc_and_no_spu():
 
 
 def test_the_example_in_the_docs_is_one():
-    example = ClusterFile.read(Path(__file__).parents[3] / "docs" / "cluster.toml")
+    example = ClusterFile.read(Path(__file__).parents[3] / "docs" / "guides" / "cluster.toml")
     assert [entry.listen for entry in example.party] == ["0.0.0.0"] * 3
