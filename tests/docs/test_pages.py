@@ -28,6 +28,9 @@ PAGES = {
 BLOCKS = re.compile(r"^```(bash|python)\n(.*?)^```$", re.M | re.S)
 WITH_BLOCKS = [name for name, text in PAGES.items() if BLOCKS.search(text)]
 
+# Commands that need other hosts, or a hub: that they exist, with these options, is tested here, what they do elsewhere.
+LEFT_TO_THE_READER = re.compile(r"^flaxmpc .*(?: \.\.\. |OWNER/NAME).*$", re.MULTILINE)
+
 SHIPPED = "movie-minilm-l6-2quad-freediv"
 # What is added to a command, so that it takes seconds.
 SHORT = {
@@ -117,7 +120,7 @@ def test_what_a_page_shows_runs(name, place):
             (place / f"session{len(script)}.py").write_text(session)
             script.append(f"python session{len(script)}.py")
         else:
-            script.append(re.sub(r"^.* \.\.\. .*$", "", text, flags=re.MULTILINE))
+            script.append(LEFT_TO_THE_READER.sub("", text))
     for made in ("teacher", "student"):
         if f"--out {made}" in PAGES[name]:
             shutil.rmtree(place / made, ignore_errors=True)
@@ -130,7 +133,7 @@ def _commands() -> set[str]:
     found = set()
     for text in PAGES.values():
         found |= {re.sub(r"\s+", " ", each) for each in re.findall(r"`(flaxmpc [a-z][^`]*)`", text)}
-        found |= set(re.findall(r"^(flaxmpc .* \.\.\. .*?)(?: +#.*)?$", text, flags=re.M))
+        found |= {line.partition(" #")[0].strip() for line in LEFT_TO_THE_READER.findall(text)}
     return found
 
 
