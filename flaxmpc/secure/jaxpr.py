@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,44 @@ def called(eqn: Any) -> ClosedJaxpr | None:
     return ClosedJaxpr(jaxpr, ()) if isinstance(jaxpr, Jaxpr) else jaxpr
 
 
-def source(eqn: Any) -> str:
-    """File name and line of the user's code that made an equation."""
+# The equations that call the function whose equations are walked, the outermost first.
+_CALLING: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("calling", default=())
+
+
+@contextlib.contextmanager
+def calling(*eqns: Any) -> Iterator[None]:
+    """While the functions that an equation calls are walked; of several, each calls the next."""
+    token = _CALLING.set((*_CALLING.get(), *eqns))
+    try:
+        yield
+    finally:
+        _CALLING.reset(token)
+
+
+def callers() -> tuple[Any, ...]:
+    """The equations that call what is walked now, the outermost first."""
+    return _CALLING.get()
+
+
+def source(eqn: Any, callers: Sequence[Any]) -> str:
+    """File name and line of the user's code that made an equation.
+
+    JAX traces a function once, and knows the lines of who called it first. Where that was another, it is the line of
+    this call.
+    """
+    place, *inner = (*callers, eqn)
+    for each in inner:
+        frames = getattr(each.source_info.traceback, "frames", ())
+        if not any(f"{frame.file_name}:{frame.line_num}" == _line(place) for frame in frames):
+            break
+        place = each
+    return _line(place).rpartition("/")[2]
+
+
+def _line(eqn: Any) -> str:
+    """Path and line of the user's code that made an equation, as JAX remembers it."""
     text = source_info_util.summarize(eqn.source_info)
-    found = re.search(r"[^/\\:]+:\d+", text)
+    found = re.match(r".*?:\d+", text)
     return found.group() if found else text
 
 
@@ -56,7 +92,7 @@ def bind(eqn: Any, ins: Sequence[Any], params: Mapping[str, Any] | None = None) 
 
 def refusal(eqn: Any, reason: str) -> SecureError:
     """The error that names an equation's primitive, and the user's line."""
-    return SecureError(f"SPU cannot compute {eqn.primitive.name} ({source(eqn)}): {reason}")
+    return SecureError(f"SPU cannot compute {eqn.primitive.name} ({source(eqn, callers())}): {reason}")
 
 
 def modules(scope: str) -> str:

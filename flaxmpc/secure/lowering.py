@@ -25,7 +25,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.secure._spu import SecureError
 from flaxmpc.secure.arithmetic import Arithmetic
-from flaxmpc.secure.jaxpr import bind, called, refusal
+from flaxmpc.secure.jaxpr import bind, called, calling, refusal
 from flaxmpc.secure.protocol import Config
 from flaxmpc.secure.refused import REFUSED
 from flaxmpc.secure.rules import RULES, Operands, wrapped
@@ -102,7 +102,8 @@ class _Rewriting:
     def _equation(self, eqn: Any, ins: list[Any]) -> list[Any]:
         """The results of one equation: traced values, or `_Known`."""
         if (function := called(eqn)) is not None:
-            return self._outputs(function, ins)
+            with calling(eqn):
+                return self._outputs(function, ins)
         name = eqn.primitive.name
         if all(isinstance(x, _Known) for x in ins) and name not in _NEVER_KNOWN:
             with jax.ensure_compile_time_eval():
@@ -131,7 +132,8 @@ class _Rewriting:
 
     def _params(self, eqn: Any) -> dict[str, Any]:
         """An equation's parameters, with the functions in them rewritten: the bodies of loops and branches."""
-        return {name: self._rewritten(value) for name, value in eqn.params.items()}
+        with calling(eqn):
+            return {name: self._rewritten(value) for name, value in eqn.params.items()}
 
     def _rewritten(self, value: Any) -> Any:
         if isinstance(value, ClosedJaxpr):

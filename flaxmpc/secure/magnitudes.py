@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from flaxmpc.secure.jaxpr import called, modules, names, source
+from flaxmpc.secure.jaxpr import called, callers, calling, modules, names, source
 from flaxmpc.secure.limits import Operation, exact, quantities
 from flaxmpc.secure.protocol import Config
 
@@ -76,12 +76,13 @@ _UNIFORM = _ELEMENTWISE | {"broadcast_in_dim", "reshape", "squeeze"}
 
 
 class _Step(NamedTuple):
-    """An equation of a flat program: operands are numbers of values, or Literals."""
+    """An equation of a flat program: operands are numbers of values, or Literals; `callers` call what it is in."""
 
     eqn: Any
     ins: tuple[Any, ...]
     outs: tuple[int, ...]
     where: str
+    callers: tuple[Any, ...]
 
 
 class _Flat:
@@ -111,10 +112,11 @@ class _Flat:
             ins = tuple(map(number, eqn.invars))
             here = "/".join(part for part in (where, modules(str(eqn.source_info.name_stack))) if part)
             if (function := called(eqn)) is not None:
-                outs = self._add(function, ins, here)
+                with calling(eqn):
+                    outs = self._add(function, ins, here)
             else:
                 outs = [self._new() for _ in eqn.outvars]
-                self.steps.append(_Step(eqn, ins, tuple(outs), here))
+                self.steps.append(_Step(eqn, ins, tuple(outs), here, callers()))
             env.update(zip(eqn.outvars, outs, strict=True))
         return [number(var) for var in closed.jaxpr.outvars]
 
@@ -210,7 +212,8 @@ def _evaluate(
         ins = [read(atom) for atom in step.ins]
         name = step.eqn.primitive.name
         if name in _BODIES:
-            outs, inside[index] = _BODIES[name](step, ins, config)
+            with calling(*step.callers, step.eqn):
+                outs, inside[index] = _BODIES[name](step, ins, config)
         else:
             functions, params = step.eqn.primitive.get_bind_params(step.eqn.params)
             outs = step.eqn.primitive.bind(*functions, *ins, **params)
@@ -288,7 +291,7 @@ def _met(step: _Step, operation: Operation, mask: Any) -> Iterator[tuple[OpMargi
         op = OpMargin(
             primitive=step.eqn.primitive.name,
             where=step.where,
-            source=source(step.eqn),
+            source=source(step.eqn, step.callers),
             shape=tuple(jnp.shape(operation.out)),
             quantity=quantity.name,
             magnitude=0.0,

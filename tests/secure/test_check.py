@@ -319,3 +319,17 @@ def test_planted_overflows_are_found_and_are_real(small, group, plant, operation
 def test_the_shipped_model_passes():
     margins = check(folders.load(zoo.find(zoo.DEFAULT)), movie_sentences()["validation"]["sentence"][:10])
     print(f"{zoo.DEFAULT}: {margins.require()}")
+
+
+def test_the_line_of_a_margin_is_of_this_function():
+    """`jnp.var` is traced once for all functions; JAX remembers the line of the first that called it."""
+
+    def first(x):
+        return jnp.var(x)
+
+    def second(x):
+        return jnp.var(x) + 1
+
+    for function in (first, second):
+        lines = {op.source for op in secure.check(function, [(np.ones(7, np.float32),)]).operations}
+        assert lines == {f"test_check.py:{function.__code__.co_firstlineno + 1}"}

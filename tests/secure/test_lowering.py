@@ -272,3 +272,15 @@ def test_constants_of_equal_shape_are_other_programs(group):
         np.testing.assert_allclose(
             secure.jit(lambda x, c=constant: x * c, parties=group("REF2K"))(x), constant, atol=1e-4
         )
+
+
+def _uniform_in_turns(x):
+    return lax.scan(lambda carry, key: (carry + jax.random.uniform(key), None), x, jax.random.split(KEY, 3))[0]
+
+
+def test_the_line_is_of_this_function_and_of_none_that_jax_traced_before(group):
+    """JAX keeps what it traced of `uniform`, with the lines of whoever asked first."""
+    jax.jit(lambda key: jax.random.uniform(key, (), jnp.float32)).trace(KEY)
+    line = _uniform_in_turns.__code__.co_firstlineno + 1
+    with pytest.raises(secure.SecureError, match=rf"\(test_lowering\.py:{line}\)"):
+        secure.jit(_uniform_in_turns, parties=group("REF2K"))(np.float32(1))
