@@ -103,7 +103,10 @@ audit: $(TOOLS)/.ready ## asks for known vulnerabilities in what is locked: need
 release: wheel-test $(TOOLS)/.ready ## builds and checks what would be uploaded, in dist/, and tries the wheel; uploads nothing
 	$(TOOLS)/bin/twine check --strict dist/*.whl dist/*.tar.gz
 
-docs: ## the documentation site, with its notebooks executed, in docs/_build/html: 10 minutes at most, Python 3.11
-	$(MAKE) setup VENV=.venv-docs LOCK=requirements/docs.txt
-	.venv-docs/bin/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
-	.venv-docs/bin/python -m pytest docs --numprocesses 2 --quiet  # with a browser where there is one: Debian's chromium
+$(VENV)/.docs: requirements/docs.txt $(VENV)/.ready-$(notdir $(LOCK))
+	$(BIN)/python -m pip install $(LOCKED) -r requirements/docs.txt
+	@touch $@
+
+docs: setup $(VENV)/.docs ## the documentation site, with its notebooks executed, in docs/_build/html: Python 3.11
+	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m pytest docs --numprocesses 2 --quiet  # with a browser where there is one: Debian's chromium
