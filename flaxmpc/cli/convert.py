@@ -43,7 +43,9 @@ def _make(config: FineTuning | Conversion, hosts: Hosts) -> None:
         return
     table = Table("figure", "value")
     for name, value in results.items():
-        if isinstance(value, float):
+        if isinstance(value, bool):
+            table.add_row(name, "yes" if value else "no")
+        elif isinstance(value, float):
             table.add_row(name, f"{value:.4f}")
         elif isinstance(value, int):
             table.add_row(name, f"{value:,}")

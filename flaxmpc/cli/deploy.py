@@ -133,8 +133,9 @@ def put(
         served = remote.put(loaded, parties, name=name, **options)
         seconds, sent = time.perf_counter() - start, parties.bytes_sent
     what = "weights in the clear" if public_weights else "shares"
+    count = "1 program" if len(served.programs) == 1 else f"{len(served.programs)} programs"
     print(
-        f"{name or zoo.name_of(loaded.folder)}: {len(served.programs)} programs ({', '.join(served.programs)}), "
+        f"{name or zoo.name_of(loaded.folder)}: {count} ({', '.join(served.programs)}), "
         f"hash {served.hash[:16]}, {sent / 1e6:.1f} MB of {what} to {len(parties.cluster.party)} parties "
         f"in {seconds:.1f} s"
     )

@@ -39,6 +39,7 @@ def test_a_model_is_fine_tuned_converted_and_measured_by_command(data, tmp_path,
     parts = ["--attention", "2quad_freediv", "2quad"]  # one for each layer
     command = ["convert", "--teacher", teacher, "--data", str(data), "--out", str(student), *parts]
     cli.main([*command, *(part for stage in stages for part in stage.split("=")), *sizes])
+    assert re.search(r"planned +│ no ", capsys.readouterr().out)
     results = json.loads((student / "results.json").read_text())
     assert (results["ref2k_sentences"], results["aby3_sentences"]) == (4, 2)
     assert results["margin_bits"] > 2

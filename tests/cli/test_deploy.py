@@ -46,7 +46,7 @@ def test_the_four_lines(start, write_classifier, tmp_path):
     begin = time.monotonic()
     assert "ABY3, 3 parties; start them: flaxmpc cluster up demo" in done("cluster", "init", "demo")
     up = start("cluster", "up", "demo")
-    assert "tiny: 1 programs (1x16), hash" in done("put", str(model), "--cluster", "demo", "--lengths", "16")
+    assert "tiny: 1 program (1x16), hash" in done("put", str(model), "--cluster", "demo", "--lengths", "16")
     assert "positive" in (table := done("infer", "A gripping film.", "--cluster", "demo")) or "negative" in table
     print(f"{time.monotonic() - begin:.1f} s")  # under a minute on an idle machine
     answer = json.loads(done("infer", "A gripping film.", "--cluster", "demo", "--model", "tiny", "--json"))
