@@ -7,6 +7,7 @@ from flaxmpc.convert import card
 from flaxmpc.convert.configs import Conversion
 from flaxmpc.convert.runs import resolve
 from flaxmpc.models import zoo
+from flaxmpc.training.metrics import NAMES
 
 RESULTS = {
     "test_sentences": 1019,
@@ -168,5 +169,6 @@ def test_the_zoos_cards_are_read_by_the_hubs_own_loader(name):
     assert found["model-index"][0]["name"] == name
     values = [metric["value"] for metric in found["model-index"][0]["results"][0]["metrics"]]
     results = zoo.results(zoo.find(name))
-    measured = [results[f"{place}accuracy"] for place in ("", "ref2k_", "aby3_") if f"{place}accuracy" in results]
+    names = [f"{place}{metric}" for place in ("", "ref2k_", "aby3_") for metric in NAMES]
+    measured = [results[name] for name in names if name in results]
     assert values == [round(value, 4) for value in measured]
