@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import rich
-from IPython.core.magic import register_cell_magic
-from IPython.display import HTML, display
+from IPython.core.magic import register_cell_magic  # pyright: ignore[reportMissingImports]
+from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
 from matplotlib import style as mplstyle
 
 _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
