@@ -18,7 +18,8 @@ from flaxmpc.secure.deploy import streams
 from flaxmpc.secure.deploy.certificates import Authority
 from flaxmpc.secure.deploy.cluster import Identity
 
-TOO_MANY = "the most that one may have|which is the limit"
+# The last is gRPC's own word: a connection had as many calls under way as a party takes of one.
+TOO_MANY = "the most that one may have|which is the limit|RST_STREAM"
 UNNAMED = r"party 0 has not asked for this request for \d s: was it sent there\?"
 
 
