@@ -9,6 +9,12 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "COLUMNS": "100"}
 
+# Kernels would each warn that their sockets, on loopback, are TCP.
+_PROFILE = DOCS / "_build" / "ipython" / "profile_default"
+_PROFILE.mkdir(parents=True, exist_ok=True)
+(_PROFILE / "ipython_kernel_config.py").write_text('c.IPKernelApp.log_level = "ERROR"\n', "utf-8")
+os.environ["IPYTHONDIR"] = str(_PROFILE.parent)
+
 import flaxmpc  # noqa: E402
 from flaxmpc.models import zoo  # noqa: E402
 from flaxmpc.models.folder import read_config  # noqa: E402
