@@ -1,10 +1,12 @@
-"""What the recipes of the zoo's entries share: where their runs are, and what the zoo keeps of them."""
+"""What the recipes of the zoo's entries share: where their runs are, how one is made, and what the zoo keeps of it."""
 
 import shutil
 from pathlib import Path
 
 from flaxmpc import files
 from flaxmpc.convert import card
+from flaxmpc.convert.configs import Conversion, FineTuning
+from flaxmpc.convert.recipe import make, with_epochs
 from flaxmpc.models import zoo
 from flaxmpc.models.tokenizer import FILES as TOKENIZER_FILES
 from flaxmpc.serve import plans
@@ -19,6 +21,20 @@ def run_of(teacher: str, name: str) -> Path:
     """
     parts = name.split("/")
     return RUNS / "-".join([teacher, *(part for part in parts if part != "teacher")])
+
+
+def make_entry(config: FineTuning | Conversion, teacher: str, name: str, *, epochs: int | None, made_by: str) -> None:
+    """Makes one model in runs/, evaluates it, and copies what the zoo keeps of it, without weights: see `publish`.
+
+    Args:
+        config: what it is made by.
+        epochs: of every stage, in place of the config's: to see that it runs; the zoo is left as it is.
+    """
+    if epochs is not None:
+        make(with_epochs(config, epochs))
+        return
+    make(config)
+    publish(teacher, name, shipped=False, made_by=made_by)
 
 
 def publish(teacher: str, name: str, *, shipped: bool, made_by: str) -> None:

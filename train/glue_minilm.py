@@ -16,10 +16,10 @@ import os
 from typing import Annotated, Any
 
 import tyro
-from entries import RUNS, publish, run_of
+from entries import RUNS, make_entry, run_of
 
 from flaxmpc.convert.configs import Conversion, FineTuning
-from flaxmpc.convert.recipe import make, minilm_l6, with_epochs
+from flaxmpc.convert.recipe import minilm_l6
 from flaxmpc.training.fit import Schedule
 
 GLUE = RUNS / "glue"
@@ -102,12 +102,9 @@ def main(
         raise SystemExit(f"unknown {name!r}: teacher, {', '.join(STUDENTS)}")
     if not (folder := GLUE / TASKS[task].folder).is_dir():
         raise SystemExit(f"{folder} does not exist: ln -s FOLDER {GLUE}, where FOLDER has GLUE as it ships")
-    config = config_of(task, name)
-    if epochs is not None:
-        make(with_epochs(config, epochs))
-        return
-    make(config)
-    publish(f"{task}-minilm-l6", name, shipped=False, made_by=f"train/glue_minilm.py {task} {name}")
+    make_entry(
+        config_of(task, name), f"{task}-minilm-l6", name, epochs=epochs, made_by=f"train/glue_minilm.py {task} {name}"
+    )
 
 
 if __name__ == "__main__":

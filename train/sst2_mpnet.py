@@ -15,11 +15,10 @@ import os
 from typing import Annotated
 
 import tyro
-from entries import RUNS, publish, run_of
+from entries import RUNS, make_entry, run_of
 
 from flaxmpc import files
 from flaxmpc.convert.configs import Conversion, FineTuning
-from flaxmpc.convert.recipe import make, with_epochs
 from flaxmpc.training.fit import Schedule
 
 TEACHER = "sst2-mpnet-base"
@@ -32,12 +31,12 @@ def some_rows(count: int) -> str:
 
     GLUE ships its rows shuffled, so the first ones are like any others.
     """
-    folder = RUNS / f"sst2-{count}"
-    folder.mkdir(exist_ok=True)
     with (SST2 / "train.tsv").open(encoding="utf-8", newline="") as file:
         head, *rows = file
-    if len(rows) < count:
-        raise SystemExit(f"{SST2 / 'train.tsv'} has {len(rows)} rows, not {count}")
+    if not 1 <= count <= len(rows):
+        raise SystemExit(f"--rows {count}: {SST2 / 'train.tsv'} has {len(rows)}; some of them, or all")
+    folder = RUNS / f"sst2-{count}"
+    folder.mkdir(exist_ok=True)
     files.write(folder / "train.tsv", "".join([head, *rows[:count]]))
     files.write(folder / "dev.tsv", (SST2 / "dev.tsv").read_text("utf-8"))
     return f"sst2={os.path.relpath(folder)}"
@@ -78,11 +77,7 @@ def main(
         if not folder.is_dir():
             raise SystemExit(f"{folder} does not exist: {made_by}")
     config = config_of(name, some_rows(rows), dtype)
-    if epochs is not None:
-        make(with_epochs(config, epochs))
-        return
-    make(config)
-    publish(TEACHER, name, shipped=False, made_by=f"train/sst2_mpnet.py {name}")
+    make_entry(config, TEACHER, name, epochs=epochs, made_by=f"train/sst2_mpnet.py {name}")
 
 
 if __name__ == "__main__":

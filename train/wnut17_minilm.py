@@ -14,10 +14,10 @@ import os
 from typing import Annotated, Any
 
 import tyro
-from entries import RUNS, publish, run_of
+from entries import RUNS, make_entry, run_of
 
 from flaxmpc.convert.configs import Conversion, FineTuning
-from flaxmpc.convert.recipe import make, minilm_l6, with_epochs
+from flaxmpc.convert.recipe import minilm_l6
 from flaxmpc.training.fit import Schedule
 
 TEACHER = "wnut17-minilm-l6"
@@ -59,12 +59,7 @@ def main(
         raise SystemExit(f"unknown {name!r}: teacher, {', '.join(STUDENTS)}")
     if not DATA.is_dir():
         raise SystemExit(f"{DATA} does not exist: ln -s FOLDER {DATA}, where FOLDER has the .conll files")
-    config = config_of(name)
-    if epochs is not None:
-        make(with_epochs(config, epochs))
-        return
-    make(config)
-    publish(TEACHER, name, shipped=False, made_by=f"train/wnut17_minilm.py {name}")
+    make_entry(config_of(name), TEACHER, name, epochs=epochs, made_by=f"train/wnut17_minilm.py {name}")
 
 
 if __name__ == "__main__":

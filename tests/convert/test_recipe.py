@@ -158,8 +158,10 @@ def test_mpnet_on_sst2_learns_from_the_rows_that_it_is_told(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert mpnet.some_rows(5) == "sst2=sst2-5"
     assert (tmp_path / "sst2-5" / "train.tsv").read_text() == "sentence\tlabel\n" + "".join(rows[:5])
-    with pytest.raises(SystemExit, match=r"train\.tsv has 20 rows, not 21"):
-        mpnet.some_rows(21)
+    for count in (21, 0, -5):
+        with pytest.raises(SystemExit, match=rf"--rows {count}: .*train\.tsv has 20; some of them, or all"):
+            mpnet.some_rows(count)
+        assert not (tmp_path / f"sst2-{count}").exists()
     student = mpnet.config_of("2quad-freediv", "sst2=sst2-5", "float32")
     assert student.teacher == mpnet.config_of("teacher", "sst2=sst2-5", "float32").out
     assert student.stage1.epochs == 6
