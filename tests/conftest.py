@@ -11,6 +11,8 @@ import pytest
 
 # Before anything of the project, or transformers, is imported.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+# JAX's programs run a few times here: to optimise one takes longer than all its runs. SPU's are compiled as ever.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jaxtyping.install_import_hook(["flaxmpc.nn", "flaxmpc.models"], "beartype.beartype")
 
 # What is started in the background ignores Ctrl-C, and so would the processes that it starts.

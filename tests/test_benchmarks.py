@@ -13,6 +13,8 @@ import matplotlib
 import numpy as np
 import pytest
 
+from flaxmpc.models import zoo
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # What each promises beyond what all have.
 SCRIPTS = {
@@ -124,11 +126,18 @@ def test_a_folded_base_layer_is_within_its_bytes_and_rounds(load):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("network", "pareto", "peers") else n for n in SCRIPTS]
 )
-def test_every_benchmark_runs_quickly_and_saves_and_shows_what_it_promises(name, load, capsys, tmp_path, monkeypatch):
+def test_every_benchmark_runs_quickly_and_saves_and_shows_what_it_promises(
+    name, load, capsys, tmp_path, tmp_path_factory, write_classifier, monkeypatch
+):
     script = load(name)
     harness = sys.modules["harness"]
     if name == "bert_base":  # each variant takes seconds to compile
+        monkeypatch.setattr(script, "NAMES", (script.BASELINE, "2quad_freediv", script.PLANNED))
         monkeypatch.setattr(script, "VARIANTS", {"2quad_freediv": script.VARIANTS["2quad_freediv"]})
+    if name == "outliers":
+        small_zoo = tmp_path_factory.mktemp("zoo")
+        write_classifier(tmp_path_factory.mktemp("made")).rename(small_zoo / zoo.DEFAULT)
+        monkeypatch.setenv("FLAXMPC_ZOO", str(small_zoo))
     records = script.benchmark(True).run(harness.Options(quick=True, json=True))
     if name in ("network", "peers") and not records:
         pytest.skip(capsys.readouterr().err)

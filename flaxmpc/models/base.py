@@ -1,6 +1,7 @@
 """What all models have in common: an encoder in two halves, a head, the outputs, and the families that there are."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -288,9 +289,14 @@ def defer(config: Any, embeddings: Hidden, mask: Mask, product: Product) -> Lazy
 
 def init_params(model: WithHead, seed: int = 0) -> dict[str, Any]:
     """Fresh parameters, a nested dict of float32 arrays."""
+    return _initialised(model, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # of an equal model it is compiled once
+def _initialised(model: WithHead, key: Array) -> dict[str, Any]:
     input_ids = jnp.zeros((1, 2), jnp.int32)
     tokens = model.config.embedding.encode(input_ids, model.config.vocab_size)
-    return jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
+    return model.init(key, tokens)["params"]
 
 
 def param_shapes(model: WithHead) -> dict[str, Any]:

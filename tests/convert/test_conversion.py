@@ -125,7 +125,9 @@ def test_layer_norms_after_attention_may_be_others(teacher, data, tmp_path):
     convert(conversion(teacher, data, tmp_path / "own", **{**UNTRAINED, "layer_norm": names}))
     config = folders.load(tmp_path / "own").model.config
     norms = [config.layer_norms_of(layer) for layer in range(2)]
-    assert [(first.name, second.name) for first, second in norms] == [names] * 2
+    assert [first.name for first, _ in norms] == [names[0]] * 2
+    # Exact where no range holds the variances.
+    assert {second.name for _, second in norms} <= {names[1], "layer_norm"}
     assert len({first.inverse for first, _ in norms}) == 2, "each is calibrated"
     names = ("layer_norm", "rms_norm", "layer_norm_constant", "layer_norm")
     convert(conversion(teacher, data, tmp_path / "rms", **{**UNTRAINED, "layer_norm": names}))

@@ -40,7 +40,7 @@ SHORT = {
     "put": "--lengths 16",
 }
 # A model that a plan can be made for.
-PLANNED = {"layer_norm": Chebyshev(low=0.2, high=40.0, depth=5), "num_hidden_layers": 1, "intermediate_size": 128}
+PLANNED = {"layer_norm": Chebyshev(low=0.2, high=40.0, depth=5), "intermediate_size": 128}
 
 
 def test_readme_is_of_one_screen_and_a_table():
@@ -58,7 +58,8 @@ def stock(tmp_path_factory, write_classifier) -> Path:
     folder = tmp_path_factory.mktemp("stock")
 
     def classifier(name: str, **changes) -> Path:
-        made = write_classifier(tmp_path_factory.mktemp("made"), max_position_embeddings=64, **changes)
+        size = {"num_hidden_layers": 1, "max_position_embeddings": 64}
+        made = write_classifier(tmp_path_factory.mktemp("made"), **size, **changes)
         (folder / name).parent.mkdir(exist_ok=True)
         return Path(shutil.move(made, folder / name))
 
