@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import tyro
-from harness import Benchmark, Options, Record, held, in_child, medians, per_op, record, short
+from harness import Benchmark, Options, Record, held, in_child, medians, per_op, ratios, record, short
 from style import colour, figure, log, titled
 from variants import BASELINE, EMBEDDED, SHARED_RECIPROCAL, VARIANTS, Workload, workload
 
@@ -119,15 +119,6 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
 _TIMES = ("seconds", "lan_seconds", "wan_seconds", "compile_seconds", "compile_cached_seconds")
 
 
-_RATIOS = {
-    "time_ratio": "seconds",
-    "bytes_ratio": "bytes_sent_total",
-    "rounds_ratio": "rounds",
-    "lan_ratio": "lan_seconds",
-    "wan_ratio": "wan_seconds",
-}
-
-
 def finish(records: list[Record]) -> list[Record]:
     """A record a variant, with medians, and how many times less than the baseline it takes."""
     found: dict[str, Record] = {}
@@ -138,10 +129,7 @@ def finish(records: list[Record]) -> list[Record]:
         peak = max(run["peak_memory_bytes"] for run in runs)
         found[variant] = medians(runs, _TIMES) | {"peak_memory_bytes": peak, "repetitions": len(runs)}
     base = found.get(BASELINE)
-    for own in found.values():
-        for name, field in _RATIOS.items():
-            own[name] = None if base is None else base[field] / own[field]
-    return list(found.values())
+    return [own | ratios(base, own) for own in found.values()]
 
 
 def notes(records: list[Record]) -> list[str]:

@@ -220,6 +220,20 @@ def medians(records: Sequence[Record], fields: Sequence[str]) -> Record:
     return records[0] | {field: statistics.median(record[field] for record in records) for field in fields}
 
 
+_RATIOS = {
+    "time_ratio": "seconds",
+    "bytes_ratio": "bytes_sent_total",
+    "rounds_ratio": "rounds",
+    "lan_ratio": "lan_seconds",
+    "wan_ratio": "wan_seconds",
+}
+
+
+def ratios(base: Record | None, own: Record) -> Record:
+    """How many times less than another a run takes, by the names of these ratios; None where there is no other."""
+    return {name: None if base is None else base[field] / own[field] for name, field in _RATIOS.items()}
+
+
 def held(claim: str, value: float, *, least: float | None = None, most: float | None = None) -> str:
     """A line that says whether `value` is within its bounds."""
     good = (least is None or value >= least) and (most is None or value <= most)
@@ -245,6 +259,7 @@ _HEADINGS = {
     "bytes_per_layer": "MB/layer",
     "rounds_per_layer": "rounds/layer",
     "accuracy": "accuracy %",
+    "score": "test %",
     "teacher_accuracy": "teacher %",
     "public_layers": "public layers",
     "mean_error": "mean error",
@@ -275,7 +290,7 @@ def _cell(column: str, value: Any) -> str:
         return f"{value:.1g}"
     if column.endswith("bytes") or column in ("bytes_sent_total", "bytes_per_layer"):
         value = value / 1e6
-    elif column.endswith("accuracy"):
+    elif column == "score" or column.endswith("accuracy"):
         value = 100 * value
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 

@@ -1,10 +1,10 @@
-"""Accuracy against modelled latency, LAN and WAN, of every model in the zoo and of the teachers they come from.
+"""What models get right against modelled latency, LAN and WAN: every student in the zoo, and the teachers, by task.
 
     python benchmarks/pareto.py [--json] [--show] [--quick]
 
-Accuracies are those in the zoo (models/*/results.json), with the 95 % interval of their difference from the teacher's;
-costs are measured here, on ABY3, one sentence of 64 tokens. A teacher is its students' shape with softmax and GeLU, as
-written, in their place. Twenty seconds a model on 2 idle cores.
+Scores, in each task's own metric, are those in the zoo (models/*/results.json), where it is accuracy with the 95 %
+interval of their difference from the teacher's; costs are measured here, on ABY3, one text of 64 tokens. A teacher is
+its students' shape with softmax and GeLU, as written, in their place. Twenty seconds a model on 2 idle cores.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from accuracy import metric_of, task_of
 from harness import Benchmark, Options, Record, record
 from style import colour, figure, log, titled
 from variants import SHARED_RECIPROCAL, ours
@@ -51,23 +52,25 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
         found = zoo.results(folder)
         if "difference" not in found:
             continue  # such as a teacher, which its students bring
-        config = read_config(folder)
-        teacher = Path(json.loads((folder / "recipe.json").read_text("utf-8"))["teacher"]).name
-        figures = {field: found[field] for field in ("accuracy", "teacher_accuracy", "ci_low", "ci_high")}
-        yield name, partial(measure, config, tokens, folded=True, model=name, **figures)
+        config, recipe = read_config(folder), json.loads((folder / "recipe.json").read_text("utf-8"))
+        teacher, task = Path(recipe["teacher"]).name, task_of(recipe)
+        metric = metric_of(task, found)
+        same = {"task": task, "metric": metric, "teacher_score": found[f"teacher_{metric}"]}
+        interval = {end: found[end] if metric == "accuracy" else None for end in ("ci_low", "ci_high")}
+        own = {"model": name, **same, "score": found[metric], **interval}
+        yield name, partial(measure, config, tokens, folded=True, **own)
         if teacher not in teachers:
             teachers.add(teacher)
-            figures = dict.fromkeys(("accuracy", "teacher_accuracy"), found["teacher_accuracy"])
-            figures |= {"ci_low": 0.0, "ci_high": 0.0}
-            yield teacher, partial(measure, teacher_of(config), tokens, folded=False, model=teacher, **figures)
+            own = {"model": teacher, **same, "score": same["teacher_score"], "ci_low": None, "ci_high": None}
+            yield teacher, partial(measure, teacher_of(config), tokens, folded=False, **own)
 
 
 def finish(records: list[Record]) -> list[Record]:
-    """With `pareto_lan` and `pareto_wan`: that no model is as accurate in less time, or more so in no more."""
+    """With `pareto_lan` and `pareto_wan`: that no model of the task is as good in less time, or better in no more."""
 
     def better(a: Record, b: Record, field: str) -> bool:
-        return a["accuracy"] >= b["accuracy"] and a[field] <= b[field] and (
-            a["accuracy"] > b["accuracy"] or a[field] < b[field]
+        return a["task"] == b["task"] and a["score"] >= b["score"] and a[field] <= b[field] and (
+            a["score"] > b["score"] or a[field] < b[field]
         )  # fmt: skip
 
     for network in ("lan", "wan"):
@@ -77,30 +80,41 @@ def finish(records: list[Record]) -> list[Record]:
 
 
 def plot(records: list[Record]) -> Any:
-    made, axes = figure(1, 2, figsize=(11, 4.6), sharey=True)
-    for axis, network in zip(axes[0], ("lan", "wan"), strict=True):
-        field = f"{network}_seconds"
-        for own in records:
-            teacher = own["activation"] == "gelu"
-            label = f"{own['model']} ({own['attention']} + {own['activation']})"
-            look = {"color": "0.5" if teacher else colour(own["attention"]), "marker": "s" if teacher else "o"}
-            axis.plot(own[field], 100 * own["accuracy"], linestyle="", markersize=9, label=label, **look)
-            interval = [100 * (own["teacher_accuracy"] + own[end]) for end in ("ci_low", "ci_high")]
+    """A row of panels for each task."""
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    made, axes = figure(len(tasks), 2, figsize=(11, 1.6 + 3 * len(tasks)), sharey="row")
+    for row, task in zip(axes, tasks, strict=True):
+        of_task = [record for record in records if record["task"] == task]
+        for axis, network in zip(row, ("lan", "wan"), strict=True):
+            _draw(axis, of_task, f"pareto_{network}", f"{network}_seconds")
+            axis.set(xlabel=f"seconds, {network.upper()} (modelled)", title=task)
+        metric = of_task[0]["metric"].replace("_", " ")
+        known = any(record["ci_low"] is not None for record in of_task)
+        interval = "\n(line: 95 % interval of the\ndifference from the teacher)" if known else ""
+        row[0].set(ylabel=f"test {metric}, %{interval}")
+    handles = {label: handle for row in axes for handle, label in zip(*row[0].get_legend_handles_labels(), strict=True)}
+    made.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
+    return titled(made, "The zoo, task by task: a circle is a student, the square their teacher", records)
+
+
+def _draw(axis: Any, records: list[Record], on_front: str, field: str) -> None:
+    for own in records:
+        teacher = own["activation"] == "gelu"
+        label = "a teacher: softmax + gelu" if teacher else f"{own['attention']} + {own['activation']}"
+        look = {"color": "0.5" if teacher else colour(own["attention"]), "marker": "s" if teacher else "o"}
+        axis.plot(own[field], 100 * own["score"], linestyle="", markersize=9, label=label, **look)
+        if own["ci_low"] is not None:
+            interval = [100 * (own["teacher_score"] + own[end]) for end in ("ci_low", "ci_high")]
             axis.plot([own[field]] * 2, interval, color=look["color"], linewidth=1)
-        front = sorted((r for r in records if r[f"pareto_{network}"]), key=lambda r: r[field])
-        x, y = [r[field] for r in front], [100 * r["accuracy"] for r in front]
-        axis.step(x, y, where="post", color="0.6", zorder=0, label="none is as accurate in less time")
-        axis.set(xlabel=f"seconds, {network.upper()} (modelled)")
-        log(axis.xaxis)
-        axis.margins(x=0.15, y=0.2)
-    axes[0][0].set(ylabel="test accuracy, %\n(line: 95 % interval of the\ndifference from the teacher)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=2)
-    return titled(made, "The zoo on movie sentences: a circle is a student, the square their teacher", records)
+    front = sorted((r for r in records if r[on_front]), key=lambda r: r[field])
+    x, y = [r[field] for r in front], [100 * r["score"] for r in front]
+    axis.step(x, y, where="post", color="0.6", zorder=0, label="none is as good in less time")
+    log(axis.xaxis)
+    axis.margins(x=0.15, y=0.2)
 
 
 def benchmark(quick: bool) -> Benchmark:
-    columns = ("model", "accuracy", "bytes_sent_total", "rounds", "lan_seconds", "wan_seconds")
+    columns = ("model", "metric", "score", "bytes_sent_total", "rounds", "lan_seconds", "wan_seconds")
     return Benchmark("pareto", partial(jobs, quick), (columns,), finish, plots={"": plot})
 
 

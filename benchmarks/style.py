@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,12 @@ def colour(variant: str) -> str:
 
 
 def figure(
-    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], sharex: bool = False, sharey: bool = False
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    figsize: tuple[float, float],
+    sharex: bool = False,
+    sharey: bool | Literal["row"] = False,
 ) -> tuple["Figure", Any]:
     """A figure and its axes (2-D array), for a file; `figsize` in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

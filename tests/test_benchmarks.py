@@ -50,8 +50,10 @@ SCRIPTS = {
         "model",
         "attention",
         "activation",
-        "accuracy",
-        "teacher_accuracy",
+        "task",
+        "metric",
+        "score",
+        "teacher_score",
         "ci_low",
         "ci_high",
         "pareto_lan",
@@ -158,6 +160,26 @@ def test_every_benchmark_runs_quickly_and_saves_and_shows_what_it_promises(
         assert path.name.startswith(f"{name}-{records[0]['protocol']}")
     for suffix in ("png", "svg"):
         assert len(list(tmp_path.glob(f"*.{suffix}"))) == len(script.benchmark(True).plots)
+
+
+def test_a_student_is_paired_with_the_teacher_of_its_recipe(load, tmp_path, write_classifier, capsys):
+    paired = load("paired")
+    teacher = write_classifier(tmp_path / "teacher", attention="softmax", hidden_act="gelu")
+    student = write_classifier(tmp_path / "student")
+    options = paired.Options(quick=True, json=True, students=(student,), text="a good film")
+    with pytest.raises(SystemExit, match=f"^{student} is no student: there is no {student}/recipe.json$"):
+        paired.benchmark(options).run(options)
+    (student / "recipe.json").write_text(json.dumps({"teacher": "nowhere"}))
+    with pytest.raises(SystemExit, match=f"^the teacher of {student} is not at nowhere: "):
+        paired.benchmark(options).run(options)
+    (student / "recipe.json").write_text(json.dumps({"teacher": str(teacher)}))
+    own, other = paired.benchmark(options).run(options)
+    assert (own["attention"], other["attention"]) == ("softmax", "2quad_freediv")
+    assert own["bytes_ratio"] == 1 < other["bytes_ratio"]
+    assert other["rounds_ratio"] == own["rounds"] / other["rounds"] > 1
+    assert max(own["error"], other["error"]) < 0.02
+    with pytest.raises(SystemExit, match=r"^name the folders of students"):
+        paired.benchmark(paired.Options()).run(paired.Options())
 
 
 DRAWN = ("attention", "bert_base", "network", "pareto", "parts", "public_layers", "scaling")
@@ -369,8 +391,12 @@ def test_the_growth_law_is_found(load):
 def test_the_front_holds_what_nothing_beats(load):
     pareto = load("pareto")
     points = {"good": (0.9, 3.0), "fast": (0.8, 1.0), "beaten": (0.7, 2.0)}
-    records = [a_record(model=m, accuracy=a, lan_seconds=s, wan_seconds=s) for m, (a, s) in points.items()]
-    assert [r["pareto_lan"] for r in pareto.finish(records)] == [True, True, False]
+    records = [
+        a_record(model=m, task=task, score=score - less, lan_seconds=s, wan_seconds=s)
+        for task, less in (("one", 0.0), ("other", 0.5))
+        for m, (score, s) in points.items()
+    ]
+    assert [r["pareto_lan"] for r in pareto.finish(records)] == [True, True, False] * 2
 
 
 def test_each_student_and_once_its_teacher_are_compared(load):

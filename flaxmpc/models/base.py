@@ -296,7 +296,8 @@ def init_params(model: WithHead, seed: int = 0) -> dict[str, Any]:
 def _initialised(model: WithHead, key: Array) -> dict[str, Any]:
     input_ids = jnp.zeros((1, 2), jnp.int32)
     tokens = model.config.embedding.encode(input_ids, model.config.vocab_size)
-    return model.init(key, tokens)["params"]
+    variables: Any = model.init(key, tokens)
+    return variables["params"]
 
 
 def param_shapes(model: WithHead) -> dict[str, Any]:

@@ -150,6 +150,14 @@ kept = secure.jit(lambda x, w: (x @ w) * 2 + 1, protocol)
 def interrupt_within(seconds):
     threading.Timer(random.uniform(0, seconds), os.kill, (os.getpid(), signal.SIGINT)).start()
 
+def dropped(found):  # as Python does with an interrupt within the callback of a weak reference
+    if found.exc_type is KeyboardInterrupt:
+        interrupt_within(1)
+    else:
+        sys.__unraisablehook__(found)
+
+sys.unraisablehook = dropped
+
 def use_many():
     for i in range(1_000_000):
         kept(kept.parties.put(x), w)

@@ -159,7 +159,7 @@ def test_by_a_plan_of_bits_and_where_the_model_diverges(write_diverging, tmp_pat
     for text, prediction in zip(texts, right, strict=True):
         assert prediction.error is None
         RIGHT[kind](prediction, text, *in_the_clear(loaded, text))
-    assert wrong.error.startswith("the model diverges on this text")
+    assert str(wrong.error).startswith("the model diverges on this text")
     assert wrong.entities is wrong.answer is None
 
 

@@ -25,7 +25,7 @@ CHEBYSHEV = {"name": "layer_norm_chebyshev", "low": 0.2, "high": 40.0, "depth": 
 @pytest.fixture(scope="module")
 def planned(write_classifier, tmp_path_factory):
     """A model folder with a plan, and what planning said. Its layer is no smaller beside its norms than usual ones."""
-    shape = {"num_hidden_layers": 1, "intermediate_size": 128}
+    shape = {"num_hidden_layers": 1, "intermediate_size": 192}
     folder = write_classifier(tmp_path_factory.mktemp("planned"), layer_norm=CHEBYSHEV, **shape)
     return folder, plan_bits(folders.load(folder), TEXTS, error=0.01)
 
