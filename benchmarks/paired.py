@@ -4,7 +4,7 @@
 
 A teacher is the folder that its student's recipe names, as `flaxmpc infer` runs it: softmax and GeLU as exact, folded
 where that is possible. A student follows its plan of bits where its folder has one. The two take turns, compiled and
-warm, three times; seconds are medians. Half a minute to two minutes a student on 2 idle cores.
+warm, three times; seconds are medians.
 """
 
 import dataclasses
