@@ -9,7 +9,6 @@ warm, three times; seconds are medians.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import harness
 import tyro
 from harness import Benchmark, Record, held, medians, ratios, record
 
+from flaxmpc import files
 from flaxmpc.models.folder import read_config
 from flaxmpc.serve import plans
 from flaxmpc.serve.private import SecureClassifier
@@ -70,20 +70,35 @@ def measure(folder: Path, text: str, **names: str) -> Record:
     )
 
 
+def teacher_of(student: Path) -> Path:
+    """The folder of the teacher that a student's recipe names."""
+    recipe = student / "recipe.json"
+    if not recipe.is_file():
+        raise SystemExit(f"{student} is no student: there is no {recipe}")
+    try:
+        named = files.read_object(recipe).get("teacher")
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    if not isinstance(named, str):
+        raise SystemExit(f"{recipe} names no teacher")
+    if not (Path(named) / "model.safetensors").is_file():
+        raise SystemExit(f"the teacher of {student} is not at {named}: make it again, see {student}/README.md")
+    return Path(named)
+
+
 def jobs(chosen: Options) -> Iterator[tuple[str, Callable[[], Record]]]:
     if not chosen.students:
         raise SystemExit("name the folders of students, such as runs/sst2-minilm-l6-2quad-freediv")
+    if chosen.pairs < 1:
+        raise SystemExit(f"--pairs is 1 or more, not {chosen.pairs}")
     for student in chosen.students:
-        recipe = student / "recipe.json"
-        if not recipe.is_file():
-            raise SystemExit(f"{student} is no student: there is no {recipe}")
-        teacher = Path(json.loads(recipe.read_text("utf-8")).get("teacher", ""))
-        if not (teacher / "model.safetensors").is_file():
-            raise SystemExit(f"the teacher of {student} is not at {teacher}: make it again, see {student}/README.md")
+        teacher = teacher_of(student)
         for number in range(1 if chosen.quick else chosen.pairs):
             for role, folder in ((TEACHER, teacher), (STUDENT, student)):
-                names = {"model": folder.name, "role": role, "pair": student.name}
-                yield f"{student.name}, {role}, {number + 1}", partial(measure, folder, chosen.text, **names)
+                names = {"model": folder.name, "role": role, "pair": str(student)}
+                # With the text: what an interrupted run measured of another one is none of this run's.
+                description = f"{student}, {role}, {number + 1}: {chosen.text}"
+                yield description, partial(measure, folder, chosen.text, **names)
 
 
 def finish(records: list[Record]) -> list[Record]:

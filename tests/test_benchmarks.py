@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import dataclasses
 import functools
 import importlib
 import json
@@ -169,6 +170,14 @@ def test_a_student_is_paired_with_the_teacher_of_its_recipe(load, tmp_path, writ
     options = paired.Options(quick=True, json=True, students=(student,), text="a good film")
     with pytest.raises(SystemExit, match=f"^{student} is no student: there is no {student}/recipe.json$"):
         paired.benchmark(options).run(options)
+    for broken, said in (
+        ("{", "cannot be read as JSON"),
+        ("[1]", "holds no JSON object"),
+        ('{"teacher": 3}', "names no teacher"),
+    ):
+        (student / "recipe.json").write_text(broken)
+        with pytest.raises(SystemExit, match=f"^{student}/recipe.json {said}"):
+            paired.benchmark(options).run(options)
     (student / "recipe.json").write_text(json.dumps({"teacher": "nowhere"}))
     with pytest.raises(SystemExit, match=f"^the teacher of {student} is not at nowhere: "):
         paired.benchmark(options).run(options)
@@ -180,6 +189,9 @@ def test_a_student_is_paired_with_the_teacher_of_its_recipe(load, tmp_path, writ
     assert max(own["error"], other["error"]) < 0.02
     with pytest.raises(SystemExit, match=r"^name the folders of students"):
         paired.benchmark(paired.Options()).run(paired.Options())
+    few = dataclasses.replace(options, pairs=0)
+    with pytest.raises(SystemExit, match=r"^--pairs is 1 or more, not 0$"):
+        paired.benchmark(few).run(few)
 
 
 DRAWN = ("attention", "bert_base", "network", "pareto", "parts", "public_layers", "scaling")

@@ -27,6 +27,7 @@ from flaxmpc.models.bert import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    preset,
 )
 from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.models.weights import read_params
@@ -478,3 +479,17 @@ def test_more_tokens_than_positions_are_refused(name, tiny):
     model, variables = tiny(embedding=name)
     with pytest.raises(ValueError, match="a text has 13 tokens, but the model has 12 positions"):
         model.apply(variables, model.config.embedding.encode(jnp.ones((1, 13), jnp.int32), 60))
+
+
+def test_fresh_parameters_are_of_the_model_and_the_seed_alone():
+    """They are compiled once for equal models: what was asked for before changes nothing."""
+    model = BertForSequenceClassification(preset("tiny"))
+    first, other = init_params(model), init_params(model, seed=1)
+    kept = jax.device_get(first)
+    first["bert"].clear()
+    again = init_params(BertForSequenceClassification(preset("tiny")))
+    same = jax.tree.map(np.array_equal, kept, jax.device_get(again))
+    assert all(jax.tree.leaves(same))
+    assert not np.array_equal(kept["classifier"]["kernel"], other["classifier"]["kernel"])
+    three = init_params(BertForSequenceClassification(preset("tiny", id2label=("a", "b", "c"))))
+    assert three["classifier"]["kernel"].shape[1] == 3
