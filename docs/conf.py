@@ -1,9 +1,13 @@
 """The documentation site: `make docs` builds it in docs/_build/html, from these pages and the docstrings."""
 
+import multiprocessing
 import os
 import re
 import sys
 from pathlib import Path
+
+from jupyter_cache import get_cache  # pyright: ignore[reportMissingImports]
+from jupyter_cache.executors import load_executor  # pyright: ignore[reportMissingImports]
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
@@ -61,6 +65,9 @@ html_theme_options = {
     "navigation_with_keys": True,
 }
 
+# The notebooks, for two processes.
+LONGEST_FIRST = ("convert", "own-attention", "cost-table", "hosts", "classify")
+
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:", "Example:")
 
 
@@ -112,7 +119,21 @@ def gallery(app) -> None:
     (pages / "tiles.txt").write_text(":::::{grid} 1 1 2 2\n:gutter: 2\n\n" + "\n\n".join(tiles) + "\n:::::\n", "utf-8")
 
 
+def executed(app) -> None:
+    """Executes the notebooks side by side. The build, which would take one after the other, finds them in its cache; it
+    executes again what failed here, and fails then.
+    """
+    cache = get_cache(app.config.nb_execution_cache_path)
+    for name in LONGEST_FIRST:
+        page = DOCS / "tutorials" / f"{name}.md"
+        cache.add_nb_to_project(str(page), read_data={"name": "myst_nb_md", "type": "plugin"})
+    load_executor("local-parallel", cache, logger=multiprocessing.get_logger()).run_and_cache(
+        timeout=app.config.nb_execution_timeout
+    )
+
+
 def setup(app) -> None:
     app.connect("builder-inited", gallery)
+    app.connect("builder-inited", executed)
     app.connect("autodoc-skip-member", skipped)
     app.connect("autodoc-process-docstring", as_rst, priority=100)  # before napoleon's, at 500

@@ -1,6 +1,7 @@
 """Array shapes are checked while testing, nothing reaches for a hub, and parties are started once."""
 
 import functools
+import gc
 import os
 import signal
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 # JAX's programs run a few times here: to optimise one takes longer than all its runs. SPU's are compiled as ever.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Of millions of objects that JAX keeps, a collection looks through all: a sixth of the time of the tests.
+gc.set_threshold(20_000)
 jaxtyping.install_import_hook(["flaxmpc.nn", "flaxmpc.models"], "beartype.beartype")
 
 # What is started in the background ignores Ctrl-C, and so would the processes that it starts.
