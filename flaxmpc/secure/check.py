@@ -16,7 +16,7 @@ import jax
 
 from flaxmpc.secure.magnitudes import Instrumented, OpMargin
 from flaxmpc.secure.party import to_arrays
-from flaxmpc.secure.protocol import Config
+from flaxmpc.secure.protocol import Config, exp_mode_of_functions
 
 
 class OverflowRisk(ValueError):
@@ -87,14 +87,20 @@ class Margins:
 
 
 def check(
-    fn: Callable[..., Any], batches: Iterable[tuple[Any, ...]], *, ring: str = "FM64", fraction_bits: int = 18
+    fn: Callable[..., Any],
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    ring: str = "FM64",
+    fraction_bits: int = 18,
+    exp_mode: str | None = None,
 ) -> Margins:
     """How far `fn` stays from what fixed point gets wrong on calibration data, computed in the clear.
 
         secure.check(f, [(params, x) for x in calibration]).require(bits=2.0)
 
-    That is overflow, of int32 and int64 too; results that are not finite; and jumps (floor, round, a remainder, a
-    conversion to integers, sign) closer to their argument than fixed point is exact.
+    That is overflow, of int32 and int64 too; results that are not finite; jumps (floor, round, a remainder, a
+    conversion to integers, sign) closer to their argument than fixed point is exact; and exponentials of numbers that
+    `exp_mode` is not exact for.
 
     What an overflow can't spoil is left out: values that a `where` or a product with a 0 from a comparison drops, and
     what depends on no argument. Too small numbers, which become 0, are no overflow and not reported; nor are
@@ -103,13 +109,14 @@ def check(
     Args:
         fn: any JAX function of pytrees, as for `secure.jit`.
         batches: tuples of its arguments. A batch of other shapes counts as one more run of the same operations.
-        ring, fraction_bits: the fixed point, see `secure.jit`.
+        ring, fraction_bits, exp_mode: the fixed point, see `secure.jit`, whose defaults these are.
 
     Raises:
         ValueError, TypeError: no batch, one that is no tuple of arguments, an argument without fixed-point encoding,
-            or an unknown ring.
+            or settings that Config refuses.
     """
-    config = Config(ring=ring, fraction_bits=fraction_bits)
+    exp_mode = exp_mode_of_functions(ring) if exp_mode is None else exp_mode
+    config = Config(ring=ring, fraction_bits=fraction_bits, exp_mode=exp_mode)
     compiled: dict[Any, Instrumented] = {}
     found: dict[Any, OpMargin] = {}
     if hasattr(batches, "shape") or not isinstance(batches, Iterable):

@@ -19,7 +19,7 @@ from flaxmpc.secure.cache import cache_dir
 from flaxmpc.secure.cost import Cost
 from flaxmpc.secure.lowering import lower
 from flaxmpc.secure.party import InProcess, Parties, Planned, Resident, check_visibility, to_arrays
-from flaxmpc.secure.protocol import Config
+from flaxmpc.secure.protocol import Config, exp_mode_of_functions
 
 
 class Run(NamedTuple):
@@ -61,8 +61,8 @@ def jit(
         protocol: a name in PROTOCOLS; "ABY3" unless `parties` are given.
         ring: "FM32", "FM64" (default) or "FM128".
         fraction_bits: bits after the binary point, 18 by default.
-        exp_mode: how exponentials are computed, see Config; "pade" unless `parties` are given: "taylor", the default of
-            parties, is made for a softmax, whose operands are not positive.
+        exp_mode: how exponentials are computed, see Config: "pade" by default, and "taylor" in FM32. Parties have
+            "taylor" by default, which is made for a softmax: its operands are not positive.
         shared_reciprocal: whether x / y, where y was broadcast (a row's sum), is x times one reciprocal of y that a row
             shares, in place of a division of each number: a softmax of 128 x 128 scores and 64 columns of V sends half
             the bytes. But 1/y has the fraction bits only: the quotient's error grows with x, to 2^-18 x, so it is for
@@ -77,7 +77,10 @@ def jit(
     """
     given = {"protocol": protocol, "ring": ring, "fraction_bits": fraction_bits, "exp_mode": exp_mode}
     given = {name: value for name, value in given.items() if value is not None}
-    config = Config(**{"exp_mode": "pade", **given}) if parties is None else parties.config
+    if parties is None:
+        config = Config(**{"exp_mode": exp_mode_of_functions(given.get("ring", "FM64")), **given})
+    else:
+        config = parties.config
     for name, value in given.items():
         if value != getattr(config, name):
             raise ValueError(f"{name} {value!r} was asked for, but the parties have {getattr(config, name)!r}")

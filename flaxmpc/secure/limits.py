@@ -1,5 +1,6 @@
 """From where on SPU's result of an operation is wrong: what of it has a limit, and which."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ _Quantities = Iterator[Quantity]
 
 # Found by experiment with ABY3 and SEMI2K, FM64, 18 fraction bits, spu 0.9.5 (tests/secure/test_check.py has them):
 # each is right below its limit, and wrong from twice the limit on at the latest.
-_EXP_REACH = 500.0  # exp(x) is (1 + x/256)^256, which grows again below -512
+_TAYLOR_REACH = 500.0  # exp(x) is (1 + x/256)^256, which grows again below -512
+_TAYLOR_EXACT = 9.0  # and too low by x^2/512 of itself: a hundredth where 2 bits are left
 
 
 def _product(op: Operation) -> _Quantities:
@@ -83,13 +85,25 @@ def _pow(op: Operation) -> _Quantities:
 
 def _exp(op: Operation) -> _Quantities:
     yield from _product(op)
-    yield Quantity("negative operand", jnp.minimum(op.ins[0], 0.0), _EXP_REACH)
+    if op.config.exp_mode == "taylor":
+        yield Quantity("negative operand", jnp.minimum(op.ins[0], 0.0), _TAYLOR_REACH)
+        yield Quantity("positive operand", jnp.maximum(op.ins[0], 0.0), _TAYLOR_EXACT)
+    else:
+        yield _in_base_2(op)
 
 
 def _logistic(op: Operation) -> _Quantities:
-    """1 / (1 + exp(-x))."""
+    """1 / (1 + exp(-x)), which is near 0 where exp is not exact."""
     yield Quantity("exp(-operand)", jnp.exp(-op.ins[0]), op.config.product_limit)
-    yield Quantity("positive operand", jnp.maximum(op.ins[0], 0.0), _EXP_REACH)
+    if op.config.exp_mode == "taylor":
+        yield Quantity("positive operand", jnp.maximum(op.ins[0], 0.0), _TAYLOR_REACH)
+    else:
+        yield _in_base_2(op)
+
+
+def _in_base_2(op: Operation) -> Quantity:
+    """exp(x) is 2^(x log2 e)."""
+    return Quantity("operand times log2 e", op.ins[0] * math.log2(math.e), op.config.product_limit)
 
 
 def _root(op: Operation) -> _Quantities:

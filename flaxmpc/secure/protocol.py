@@ -90,6 +90,14 @@ def get_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
+def exp_mode_of_functions(ring: str) -> str:
+    """How the exponentials of a function are computed that says nothing about them: right for any operand, if it fits.
+
+    A Config's own default is made for models, whose exponentials are those of a softmax.
+    """
+    return "taylor" if ring == "FM32" else "pade"
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What all parties of a run must agree on.
@@ -100,12 +108,12 @@ class Config:
         fraction_bits: bits after the binary point of the fixed-point encoding.
         exp_mode: how exponentials are computed. "taylor": (1 + x/256)^256, off by x^2/512 of the value, and by anything
             below -512. "pade": by the bits of x log2 e, off by 1e-4 of the value and right for any negative x, at four
-            times the bytes and three times the rounds (ABY3).
+            times the bytes and three times the rounds (ABY3); not in FM32, which has no room for it.
         network: the line between the parties that products are arranged for: "wan", a slow one, or "lan".
 
     Raises:
-        ValueError: an unknown protocol, ring, exp_mode or network, or fraction bits that leave a product of two small
-            numbers no room in the ring.
+        ValueError: an unknown protocol, ring, exp_mode or network, an exp_mode that the ring has no room for, or
+            fraction bits that leave a product of two small numbers none.
     """
 
     protocol: str = "ABY3"
@@ -122,6 +130,8 @@ class Config:
             raise unknown("exp_mode", self.exp_mode, EXP_MODES)
         if self.network not in NETWORKS:
             raise unknown("network", self.network, NETWORKS)
+        if (self.exp_mode, self.ring) == ("pade", "FM32"):
+            raise ValueError("exp_mode 'pade' is for the rings FM64 and FM128; FM32 has room for 'taylor' alone")
         # A product carries twice the fraction bits until it is truncated; SPU would return garbage without a word.
         most = RING_BITS[self.ring] // 2 - 2
         if not 1 <= self.fraction_bits <= most:

@@ -35,25 +35,62 @@ LIMITS = {
     "sqrt": (jnp.sqrt, 0.9 * 2**17, 1.2 * 2**17, "sqrt operand"),
     "denominator": (lambda x: 2.0**20 / (x + 0.25), 0.9 * 2**18, 2.2 * 2**18, "div denominator"),
     "numerator": (lambda x: x / (0.0 * x + 8.25), 0.9 * 2**25, 4.0 * 2**25, "div numerator"),
-    "exp, large": (lambda x: jnp.exp(x) * 1e-4, 16.0, 19.5, "exp result"),
-    "exp, small": (jnp.exp, -480.0, -520.0, "exp negative operand"),
-    "logistic": (jax.lax.logistic, 480.0, 520.0, "logistic positive operand"),
     "log": (lambda x: jnp.log(x) - 12.0, 0.9 * 2**19, 2.2 * 2**19, "log operand"),
 }
+
+
+# The same of exponentials, and what they are computed by. "taylor" is off by x^2/512: by a sixth at its limit.
+EXPONENTIALS = {
+    "large": (lambda x: jnp.exp(x) * 1e-4, 17.9, 24.0, "exp result", {"exp_mode": "pade"}),
+    "larger than exact": (jnp.exp, 8.5, 16.0, "exp positive operand", {"exp_mode": "taylor"}),
+    "small": (jnp.exp, -480.0, -520.0, "exp negative operand", {"exp_mode": "taylor"}),
+    "small in base 2": (jnp.exp, -11.0, -25.0, "exp operand times log2 e", {"exp_mode": "pade", "fraction_bits": 29}),
+    "logistic": (jax.lax.logistic, 480.0, 520.0, "logistic positive operand", {"exp_mode": "taylor"}),
+    "logistic in base 2": (
+        *(jax.lax.logistic, 11.0, 25.0, "logistic operand times log2 e"),
+        {"exp_mode": "pade", "fraction_bits": 29},
+    ),
+}
+
+
+def holds_between(fn, below, above, quantity, f, within, **settings):
+    for value, fits in ((below, True), (above, False)):
+        x = np.full(8, value, np.float32)
+        margins = secure.check(fn, [(x,)], **settings)
+        assert (margins.margin_bits > 0) == fits
+        if not fits:
+            assert f"{margins.worst.primitive} {margins.worst.quantity}" == quantity
+        assert (relative(f(x), fn(x)).max() < within) == fits
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_on_either_side_of_a_limit_spu_is_right_and_wrong(group, name):
     fn, below, above, quantity = LIMITS[name]
-    f = secure.jit(fn, parties=group("ABY3"))
-    for value, fits in ((below, True), (above, False)):
-        x = np.full(8, value, np.float32)
-        margins = secure.check(fn, [(x,)])
-        assert (margins.margin_bits > 0) == fits
-        if not fits:
-            assert f"{margins.worst.primitive} {margins.worst.quantity}" == quantity
-        # exp's own error grows with its argument: (1 + x/256)^256.
-        assert (relative(f(x), fn(x)).max() < 0.45) == fits
+    holds_between(fn, below, above, quantity, secure.jit(fn, parties=group("ABY3")), 0.1)
+
+
+@pytest.mark.parametrize("name", EXPONENTIALS)
+def test_exponentials_have_the_limits_of_what_they_are_computed_by(name):
+    fn, below, above, quantity, settings = EXPONENTIALS[name]
+    holds_between(fn, below, above, quantity, secure.jit(fn, "ABY3", **settings), 0.17, **settings)
+
+
+@pytest.mark.parametrize("fn", [jnp.exp, jax.nn.softplus, jax.nn.silu, jax.lax.logistic])
+def test_a_functions_exponentials_are_right_where_parties_for_models_have_them_wrong(group, fn):
+    x = np.array([-1e6, -1000, -600, -30, -10, 0, 10, 16], np.float32)
+    np.testing.assert_allclose(secure.jit(fn, "ABY3")(x), fn(x), rtol=2e-3, atol=1e-4)
+    assert relative(secure.jit(fn, parties=group("ABY3"))(-x if fn is jax.lax.logistic else x), fn(x)).max() > 0.1
+
+
+def test_a_small_ring_has_exponentials_of_one_kind():
+    x = np.array([-2.0, 0.0, 1.0], np.float32)
+    f = secure.jit(jnp.exp, "REF2K", ring="FM32", fraction_bits=10)  # whose results are the same at every run
+    assert f.config.exp_mode == "taylor"
+    np.testing.assert_allclose(f(x), np.exp(x), atol=0.1)
+    assert secure.check(jnp.exp, [(x,)], ring="FM32", fraction_bits=10).worst.quantity == "positive operand"
+    for refusing in (secure.jit, lambda fn, **settings: secure.check(fn, [(x,)], **settings)):
+        with pytest.raises(ValueError, match="exp_mode 'pade' is for the rings FM64 and FM128"):
+            refusing(jnp.exp, ring="FM32", fraction_bits=10, exp_mode="pade")
 
 
 @pytest.mark.parametrize("fn", [jax.lax.erf, jnp.tanh, jnp.abs, jax.nn.relu, jnp.floor, lambda x: -x, lambda x: x - 1])
