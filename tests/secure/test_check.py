@@ -77,9 +77,10 @@ def test_exponentials_have_the_limits_of_what_they_are_computed_by(name):
 
 @pytest.mark.parametrize("fn", [jnp.exp, jax.nn.softplus, jax.nn.silu, jax.lax.logistic])
 def test_a_functions_exponentials_are_right_where_parties_for_models_have_them_wrong(group, fn):
-    x = np.array([-1e6, -1000, -600, -30, -10, 0, 10, 16], np.float32)
+    x = np.array([-1e6, -1000, -600, -30, -10, 0, 10, 16, 600, 1000], np.float32)
+    x = x[:8] if fn is jnp.exp else x
     np.testing.assert_allclose(secure.jit(fn, "ABY3")(x), fn(x), rtol=2e-3, atol=1e-4)
-    assert relative(secure.jit(fn, parties=group("ABY3"))(-x if fn is jax.lax.logistic else x), fn(x)).max() > 0.1
+    assert np.abs(secure.jit(fn, parties=group("ABY3"))(x) - fn(x)).max() > 0.9
 
 
 def test_a_small_ring_has_exponentials_of_one_kind():
