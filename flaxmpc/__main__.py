@@ -23,7 +23,7 @@ def main() -> None:
     if sys.stdout is None:  # the next file that is opened would get what libraries print
         print("flaxmpc: standard output is closed", file=sys.stderr)
         raise SystemExit(_FAILED)
-    # What tracing a model makes lives on, and every collection looks through all of it: a twelfth of a command's time.
+    # What tracing a model makes lives on, and each collection looks through all of it: a twentieth of a command's time.
     gc.set_threshold(20_000)
     code = _run()
     try:
