@@ -86,8 +86,8 @@ def _pow(op: Operation) -> _Quantities:
 def _exp(op: Operation) -> _Quantities:
     yield from _product(op)
     if op.config.exp_mode == "taylor":
-        yield Quantity("negative operand", jnp.minimum(op.ins[0], 0.0), _TAYLOR_REACH)
-        yield Quantity("positive operand", jnp.maximum(op.ins[0], 0.0), _TAYLOR_EXACT)
+        yield Quantity("negative operand by taylor", jnp.minimum(op.ins[0], 0.0), _TAYLOR_REACH)
+        yield Quantity("positive operand by taylor", jnp.maximum(op.ins[0], 0.0), _TAYLOR_EXACT)
     else:
         yield _in_base_2(op)
 
@@ -96,7 +96,7 @@ def _logistic(op: Operation) -> _Quantities:
     """1 / (1 + exp(-x)), which is near 0 where exp is not exact."""
     yield Quantity("exp(-operand)", jnp.exp(-op.ins[0]), op.config.product_limit)
     if op.config.exp_mode == "taylor":
-        yield Quantity("positive operand", jnp.maximum(op.ins[0], 0.0), _TAYLOR_REACH)
+        yield Quantity("positive operand by taylor", jnp.maximum(op.ins[0], 0.0), _TAYLOR_REACH)
     else:
         yield _in_base_2(op)
 

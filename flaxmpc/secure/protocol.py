@@ -85,7 +85,7 @@ RING_BITS = MappingProxyType({"FM32": 32, "FM64": 64, "FM128": 128})
 
 def get_protocol(name: str) -> Protocol:
     """The protocol called `name` (one of PROTOCOLS); ValueError, with the closest name, if there is none."""
-    if name not in PROTOCOLS:
+    if name not in tuple(PROTOCOLS):  # in a mapping a list could not be looked up
         raise unknown("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 
@@ -124,9 +124,9 @@ class Config:
 
     def __post_init__(self):
         get_protocol(self.protocol)
-        if self.ring not in RING_BITS:
+        if self.ring not in tuple(RING_BITS):
             raise unknown("ring", self.ring, RING_BITS)
-        if self.exp_mode not in EXP_MODES:
+        if self.exp_mode not in tuple(EXP_MODES):
             raise unknown("exp_mode", self.exp_mode, EXP_MODES)
         if self.network not in NETWORKS:
             raise unknown("network", self.network, NETWORKS)

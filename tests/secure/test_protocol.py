@@ -51,3 +51,10 @@ def test_config_is_frozen_and_reaches_spu():
 def test_limit_of_the_encoding():
     assert secure.Config().limit == 2**44
     assert secure.Config(ring="FM32", fraction_bits=8).limit == 2**22
+
+
+@pytest.mark.parametrize("setting", ["protocol", "ring", "exp_mode", "network"])
+@pytest.mark.parametrize("value", [["FM64"], {}, 64, None])
+def test_what_is_no_name_is_refused_as_an_unknown_one(setting, value):
+    with pytest.raises(ValueError, match=f"^unknown {setting} "):
+        secure.Config(**{setting: value})
