@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import tyro
-from harness import Benchmark, Options, Record, held, in_child, medians, per_op, ratios, record, short
+from harness import Benchmark, Options, Record, held, in_child, medians, model_parties, per_op, ratios, record, short
 from style import colour, figure, log, titled
 from variants import BASELINE, EMBEDDED, SHARED_RECIPROCAL, VARIANTS, Workload, workload
 
@@ -65,7 +65,7 @@ def measure(variant: str, size: dict[str, Any], layer_too: bool, plans: _Plans) 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["FLAXMPC_CACHE"] = cache
         work = work_of(variant, size, plans)
-        parties = secure.InProcess("ABY3", fraction_bits=work.fraction_bits)
+        parties = model_parties("ABY3", fraction_bits=work.fraction_bits)
         weights = parties.put(work.weights)
         cost = (
             secure.jit(work.function, parties=parties, shared_reciprocal=SHARED_RECIPROCAL)

@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, in_child, record
+from harness import Benchmark, Options, Record, in_child, model_parties, record
 from variants import VARIANTS, ours
 
-from flaxmpc import secure
 from flaxmpc.nn.embedding import EMBEDDINGS, Embedding
 
 _public = EMBEDDINGS["public"]
@@ -34,7 +33,7 @@ def measure(mode: str, layers: int, shape: str, tokens: int, vocab_size: int) ->
     variant = VARIANTS["2quad_freediv"]
     config = variant.config(shape, layers, embedding=MODES[mode], vocab_size=vocab_size)
     work = ours(config, folded=variant.folded and layers > 0, batch=1, tokens=tokens)
-    parties = secure.InProcess("ABY3")
+    parties = model_parties("ABY3")
     found = record(work.run(parties).cost, variant=mode, num_tokens=tokens, num_layers=layers)
     # ABY3: each of three parties gets two of the three summands of a number, 8 bytes each.
     found["client_bytes"] = 48 * sum(np.size(leaf) for leaf in jax.tree.leaves(work.inputs))

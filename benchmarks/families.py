@@ -12,10 +12,9 @@ from functools import partial
 from typing import Any
 
 import tyro
-from harness import Benchmark, Options, Record, in_child, record
+from harness import Benchmark, Options, Record, in_child, model_parties, record
 from variants import CHEBYSHEV_PARTS, ours
 
-from flaxmpc import secure
 from flaxmpc.models import folder  # noqa: F401  it registers the families
 from flaxmpc.models.base import families, family_of
 
@@ -30,7 +29,7 @@ def measure(model_type: str, tokens: int, **fields: Any) -> Record:
         attention="2quad_freediv", hidden_act="quad", layer_norm=[CHEBYSHEV_PARTS] * layers,
         max_position_embeddings=514, **fields,
     )  # fmt: skip
-    cost = ours(config, folded=True, batch=1, tokens=tokens).run(secure.InProcess("ABY3")).cost
+    cost = ours(config, folded=True, batch=1, tokens=tokens).run(model_parties("ABY3")).cost
     return record(cost, variant=model_type, num_tokens=tokens, num_layers=layers)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import tyro
-from harness import Benchmark, Options, Record, record
+from harness import Benchmark, Options, Record, model_parties, record
 from variants import AFTER_FEED_FORWARD, CHEBYSHEV_PARTS, fitted, ours
 
 from flaxmpc import secure
@@ -52,7 +52,7 @@ def cost(variant: str, layers: int, shape: str, tokens: int, vocab_size: int, pl
     made = ours(fitted(preset(shape, **changes), 1, tokens), folded=True, batch=1, tokens=tokens, planned=planned)
     if planned:  # which takes longer than all else
         made = made.planned(made.plan())
-    return made.run(secure.InProcess("ABY3", fraction_bits=made.fraction_bits)).cost
+    return made.run(model_parties("ABY3", fraction_bits=made.fraction_bits)).cost
 
 
 def measure(variant: str, layers: int, shape: str, *size: Any) -> Record:

@@ -203,6 +203,11 @@ def record(cost: secure.Cost, **names: Any) -> Record:
     }
 
 
+def model_parties(protocol: str = "ABY3", **options: Any) -> secure.InProcess:
+    """In this process, with the exponentials of models; options as of `secure.InProcess`."""
+    return secure.InProcess(protocol, exp_mode=secure.MODEL_EXP_MODE, **options)
+
+
 def per_op(cost: secure.Cost) -> dict[str, dict[str, float]]:
     """What each operation cost, for a record's field `per_op`."""
     return {name: dataclasses.asdict(op) for name, op in cost.per_op.items()}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, record
+from harness import Benchmark, Options, Record, model_parties, record
 from variants import CHEBYSHEV_PARTS, random_params
 
 from flaxmpc import secure
@@ -107,7 +107,7 @@ class Layer:
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     for protocol in ("ABY3",) if quick else ("ABY3", "SEMI2K"):
-        parties = secure.InProcess(protocol)
+        parties = model_parties(protocol)
         for variant in VARIANTS:
             layer = functools.cache(lambda parties=parties, variant=variant: Layer(parties, variant, quick))
             yield f"{protocol} {variant}", lambda layer=layer: layer().measure(warm=False)

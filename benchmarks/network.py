@@ -23,7 +23,7 @@ from typing import Any
 
 import namespaces
 import tyro
-from harness import Benchmark, Options, Record, held, medians, record
+from harness import Benchmark, Options, Record, held, medians, model_parties, record
 from style import figure, titled
 from variants import Workload, workload
 
@@ -133,7 +133,7 @@ def serve(fd: int) -> None:
 
 def measure(protocol: str, network: secure.Network, work: Workload) -> Record:
     """A record of the run in process, with `measured_seconds` over the network and how far the model is off."""
-    here = secure.InProcess(protocol)
+    here = model_parties(protocol)
     rate = f"{network.bandwidth_bits_per_second / 1e6:.0f}mbit"
     with (
         namespaces.hosts(here.config.world_size, rate=rate, rtt_seconds=network.rtt_seconds) as hosts,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, record
+from harness import Benchmark, Options, Record, model_parties, record
 
 from flaxmpc import secure
 from flaxmpc.data.batches import movie_sentences
@@ -60,7 +60,7 @@ KINDS: Mapping[str, Callable[[Source], list[str]]] = {
 
 
 def measure(kind: str, count: int, fraction_bits: int) -> Record:
-    loaded, parties = folders.load(zoo.find(zoo.DEFAULT)), secure.InProcess("REF2K", fraction_bits=fraction_bits)
+    loaded, parties = folders.load(zoo.find(zoo.DEFAULT)), model_parties("REF2K", fraction_bits=fraction_bits)
     vocabulary = sorted(word for word in loaded.tokenizer.get_vocab() if word.isalpha())
     source = Source(vocabulary, list(movie_sentences()["test"]["sentence"]), seed=0)
     texts = [" ".join(KINDS[kind](source)) for _ in range(count)]

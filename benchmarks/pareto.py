@@ -16,11 +16,10 @@ from typing import Any
 
 import tyro
 from accuracy import metric_of, task_of
-from harness import Benchmark, Options, Record, record
+from harness import Benchmark, Options, Record, model_parties, record
 from style import colour, figure, log, titled
 from variants import SHARED_RECIPROCAL, ours
 
-from flaxmpc import secure
 from flaxmpc.models import zoo
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.folder import read_config
@@ -41,7 +40,7 @@ def teacher_of(config: EncoderConfig) -> EncoderConfig:
 
 def measure(config: EncoderConfig, tokens: int, *, folded: bool, **fields: Any) -> Record:
     """Of the shape, with random weights: not all entries have theirs in the repository."""
-    cost = ours(config, folded=folded, batch=1, tokens=tokens).run(secure.InProcess("ABY3")).cost
+    cost = ours(config, folded=folded, batch=1, tokens=tokens).run(model_parties("ABY3")).cost
     return record(cost, shared_reciprocal=SHARED_RECIPROCAL, **fields, **names(config), num_tokens=tokens)
 
 

@@ -52,7 +52,7 @@ class Workload:
 def sentences(model: str) -> Workload:
     """The demo: a sentence of up to 16 tokens."""
     loaded = folders.load(zoo.find(model))
-    local = SecureClassifier(loaded, secure.InProcess())
+    local = SecureClassifier(loaded, secure.InProcess(exp_mode=secure.MODEL_EXP_MODE))
     expected = [local.classify([text]) for text in SENTENCES]
 
     def connect(parties: secure.Cluster) -> Callable[[int], tuple[secure.Cost, float]]:

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, record, short
+from harness import Benchmark, Options, Record, model_parties, record, short
 from style import figure, titled
 from variants import AFTER_ATTENTION, AFTER_FEED_FORWARD, Workload
 
-from flaxmpc import secure
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.layers import Norm
 from flaxmpc.nn.lazy import square_mean_by_product
@@ -53,7 +52,7 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     for name, part in NORMALIZATIONS.items():
         cases.append(("normalisation", name, "as written", hidden, layer_norm(part, hidden)))
     for protocol in ("ABY3", "SEMI2K"):
-        parties = secure.InProcess(protocol)
+        parties = model_parties(protocol)
         folded = [
             ("normalisation", name, "folded", hidden, divided(part, product_for(parties.config)))
             for name, part in NORMALIZATIONS.items()

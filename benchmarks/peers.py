@@ -44,7 +44,7 @@ import harness
 import namespaces
 import numpy as np
 import tyro
-from harness import Benchmark, Record, held, record
+from harness import Benchmark, Record, held, model_parties, record
 from peer_cases import OURS, REPETITIONS, THEIRS, Case, activations, attentions, layers
 from variants import SHARED_RECIPROCAL
 
@@ -171,7 +171,7 @@ def jobs(quick: bool, python: Path) -> Iterator[tuple[str, Callable[[], Record]]
             file=sys.stderr,
         )
         return
-    parties = secure.InProcess(OURS)
+    parties = model_parties(OURS)
     for cases in (attentions, activations, layers):
         for case in cases(quick):
             name = f"{case.unit}, {case.system}, {case.variant}"

@@ -16,11 +16,10 @@ from typing import Any
 
 import tyro
 from accuracy import ZOO
-from harness import Benchmark, Options, Record, record
+from harness import Benchmark, Options, Record, model_parties, record
 from style import figure, titled
 from variants import CHEBYSHEV_PARTS, ours
 
-from flaxmpc import secure
 from flaxmpc.models.bert import preset
 
 TEACHER, STUDENT = "movie-minilm-l6", "movie-minilm-l6-2quad-freediv"
@@ -53,7 +52,7 @@ def measure(count: int, shape: str, tokens: int) -> Record:
         layer_norm=[CHEBYSHEV_PARTS] * rest,
         public_layers=public if count else None,
     )
-    cost = ours(config, folded=True, batch=1, tokens=tokens).run(secure.InProcess("ABY3")).cost
+    cost = ours(config, folded=True, batch=1, tokens=tokens).run(model_parties("ABY3")).cost
     return record(
         cost,
         public_layers=count,

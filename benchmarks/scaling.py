@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, record
+from harness import Benchmark, Options, Record, model_parties, record
 from style import figure, titled
 from variants import VARIANTS, ours
 
@@ -49,7 +49,7 @@ def measure(axis: str, value: int, base: dict[str, int], parties: secure.Parties
 
 
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
-    parties = secure.InProcess("ABY3")
+    parties = model_parties("ABY3")
     base = {"length": 8, "layers": 1, "batch": 1, "width": 64} if quick else BASE
     for axis, (values, _) in (QUICK if quick else AXES).items():
         for value in values:

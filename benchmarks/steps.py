@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from harness import Benchmark, Options, Record, record
+from harness import Benchmark, Options, Record, model_parties, record
 from variants import AFTER_ATTENTION, AFTER_FEED_FORWARD, Workload
 
-from flaxmpc import secure
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.lazy import square_mean_by_product
 from flaxmpc.nn.product import grouped_conv, matmul
@@ -107,7 +106,7 @@ def cases(heads: int, size: int, tokens: int) -> Iterator[Case]:
 def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     size = (2, 4, 4) if quick else (12, 64, 128)
     rng = np.random.default_rng(0)
-    parties = {protocol: secure.InProcess(protocol) for protocol in ("ABY3", "SEMI2K")}
+    parties = {protocol: model_parties(protocol) for protocol in ("ABY3", "SEMI2K")}
 
     def measure(case: Case) -> Record:
         inputs = tuple(rng.uniform(0.5, 1.5, shape) for shape in case.shapes)

@@ -497,7 +497,7 @@ def search(
         ValueError: no choice is within the budget, and says what the cheapest takes.
     """
     options = options_for(loaded.model.config, layers)
-    parties = secure.InProcess("ABY3")
+    parties = secure.InProcess("ABY3", exp_mode=secure.MODEL_EXP_MODE)
     tokens = student.config.longest
 
     def cost(model: WithHead) -> float:

@@ -18,7 +18,7 @@ from flaxmpc.secure.magnitudes import OpMargin
 from flaxmpc.secure.network import LAN, WAN, Network
 from flaxmpc.secure.party import InProcess, Parties, Party, Planned, Resident
 from flaxmpc.secure.planning import plan
-from flaxmpc.secure.protocol import EXP_MODES, PROTOCOLS, Config, Protocol, get_protocol
+from flaxmpc.secure.protocol import EXP_MODES, MODEL_EXP_MODE, PROTOCOLS, Config, Protocol, get_protocol
 from flaxmpc.secure.ring import FRACTION_BITS
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "EXP_MODES",
     "FRACTION_BITS",
     "LAN",
+    "MODEL_EXP_MODE",
     "PROTOCOLS",
     "WAN",
     "BitPlan",

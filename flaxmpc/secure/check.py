@@ -16,7 +16,7 @@ import jax
 
 from flaxmpc.secure.magnitudes import Instrumented, OpMargin
 from flaxmpc.secure.party import to_arrays
-from flaxmpc.secure.protocol import Config, exp_mode_of_functions
+from flaxmpc.secure.protocol import Config
 
 
 class OverflowRisk(ValueError):
@@ -92,7 +92,7 @@ def check(
     *,
     ring: str = "FM64",
     fraction_bits: int = 18,
-    exp_mode: str | None = None,
+    exp_mode: str = "auto",
 ) -> Margins:
     """How far `fn` stays from what fixed point gets wrong on calibration data, computed in the clear.
 
@@ -109,13 +109,12 @@ def check(
     Args:
         fn: any JAX function of pytrees, as for `secure.jit`.
         batches: tuples of its arguments. A batch of other shapes counts as one more run of the same operations.
-        ring, fraction_bits, exp_mode: the fixed point, see `secure.jit`, whose defaults these are.
+        ring, fraction_bits, exp_mode: the fixed point, see Config, whose defaults these are.
 
     Raises:
         ValueError, TypeError: no batch, one that is no tuple of arguments, an argument without fixed-point encoding,
             or settings that Config refuses.
     """
-    exp_mode = exp_mode_of_functions(ring) if exp_mode is None else exp_mode
     config = Config(ring=ring, fraction_bits=fraction_bits, exp_mode=exp_mode)
     compiled: dict[Any, Instrumented] = {}
     found: dict[Any, OpMargin] = {}

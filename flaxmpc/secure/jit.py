@@ -19,7 +19,7 @@ from flaxmpc.secure.cache import cache_dir
 from flaxmpc.secure.cost import Cost
 from flaxmpc.secure.lowering import lower
 from flaxmpc.secure.party import InProcess, Parties, Planned, Resident, check_visibility, to_arrays
-from flaxmpc.secure.protocol import Config, exp_mode_of_functions
+from flaxmpc.secure.protocol import Config
 
 
 class Run(NamedTuple):
@@ -54,15 +54,15 @@ def jit(
 
     It gives what JAX gives, within the precision of fixed point, as long as no number overflows (`secure.check`): what
     SPU by itself computes otherwise is rewritten, or refused by name when it is compiled (`flaxmpc.secure.lowering`).
-    Two functions are less exact: tanh, within 0.005, and exp with parties whose `exp_mode` is "taylor".
+    Where `exp_mode` is "taylor", exp is less exact, and so is tanh: within 0.005.
 
     Args:
         fn: any JAX function of pytrees (positional arguments) that returns a pytree; shapes are static.
         protocol: a name in PROTOCOLS; "ABY3" unless `parties` are given.
         ring: "FM32", "FM64" (default) or "FM128".
         fraction_bits: bits after the binary point, 18 by default.
-        exp_mode: how exponentials are computed, see Config: "pade" by default, and "taylor" in FM32. Parties have
-            "taylor" by default, which is made for a softmax: its operands are not positive.
+        exp_mode: how exponentials are computed, see Config: "pade" where there is room for it, by default. "taylor" is
+            cheaper and made for a softmax, whose operands are not positive.
         shared_reciprocal: whether x / y, where y was broadcast (a row's sum), is x times one reciprocal of y that a row
             shares, in place of a division of each number: a softmax of 128 x 128 scores and 64 columns of V sends half
             the bytes. But 1/y has the fraction bits only: the quotient's error grows with x, to 2^-18 x, so it is for
@@ -77,10 +77,7 @@ def jit(
     """
     given = {"protocol": protocol, "ring": ring, "fraction_bits": fraction_bits, "exp_mode": exp_mode}
     given = {name: value for name, value in given.items() if value is not None}
-    if parties is None:
-        config = Config(**{"exp_mode": exp_mode_of_functions(given.get("ring", "FM64")), **given})
-    else:
-        config = parties.config
+    config = Config(**given) if parties is None else parties.config
     for name, value in given.items():
         if value != getattr(config, name):
             raise ValueError(f"{name} {value!r} was asked for, but the parties have {getattr(config, name)!r}")

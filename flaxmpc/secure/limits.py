@@ -1,6 +1,5 @@
 """From where on SPU's result of an operation is wrong: what of it has a limit, and which."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +45,7 @@ _Quantities = Iterator[Quantity]
 # each is right below its limit, and wrong from twice the limit on at the latest.
 _TAYLOR_REACH = 500.0  # exp(x) is (1 + x/256)^256, which grows again below -512
 _TAYLOR_EXACT = 9.0  # and too low by x^2/512 of itself: a hundredth where 2 bits are left
+_PADE_REACH = 22.0  # SPU clips what it raises 2 to at 32, so x at 22.2
 
 
 def _product(op: Operation) -> _Quantities:
@@ -89,21 +89,15 @@ def _exp(op: Operation) -> _Quantities:
         yield Quantity("negative operand by taylor", jnp.minimum(op.ins[0], 0.0), _TAYLOR_REACH)
         yield Quantity("positive operand by taylor", jnp.maximum(op.ins[0], 0.0), _TAYLOR_EXACT)
     else:
-        yield _in_base_2(op)
+        yield Quantity("operand by pade", jnp.maximum(op.ins[0], 0.0), _PADE_REACH)
 
 
 def _logistic(op: Operation) -> _Quantities:
-    """1 / (1 + exp(-x)), which is near 0 where exp is not exact."""
-    yield Quantity("exp(-operand)", jnp.exp(-op.ins[0]), op.config.product_limit)
+    """1 / (1 + exp(-x)), which is near 0 where exp is not exact, and where pade clips."""
+    yield from _encoded(op)
     if op.config.exp_mode == "taylor":
+        yield Quantity("exp(-operand)", jnp.exp(-op.ins[0]), op.config.product_limit)
         yield Quantity("positive operand by taylor", jnp.maximum(op.ins[0], 0.0), _TAYLOR_REACH)
-    else:
-        yield _in_base_2(op)
-
-
-def _in_base_2(op: Operation) -> Quantity:
-    """exp(x) is 2^(x log2 e)."""
-    return Quantity("operand times log2 e", op.ins[0] * math.log2(math.e), op.config.product_limit)
 
 
 def _root(op: Operation) -> _Quantities:
@@ -119,6 +113,13 @@ def _log(op: Operation) -> _Quantities:
 def _log1p(op: Operation) -> _Quantities:
     yield from _encoded(op)
     yield Quantity("1 + operand", 1.0 + op.ins[0], 2.0 * _unit(op.config))
+
+
+def _gamma(op: Operation) -> _Quantities:
+    """The logarithm of the gamma function, and what that rises by: by quotients of polynomials and a logarithm."""
+    yield from _encoded(op)
+    yield Quantity("operand", op.ins[0], 2.0 * _unit(op.config))
+    yield Quantity("operand's square", op.ins[0] ** 2, op.config.product_limit)
 
 
 def _sine(op: Operation) -> _Quantities:
@@ -226,6 +227,7 @@ _LIMITS: dict[str, Callable[[Operation], _Quantities]] = {
     **dict.fromkeys(("exp", "exp2", "expm1"), _exp),
     **dict.fromkeys(("rsqrt", "sqrt"), _root),
     **dict.fromkeys(("sin", "cos"), _sine),
+    **dict.fromkeys(("lgamma", "digamma"), _gamma),
     **dict.fromkeys(("floor", "ceil"), _whole),
     "round": _round,
     "sign": _sign,

@@ -8,6 +8,8 @@ SPU has one ring for all integers, no stable sort, and divides with the precisio
 - integer division, and the remainder of floats, are exact;
 - sort and top_k are stable;
 - products and quotients are computed as they are written, see `flaxmpc.secure.apart`;
+- what overflows between operand and result, such as sinh and erfc, is written out, see `flaxmpc.secure.expansions`;
+- a power that is as good as 0 is 0;
 - what remains, such as the bits of a float, is refused by name.
 """
 
@@ -25,6 +27,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.secure._spu import SecureError
 from flaxmpc.secure.arithmetic import Arithmetic
+from flaxmpc.secure.expansions import expansion
 from flaxmpc.secure.jaxpr import bind, called, calling, refusal
 from flaxmpc.secure.protocol import Config
 from flaxmpc.secure.refused import REFUSED
@@ -111,6 +114,9 @@ class _Rewriting:
             if name not in _GROWING:
                 return [_Known(out) for out in outs]
             return [_Known(outs[0], lambda: bind(eqn, [_staged(x) for x in ins])[0])]
+        if (function := expansion(eqn)) is not None:
+            with calling(eqn):
+                return self._outputs(function, ins)
         if name in REFUSED:
             raise refusal(eqn, REFUSED[name])
         for var in (*eqn.invars, *eqn.outvars):

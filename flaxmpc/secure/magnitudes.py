@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from flaxmpc.secure.expansions import expansion
 from flaxmpc.secure.jaxpr import called, callers, calling, modules, names, source
 from flaxmpc.secure.limits import Operation, exact, quantities
 from flaxmpc.secure.protocol import Config
@@ -111,7 +112,7 @@ class _Flat:
         for eqn in closed.jaxpr.eqns:
             ins = tuple(map(number, eqn.invars))
             here = "/".join(part for part in (where, modules(str(eqn.source_info.name_stack))) if part)
-            if (function := called(eqn)) is not None:
+            if (function := called(eqn) or expansion(eqn)) is not None:
                 with calling(eqn):
                     outs = self._add(function, ins, here)
             else:

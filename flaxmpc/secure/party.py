@@ -226,7 +226,7 @@ class InProcess(Parties):
         *,
         ring: str = "FM64",
         fraction_bits: int = 18,
-        exp_mode: str = "taylor",
+        exp_mode: str = "auto",
         network: str = "wan",
     ):
         """Starts the parties. Arguments and errors: see Config."""

@@ -78,6 +78,9 @@ PROTOCOLS = MappingProxyType(
 # How SPU computes an exponential, and its own name for that.
 EXP_MODES = MappingProxyType({"taylor": "EXP_TAYLOR", "pade": "EXP_PADE"})
 
+MODEL_EXP_MODE = "taylor"
+"""What parties for a model are given: the operands of a softmax's exponentials are not positive, where it is exact."""
+
 NETWORKS = ("wan", "lan")
 
 RING_BITS = MappingProxyType({"FM32": 32, "FM64": 64, "FM128": 128})
@@ -90,14 +93,6 @@ def get_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def exp_mode_of_functions(ring: str) -> str:
-    """How the exponentials of a function are computed that says nothing about them: right for any operand, if it fits.
-
-    A Config's own default is made for models, whose exponentials are those of a softmax.
-    """
-    return "taylor" if ring == "FM32" else "pade"
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What all parties of a run must agree on.
@@ -107,8 +102,10 @@ class Config:
         ring: "FM32", "FM64" or "FM128": secrets are integers modulo 2^32, 2^64 or 2^128.
         fraction_bits: bits after the binary point of the fixed-point encoding.
         exp_mode: how exponentials are computed. "taylor": (1 + x/256)^256, off by x^2/512 of the value, and by anything
-            below -512. "pade": by the bits of x log2 e, off by 1e-4 of the value and right for any negative x, at four
-            times the bytes and three times the rounds (ABY3); not in FM32, which has no room for it.
+            below -512; tanh is then within 0.005. "pade": by the bits of x log2 e, off by 1e-4 of the value and right
+            for any negative x, at four times the bytes and three times the rounds (ABY3), and tanh is as exact; not in
+            FM32, and with at most 28 fraction bits in FM64, 60 in FM128. "auto" is "pade" where there is room for it,
+            and else "taylor".
         network: the line between the parties that products are arranged for: "wan", a slow one, or "lan".
 
     Raises:
@@ -119,23 +116,32 @@ class Config:
     protocol: str = "ABY3"
     ring: str = "FM64"
     fraction_bits: int = 18
-    exp_mode: str = "taylor"
+    exp_mode: str = "auto"
     network: str = "wan"
 
     def __post_init__(self):
         get_protocol(self.protocol)
         if self.ring not in tuple(RING_BITS):
             raise unknown("ring", self.ring, RING_BITS)
-        if self.exp_mode not in tuple(EXP_MODES):
-            raise unknown("exp_mode", self.exp_mode, EXP_MODES)
+        if self.exp_mode not in ("auto", *EXP_MODES):
+            raise unknown("exp_mode", self.exp_mode, ("auto", *EXP_MODES))
         if self.network not in NETWORKS:
             raise unknown("network", self.network, NETWORKS)
-        if (self.exp_mode, self.ring) == ("pade", "FM32"):
-            raise ValueError("exp_mode 'pade' is for the rings FM64 and FM128; FM32 has room for 'taylor' alone")
+        half = RING_BITS[self.ring] // 2
         # A product carries twice the fraction bits until it is truncated; SPU would return garbage without a word.
-        most = RING_BITS[self.ring] // 2 - 2
-        if not 1 <= self.fraction_bits <= most:
-            raise ValueError(f"fraction_bits must be in 1..{most} with ring {self.ring}, not {self.fraction_bits}")
+        if type(self.fraction_bits) is not int or not 1 <= self.fraction_bits <= half - 2:
+            raise ValueError(
+                f"fraction_bits must be in 1..{half - 2} with ring {self.ring}, not {self.fraction_bits!r}"
+            )
+        # SPU raises 2 to products of up to 32. With one bit more they overflow: exp(-20) is 9.
+        room = self.ring != "FM32" and self.fraction_bits <= half - 4
+        if self.exp_mode == "pade" and not room:
+            raise ValueError(
+                "exp_mode 'pade' is for the ring FM64 with at most 28 fraction bits and FM128 with at most 60, not "
+                f"{self.ring} with {self.fraction_bits}: 'taylor' is for all"
+            )
+        if self.exp_mode == "auto":
+            object.__setattr__(self, "exp_mode", "pade" if room else "taylor")
 
     @property
     def world_size(self) -> int:

@@ -22,7 +22,6 @@ REFUSED = MappingProxyType(
         "rng_bit_generator": _KEY,
         "rng_uniform": "it draws other numbers at every call",
         "threefry2x32": _KEY,
-        "cbrt": _NONE,
         "eig": _NONE,
         "eigh": _NONE,
         "fft": _NONE,

@@ -179,12 +179,6 @@ def _largest(eqn: Any, x: Any, k: int, axis: int) -> list[Any]:
     return [lax.convert_element_type(-values, types[0]), lax.convert_element_type(places, types[1])]
 
 
-def _cumlogsumexp(eqn: Any, ins: Operands) -> list[Any]:
-    """In pairs: JAX pads with -inf, whose exponential is not 0 on shares."""
-    params = eqn.params
-    return [lax.associative_scan(jnp.logaddexp, ins.values[0], reverse=params["reverse"], axis=params["axis"])]
-
-
 def _convolution(eqn: Any, ins: Operands) -> list[Any]:
     """One for each group of the batch, as gradients of grouped convolutions have them: SPU ends the process."""
     groups, outs = eqn.params["batch_group_count"], None
@@ -206,8 +200,39 @@ def _truncate(eqn: Any, ins: Operands) -> list[Any]:
         return [truncated_on_shares(ins.values[0], **eqn.params)]
 
 
-def _tan(eqn: Any, ins: Operands) -> list[Any]:
-    return [lax.sin(ins.values[0]) / lax.cos(ins.values[0])]
+# 2^-31 is 0 on shares. SPU has 2^z right from 2^-32 on; 2^-33 is a half, and 0^1.5 is 0.3.
+_LEAST_POWER = -31.0
+
+
+def _pow(eqn: Any, ins: Operands) -> list[Any]:
+    """SPU's own, or 0 where the power is as good as 0."""
+    x, y = ins.values
+    config, size = ins.arithmetic.config, lax.abs(x)
+    least = 2.0**-config.fraction_bits
+    if ins.known[1] is None:
+        y = lax.convert_element_type(y, x.dtype)
+        vanishes = (y * jnp.log(size) < _LEAST_POWER * np.log(2.0)) | ((y > 0) & (size < least))
+    else:
+        exponent = np.asarray(ins.known[1], np.float64)
+        with np.errstate(divide="ignore", over="ignore"):
+            edge = np.exp2(_LEAST_POWER / exponent)  # of the sizes whose powers vanish
+        smallest = np.where(exponent > 0, np.maximum(edge, least), 0.0)
+        largest = np.minimum(np.where(exponent < 0, edge, np.inf), config.limit)
+        vanishes = np.zeros(eqn.outvars[0].aval.shape, bool)
+        if (smallest > 0).any():
+            vanishes = size < smallest.astype(x.dtype)
+        if (largest < config.limit).any():
+            vanishes = vanishes | (size > largest.astype(x.dtype))
+    (power,) = bind(eqn, ins.values)
+    return [lax.select(vanishes, jnp.zeros_like(power), power)]
+
+
+def _tanh(eqn: Any, ins: Operands) -> list[Any]:
+    """SPU's is off by up to 0.005, and by 0.003 of any large number, where its tails should be 1."""
+    if ins.arithmetic.config.exp_mode == "taylor":
+        return bind(eqn, ins.values)
+    half = lax.logistic(ins.values[0] + ins.values[0])  # a product with 2 has half the range
+    return [half + half - 1.0]
 
 
 def _barrier(eqn: Any, ins: Operands) -> list[Any]:
@@ -223,12 +248,12 @@ RULES: Mapping[str, Callable[[Any, Operands], list[Any]]] = {
     "bitcast_convert_type": _bitcast,
     "conv_general_dilated": _convolution,
     "convert_element_type": _convert,
-    "cumlogsumexp": _cumlogsumexp,
     "div": _div,
     "dynamic_slice": _picked,
     "gather": _picked,
     "mul": _mul,
     "optimization_barrier": _barrier,
+    "pow": _pow,
     "rem": _rem,
     "select_n": _select,
     "sharding_constraint": _same,  # there is one device
@@ -236,7 +261,7 @@ RULES: Mapping[str, Callable[[Any, Operands], list[Any]]] = {
     "shift_right_arithmetic": _shift,
     "shift_right_logical": _shift,
     "sort": _sort,
-    "tan": _tan,
+    "tanh": _tanh,
     "top_k": _top_k,
     "truncate": _truncate,
 }

@@ -53,11 +53,12 @@ def parties(folder: Path, protocol: str = "ABY3", **options: Any) -> secure.InPr
 
     Args:
         folder: the model's.
-        protocol, options: what `secure.InProcess` takes; fraction bits that are given stay as they are.
+        protocol, options: what `secure.InProcess` takes; what is given stays as it is. Without an exp_mode it is that
+            of models.
     """
     if has(folder) and protocol in FOLLOWED_BY and options.get("ring", "FM64") == "FM64":
         options.setdefault("fraction_bits", secure.FRACTION_BITS)
-    return secure.InProcess(protocol, **options)
+    return secure.InProcess(protocol, **{"exp_mode": secure.MODEL_EXP_MODE, **options})
 
 
 def read(folder: Path, weights: Mapping[str, Any] | None) -> secure.BitPlan:

@@ -218,8 +218,8 @@ def check_encoded(
     client = found.client(loaded.tokenizer)
     weights = jax.device_put(found.weights)
     inputs = ((weights, *client.share(*run)) for run in runs)
-    exp_mode = secure.Config().exp_mode  # what parties for a model have
-    return secure.check(found.function, inputs, ring=ring, fraction_bits=fraction_bits, exp_mode=exp_mode)
+    settings = {"ring": ring, "fraction_bits": fraction_bits, "exp_mode": secure.MODEL_EXP_MODE}
+    return secure.check(found.function, inputs, **settings)
 
 
 class Trial(NamedTuple):

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from safetensors.numpy import load_file, save_file
 
 from flaxmpc import secure
@@ -616,10 +616,11 @@ def test_the_entities_of_a_text(run, refused, model):
 
 
 def test_what_spu_cannot_run(refused, model, monkeypatch):
-    monkeypatch.setitem(ACTIVATIONS._parts, "cbrt", Activation("cbrt", jnp.cbrt, "none"))
-    change_config(model, hidden_act="cbrt")
+    rounded = Activation("rounded", lambda x: lax.reduce_precision(x, 8, 7), "none")
+    monkeypatch.setitem(ACTIVATIONS._parts, "rounded", rounded)
+    change_config(model, hidden_act="rounded")
     message = refused("infer", "good", "--model", model, *REF2K)
-    assert re.match(r"SPU cannot compute cbrt \(\w+\.py:\d+\): SPU has no such operation$", message)
+    assert re.match(r"SPU cannot compute reduce_precision \(\w+\.py:\d+\): it looks at the bits of a number", message)
 
 
 def test_a_run_that_fails(refused, monkeypatch):

@@ -125,6 +125,20 @@ CASES = {
     "argmax": (lambda x: [jnp.argmax(x), jnp.argmin(x)], f32(1, 3, 1, 3, 1)),
     "argmax of bools": (lambda x: [jnp.argmax(x), jnp.argmin(x)], flags(False, True, True, False)),
     "cumlogsumexp": (lambda x: [lax.cumlogsumexp(x), lax.cumlogsumexp(x, 0, reverse=True)], f32(-2.5, 0.3, 1, -1)),
+    # powers that are as good as 0, and their neighbours
+    "powers": (
+        lambda x: [x**1.5, x**0.1, x**2.2, lax.pow(x, jnp.full_like(x, 5.0)), x ** f32(0.1, 1, 3.5, 7, 0, 0.5, 2.5)],
+        f32(0, *(2.0**k for k in (-18, -16, -13, -10, -3)), 1.5),
+    ),
+    "powers below 1": (lambda x: [x**-4.0, x**-1.5, x ** f32(-9, -0.1, -40)], f32(3, 200, 10)),
+    "powers of negative numbers": (lambda x: [lax.pow(x, k * jnp.ones_like(x)) for k in (2.0, 3.0)], f32(-2, -0.01, 0)),
+    "powers with secret exponents": (
+        lambda x, y: x**y,
+        f32(0, 0, 0, 1e-3, 0.01, 0.5, 0.5, 2, 2, 300, 3),
+        f32(1.5, 0.1, 3, 4, 5, 33, 0, -33, 3, -5, 0),
+    ),
+    "powers with whole secret exponents": (lambda x, k: lax.pow(x, k), f32(0, 0.5, 2, -2, 3), i32(3, 33, -40, 3, 0)),
+    "a constant to a secret power": (lambda x: [2**x, 0.5**-x], f32(-33, -32, -100, -1, 3)),
     # what ABY3 cannot do with bits
     "a bit at a secret place": (lambda x, i: [x[i], lax.dynamic_slice(x, (i,), (1,))], flags(False, True), i32(1)[0]),
     # what ends the process by itself

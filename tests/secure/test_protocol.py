@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,25 @@ def test_unknown_ring_and_useless_fraction_bits():
         secure.Config(fraction_bits=31)
     with pytest.raises(ValueError, match=r"fraction_bits must be in 1\.\.14 with ring FM32, not 18"):
         secure.Config(ring="FM32")
+    wrong: tuple[Any, ...] = ("18", 18.0, True, None)
+    for bits in wrong:
+        with pytest.raises(ValueError, match=rf"fraction_bits must be in 1\.\.30 with ring FM64, not {bits!r}$"):
+            secure.Config(fraction_bits=bits)
+
+
+@pytest.mark.parametrize(("ring", "room"), [("FM64", 28), ("FM128", 60), ("FM32", 0)])
+def test_exponentials_are_as_exact_as_there_is_room_for(ring, room):
+    def chosen(bits, mode="auto"):
+        return secure.Config(ring=ring, fraction_bits=bits, exp_mode=mode).exp_mode
+
+    if room:
+        assert chosen(room) == chosen(room, "pade") == "pade"
+        assert chosen(room, "taylor") == "taylor"
+    assert chosen(room + 1) == "taylor"
+    with pytest.raises(
+        ValueError, match=rf"^exp_mode 'pade' is for .*, not {ring} with {room + 1}: 'taylor' is for all"
+    ):
+        chosen(room + 1, "pade")
 
 
 def test_config_is_frozen_and_reaches_spu():
@@ -41,8 +61,8 @@ def test_config_is_frozen_and_reaches_spu():
         config.ring = "FM64"  # pyright: ignore[reportAttributeAccessIssue]
     runtime = config.runtime_config()
     assert (runtime.protocol.name, runtime.field.name, runtime.fxp_fraction_bits) == ("SEMI2K", "FM128", 26)
-    assert runtime.fxp_exp_mode.name == "EXP_TAYLOR"
-    assert secure.Config(exp_mode="pade").runtime_config().fxp_exp_mode.name == "EXP_PADE"
+    assert runtime.fxp_exp_mode.name == "EXP_PADE"
+    assert secure.Config(exp_mode="taylor").runtime_config().fxp_exp_mode.name == "EXP_TAYLOR"
     assert runtime.enable_pphlo_profile
     assert not runtime.experimental_enable_inter_op_par
     assert not runtime.experimental_enable_intra_op_par
