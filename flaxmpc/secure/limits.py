@@ -78,9 +78,12 @@ def _integer_pow(op: Operation) -> _Quantities:
 
 
 def _pow(op: Operation) -> _Quantities:
-    """By the logarithm of the base."""
+    """By the logarithm of the base, where 0 has that of the smallest number."""
+    base, exponent = op.ins
     yield from _product(op)
-    yield Quantity("base", op.ins[0], 2.0 * _unit(op.config))
+    yield Quantity("base", base, 2.0 * _unit(op.config))
+    logarithm = jnp.log(jnp.maximum(jnp.abs(base), 2.0**-op.config.fraction_bits))
+    yield Quantity("exponent times log of the base", exponent * logarithm, op.config.product_limit)
 
 
 def _exp(op: Operation) -> _Quantities:
@@ -113,6 +116,12 @@ def _log(op: Operation) -> _Quantities:
 def _log1p(op: Operation) -> _Quantities:
     yield from _encoded(op)
     yield Quantity("1 + operand", 1.0 + op.ins[0], 2.0 * _unit(op.config))
+
+
+def _atan2(op: Operation) -> _Quantities:
+    """Of the quotient of the operands, in either order."""
+    for name, operand in zip(("y", "x"), op.ins, strict=True):
+        yield Quantity(name, operand, _unit(op.config))
 
 
 def _gamma(op: Operation) -> _Quantities:
@@ -231,6 +240,7 @@ _LIMITS: dict[str, Callable[[Operation], _Quantities]] = {
     **dict.fromkeys(("floor", "ceil"), _whole),
     "round": _round,
     "sign": _sign,
+    "atan2": _atan2,
     "rem": _rem,
     "div": _div,
     "integer_pow": _integer_pow,

@@ -79,7 +79,7 @@ PROTOCOLS = MappingProxyType(
 EXP_MODES = MappingProxyType({"taylor": "EXP_TAYLOR", "pade": "EXP_PADE"})
 
 MODEL_EXP_MODE = "taylor"
-"""What parties for a model are given: the operands of a softmax's exponentials are not positive, where it is exact."""
+"""What parties for a model alone are given: a softmax's exponentials have no positive operands, and are exact by it."""
 
 NETWORKS = ("wan", "lan")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -211,7 +212,7 @@ def _pow(eqn: Any, ins: Operands) -> list[Any]:
     least = 2.0**-config.fraction_bits
     if ins.known[1] is None:
         y = lax.convert_element_type(y, x.dtype)
-        vanishes = (y * jnp.log(size) < _LEAST_POWER * np.log(2.0)) | ((y > 0) & (size < least))
+        vanishes = (y * jnp.log(size) < _LEAST_POWER * math.log(2.0)) | ((y > 0) & (size < least))
     else:
         exponent = np.asarray(ins.known[1], np.float64)
         with np.errstate(divide="ignore", over="ignore"):

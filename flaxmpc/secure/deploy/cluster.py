@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from flaxmpc.errors import unknown
 from flaxmpc.secure.deploy import disk
-from flaxmpc.secure.protocol import MODEL_EXP_MODE, Config
+from flaxmpc.secure.protocol import Config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -124,7 +124,7 @@ class ClusterFile(_Table, frozen=True):
     party: tuple[PartyEntry, ...]
     ring: str = "FM64"
     fraction_bits: int = 18
-    exp_mode: str = MODEL_EXP_MODE
+    exp_mode: str = "auto"
     network: str = "wan"
     owner: Identity | None = None
     client: Identity | None = None

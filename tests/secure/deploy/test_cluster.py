@@ -31,10 +31,10 @@ def test_a_local_cluster_is_read_as_it_was_written(local):
 
 
 def test_a_file_says_how_exponentials_are_computed(local, tmp_path):
-    assert local.config.exp_mode == "taylor"  # files that say nothing
-    (tmp_path / "cluster.toml").write_text('exp_mode = "pade"\nnetwork = "lan"\n' + local.path.read_text())
+    assert local.config.exp_mode == "pade"  # files that say nothing
+    (tmp_path / "cluster.toml").write_text('exp_mode = "taylor"\nnetwork = "lan"\n' + local.path.read_text())
     config = ClusterFile.read(tmp_path).config
-    assert (config.exp_mode, config.network) == ("pade", "lan")
+    assert (config.exp_mode, config.network) == ("taylor", "lan")
 
 
 def test_parties_of_one_host_are_counted(local):

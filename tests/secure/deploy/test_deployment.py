@@ -322,14 +322,14 @@ def test_a_client_that_sends_one_party_another_share_costs_the_others_nothing(cl
 @pytest.mark.parametrize(
     ("how", "difference"),
     [
-        ("config", "exp_mode 'pade' against 'taylor', fraction_bits '17' against '18'"),
+        ("config", "exp_mode 'taylor' against 'pade', fraction_bits '17' against '18'"),
         ("spu", "spu '0.0.1' against '[0-9.a-z]+'"),
         ("flaxmpc", "flaxmpc '0.0.1' against '[0-9.a-z]+'"),
     ],
 )
 def test_another_config_or_version_at_one_party_is_refused(mortal, how, difference):
     if how == "config":
-        other = mortal.changed("other.toml", ("fraction_bits = 18", 'fraction_bits = 17\nexp_mode = "pade"'))
+        other = mortal.changed("other.toml", ("fraction_bits = 18", 'fraction_bits = 17\nexp_mode = "taylor"'))
         mortal.restart(2, path=other.path)
     else:
         changed = f"h.versions = lambda: real() | {{'{how}': '0.0.1'}}"
