@@ -62,7 +62,7 @@ def jit(
         ring: "FM32", "FM64" (default) or "FM128".
         fraction_bits: bits after the binary point, 18 by default.
         exp_mode: how exponentials are computed, see Config: "pade" where there is room for it, by default. "taylor" is
-            cheaper and made for a softmax, whose operands are not positive.
+            cheaper, and exact for operands from -500 to 0: a softmax's, but for those that a mask of -1e9 made.
         shared_reciprocal: whether x / y, where y was broadcast (a row's sum), is x times one reciprocal of y that a row
             shares, in place of a division of each number: a softmax of 128 x 128 scores and 64 columns of V sends half
             the bytes. But 1/y has the fraction bits only: the quotient's error grows with x, to 2^-18 x, so it is for

@@ -79,7 +79,7 @@ PROTOCOLS = MappingProxyType(
 EXP_MODES = MappingProxyType({"taylor": "EXP_TAYLOR", "pade": "EXP_PADE"})
 
 MODEL_EXP_MODE = "taylor"
-"""What parties for a model alone are given: a softmax's exponentials have no positive operands, and are exact by it."""
+"""What parties for one of our models are given: its softmax has operands from -500 to 0, which this is exact for."""
 
 NETWORKS = ("wan", "lan")
 

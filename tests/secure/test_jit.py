@@ -219,6 +219,33 @@ def test_smooth_functions_are_right_over_wide_ranges():
     )
 
 
+MASKED = {
+    "-inf": lambda x, mask: jax.nn.softmax(jnp.where(mask, x, -jnp.inf)),
+    "the least float": lambda x, mask: jax.nn.softmax(jnp.where(mask, x, jnp.finfo(x.dtype).min)),
+    "-1e9": lambda x, mask: jax.nn.softmax(x + (1 - mask) * -1e9),
+    "logsumexp": lambda x, mask: jax.nn.logsumexp(jnp.where(mask, x, -jnp.inf), -1),
+    "where": lambda x, mask: jax.nn.softmax(x, where=mask),
+    "attention": lambda x, mask: jax.nn.dot_product_attention(
+        *[x[None, :, None]] * 3, mask=mask[None, None, :, : x.shape[0]]
+    ),
+    "largest": lambda x, mask: jnp.max(jnp.where(mask, x, -jnp.inf), -1),
+    "smallest": lambda x, mask: jnp.sort(jnp.where(mask, x, jnp.inf), -1)[:, :2],
+    "its place": lambda x, mask: jnp.argmax(jnp.where(mask, x, -jnp.inf), -1),
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_masked_values_count_for_nothing(group, protocol):
+    x = np.random.default_rng(0).normal(0, 2, (3, 5)).astype(np.float32)
+    mask = np.tri(3, 5, 1, dtype=bool)
+
+    def every(x, mask):
+        return {name: f(x, mask) for name, f in MASKED.items()}
+
+    close = functools.partial(np.testing.assert_allclose, atol=1e-3)
+    jax.tree.map(close, secure.jit(every, parties=group(protocol))(x, mask), jax.jit(every)(x, mask))
+
+
 def test_bad_arguments_are_named_by_path(group):
     f = secure.jit(lambda x, y: x["k"] + y, parties=group("REF2K"))
     with pytest.raises(ValueError, match=r"argument 0\['k'\] holds nan, which is not finite"):
