@@ -43,10 +43,6 @@ def _cbrt(x: jax.Array) -> jax.Array:
     return jnp.sign(x) * jnp.abs(x) ** (1 / 3)
 
 
-def _erfc(x: jax.Array) -> jax.Array:
-    return 1.0 - lax.erf(x)
-
-
 def _cumlogsumexp(x: jax.Array, *, axis: int, reverse: bool) -> jax.Array:
     """In pairs: JAX pads with -inf, whose exponential is not 0 on shares."""
     return lax.associative_scan(jnp.logaddexp, x, reverse=reverse, axis=axis)
@@ -58,7 +54,6 @@ _EXPANSIONS: Mapping[str, Callable[..., jax.Array]] = {
     "cbrt": _cbrt,
     "cosh": _cosh,
     "cumlogsumexp": _cumlogsumexp,
-    "erfc": _erfc,
     "sinh": _sinh,
     "tan": _tan,
 }

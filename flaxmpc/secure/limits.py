@@ -108,6 +108,12 @@ def _root(op: Operation) -> _Quantities:
     yield Quantity("operand", op.ins[0], _unit(op.config) / 2.0)
 
 
+def _factored(op: Operation) -> _Quantities:
+    """Q R: by the lengths of columns."""
+    yield from _encoded(op)
+    yield Quantity("sum of a column's squares", jnp.sum(jnp.square(op.ins[0]), -2), _unit(op.config) / 2.0)
+
+
 def _log(op: Operation) -> _Quantities:
     yield from _encoded(op)
     yield Quantity("operand", op.ins[0], 2.0 * _unit(op.config))
@@ -122,6 +128,12 @@ def _atan2(op: Operation) -> _Quantities:
     """Of the quotient of the operands, in either order."""
     for name, operand in zip(("y", "x"), op.ins, strict=True):
         yield Quantity(name, operand, _unit(op.config))
+
+
+def _erfc(op: Operation) -> _Quantities:
+    """By exp(-x^2) and polynomials of 1/x^2, wherever x is."""
+    yield from _encoded(op)
+    yield Quantity("operand's square", op.ins[0] ** 2, op.config.product_limit)
 
 
 def _gamma(op: Operation) -> _Quantities:
@@ -234,13 +246,15 @@ _INTEGERS: dict[str, Callable[..., jax.Array]] = {
 _LIMITS: dict[str, Callable[[Operation], _Quantities]] = {
     **dict.fromkeys(("mul", "dot_general", "conv_general_dilated", "square", "reduce_prod", "cumprod"), _product),
     **dict.fromkeys(("exp", "exp2", "expm1"), _exp),
-    **dict.fromkeys(("rsqrt", "sqrt"), _root),
+    **dict.fromkeys(("rsqrt", "sqrt", "cholesky"), _root),
+    **dict.fromkeys(("qr", "geqrf"), _factored),
     **dict.fromkeys(("sin", "cos"), _sine),
     **dict.fromkeys(("lgamma", "digamma"), _gamma),
     **dict.fromkeys(("floor", "ceil"), _whole),
     "round": _round,
     "sign": _sign,
     "atan2": _atan2,
+    "erfc": _erfc,
     "rem": _rem,
     "div": _div,
     "integer_pow": _integer_pow,

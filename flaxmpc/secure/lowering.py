@@ -8,8 +8,8 @@ SPU has one ring for all integers, no stable sort, and divides with the precisio
 - integer division, and the remainder of floats, are exact;
 - sort and top_k are stable;
 - products and quotients are computed as they are written, see `flaxmpc.secure.apart`;
-- what overflows between operand and result, such as sinh and erfc, is written out, see `flaxmpc.secure.expansions`;
-- a power that is as good as 0 is 0;
+- what overflows between operand and result, such as sinh, is written out, see `flaxmpc.secure.expansions`;
+- a power that is as good as 0 is 0, and a constant in a product stands in the order of its dimensions;
 - what remains, such as the bits of a float, is refused by name.
 """
 

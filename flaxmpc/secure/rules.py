@@ -193,6 +193,26 @@ def _convolution(eqn: Any, ins: Operands) -> list[Any]:
     return wrapped(eqn, outs or bind(eqn, ins.values), ins.arithmetic)
 
 
+def _dot(eqn: Any, ins: Operands) -> list[Any]:
+    """With constants in the order of dimensions that XLA wants.
+
+    Else XLA transposes them while it compiles, and SPU reads their numbers in the order in which they were before.
+    """
+    contracted, batch = eqn.params["dimension_numbers"]
+    values, new_contracted, new_batch = list(ins.values), list(contracted), list(batch)
+    for side, known in enumerate(ins.known):
+        if known is None:
+            continue
+        first, last = tuple(batch[side]), tuple(contracted[side])
+        free = tuple(axis for axis in range(np.ndim(known)) if axis not in (*first, *last))
+        order = (*first, *free, *last) if side == 0 else (*first, *last, *free)
+        values[side] = np.ascontiguousarray(np.asarray(known).transpose(order))
+        new_batch[side] = tuple(map(order.index, first))
+        new_contracted[side] = tuple(map(order.index, last))
+    params = {**eqn.params, "dimension_numbers": (tuple(new_contracted), tuple(new_batch))}
+    return wrapped(eqn, bind(eqn, values, params), ins.arithmetic)
+
+
 def _truncate(eqn: Any, ins: Operands) -> list[Any]:
     config = ins.arithmetic.config
     if (config.ring, config.fraction_bits) != ("FM64", FRACTION_BITS):
@@ -250,6 +270,7 @@ RULES: Mapping[str, Callable[[Any, Operands], list[Any]]] = {
     "conv_general_dilated": _convolution,
     "convert_element_type": _convert,
     "div": _div,
+    "dot_general": _dot,
     "dynamic_slice": _picked,
     "gather": _picked,
     "mul": _mul,

@@ -1,5 +1,7 @@
 """What SPU by itself computes otherwise than JAX: right, or refused by name."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,8 @@ UNSIGNED = operations(
     lambda a, b: jnp.maximum(a, b) & b,
     lambda a, b: lax.fori_loop(0, 3, lambda i, x: x * b + a, a),
 )
+
+RAMP = np.linspace(-2, 1, 12, dtype=np.float32).reshape(4, 3)
 
 CASES = {
     # what depends on no argument
@@ -139,6 +143,20 @@ CASES = {
     ),
     "powers with whole secret exponents": (lambda x, k: lax.pow(x, k), f32(0, 0.5, 2, -2, 3), i32(3, 33, -40, 3, 0)),
     "a constant to a secret power": (lambda x: [2**x, 0.5**-x], f32(-33, -32, -100, -1, 3)),
+    # XLA reorders the dimensions of these constants
+    "a constant beside three dimensions": (
+        lambda x: [
+            jnp.einsum("cl,crk->lrk", RAMP, x),
+            jnp.einsum("crk,lc->rkl", x, RAMP.T),
+            jnp.einsum("chd,bc->bhd", np.stack([RAMP, 2 * RAMP], 1), x[:, 0].T),
+            jnp.einsum("crk,ck->k", x, RAMP[:, :2]),
+        ],
+        np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 3, 2),
+    ),
+    "an image of another size": (
+        lambda x: jax.image.resize(x, (1, 5, 3), "bilinear"),
+        np.linspace(-1, 1, 6, dtype=np.float32).reshape(1, 3, 2),
+    ),
     # what ABY3 cannot do with bits
     "a bit at a secret place": (lambda x, i: [x[i], lax.dynamic_slice(x, (i,), (1,))], flags(False, True), i32(1)[0]),
     # what ends the process by itself
@@ -167,6 +185,36 @@ def test_as_in_jax(group, name):
             np.testing.assert_allclose(
                 ours, exact, atol=0 if exact.dtype.kind in "biu" else 2e-3, rtol=1e-6, err_msg=protocol
             )
+
+
+def random_product(rng) -> Any:
+    """Two arrays, and the dimension numbers of a product of them: batch, contracted and free ones in any order."""
+    counts = dict(zip("bclr", rng.integers(0, (2, 3, 3, 3)), strict=True))
+    sides = [[f"{kind}{i}" for kind in kinds for i in range(counts[kind])] for kinds in ("bcl", "bcr")]
+    sizes = {name: int(rng.integers(1, 4)) for name in {*sides[0], *sides[1]}}
+    orders = [list(rng.permutation(side)) for side in sides]
+    numbers = [
+        tuple(tuple(order.index(f"{kind}{i}") for i in range(counts[kind])) for order in orders) for kind in "cb"
+    ]
+    arrays = [rng.normal(size=[sizes[name] for name in order]).astype(np.float32) for order in orders]
+    return arrays, tuple(numbers)
+
+
+@pytest.mark.parametrize("constant", [0, 1])
+def test_products_with_constants_in_any_order_of_dimensions(group, constant):
+    rng = np.random.default_rng(constant)
+    products = [random_product(rng) for _ in range(80)]
+
+    def every(operands):
+        found = []
+        for (arrays, numbers), operand in zip(products, operands, strict=True):
+            lhs, rhs = (arrays[0], operand) if constant == 0 else (operand, arrays[1])
+            found.append(lax.dot_general(lhs, rhs, numbers))
+        return found
+
+    operands = [arrays[1 - constant] for arrays, _ in products]
+    for ours, exact in zip(secure.jit(every, parties=group("REF2K"))(operands), jax.jit(every)(operands), strict=True):
+        np.testing.assert_allclose(ours, exact, atol=1e-3)
 
 
 @pytest.mark.parametrize("visibility", ["secret", "public"])
