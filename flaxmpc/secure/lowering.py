@@ -26,6 +26,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Literal
 
 from flaxmpc.secure._spu import SecureError
+from flaxmpc.secure.apart import apart
 from flaxmpc.secure.arithmetic import Arithmetic
 from flaxmpc.secure.expansions import expansion
 from flaxmpc.secure.jaxpr import bind, called, calling, refusal
@@ -35,6 +36,10 @@ from flaxmpc.secure.rules import RULES, Operands, wrapped
 
 # Of few known numbers they make many, so what they make is not kept in the program.
 _GROWING = frozenset(["broadcast_in_dim", "iota"])
+
+# They have functions that they call, in turns or one of them. A constant that enters one is no constant to XLA: what is
+# made of it there while compiling, a transpose for one, SPU reads in the order in which the numbers were before.
+_BODIES = frozenset(["cond", "scan", "while"])
 
 # They do something beside computing a value.
 _NEVER_KNOWN = frozenset(
@@ -122,6 +127,8 @@ class _Rewriting:
         for var in (*eqn.invars, *eqn.outvars):
             self._fits(eqn, var.aval)
         values = [_staged(x) for x in ins]
+        if name in _BODIES:
+            values = [apart(value) if _is_array(x) else value for x, value in zip(ins, values, strict=True)]
         if name in RULES:
             known = [x.value if isinstance(x, _Known) else None for x in ins]
             outs = RULES[name](eqn, Operands(values, known, self.arithmetic))
@@ -145,6 +152,11 @@ class _Rewriting:
         if isinstance(value, ClosedJaxpr):
             return jax.make_jaxpr(functools.partial(self.evaluate, value))(*map(_struct, value.in_avals))
         return tuple(map(self._rewritten, value)) if type(value) is tuple else value
+
+
+def _is_array(x: Any) -> bool:
+    """Whether it is known, and more than one number."""
+    return isinstance(x, _Known) and np.size(x.value) > 1
 
 
 def _staged(x: Any) -> Any:

@@ -53,6 +53,42 @@ UNSIGNED = operations(
 )
 
 RAMP = np.linspace(-2, 1, 12, dtype=np.float32).reshape(4, 3)
+SQUARES = [jnp.asarray(np.array([[0, 1], [2, 3]], np.float32) + i) for i in range(3)]
+
+
+def in_turns(step, turns=2):
+    """Every way to call a function of what it gave before, in a loop or a branch."""
+    return lambda x: [
+        lax.scan(lambda c, _: (step(c), 0), x, None, turns)[0],
+        lax.fori_loop(0, turns, lambda _, c: step(c), x),
+        lax.while_loop(lambda state: state[0] < turns, lambda state: (state[0] + 1, step(state[1])), (0, x))[1],
+        lax.cond(x.sum() > -100, step, lambda c: c, x),
+        lax.switch(jnp.int32(x.sum() > 100), [step, lambda c: c], x),
+        lax.scan(lambda c, _: (lax.cond(c.sum() > -100, step, lambda c: c, c), 0), x, None, turns)[0],
+    ]
+
+
+def through_turns(x):
+    """Constants that a loop starts from, or goes through."""
+    rows = jnp.stack(SQUARES)
+    return [
+        *(lax.scan(lambda c, _: (c.T + x, c), SQUARES[0], None, turns) for turns in (1, 3)),
+        *(
+            lax.while_loop(
+                lambda state, n=n: state[0] < n, lambda state: (state[0] + 1, state[1].T + x), (0, SQUARES[0])
+            )
+            for n in (1, 2)
+        ),
+        *(
+            lax.scan(lambda c, row: (c @ row.T * 0.3, c + row.T), x, rows, reverse=reverse, unroll=unroll)
+            for unroll in (1, 2, 3)
+            for reverse in (False, True)
+        ),
+        lax.map(lambda row: row.T @ x, rows),
+        lax.cond(x.sum() > -100, lambda c, square: c + square.T, lambda c, square: c - square.T, x, SQUARES[1]),
+        jax.grad(lambda c: lax.scan(lambda c, row: (jnp.tanh(c @ row.T * 0.3), 0), c, rows)[0].sum())(x),
+    ]
+
 
 CASES = {
     # what depends on no argument
@@ -157,6 +193,19 @@ CASES = {
         lambda x: jax.image.resize(x, (1, 5, 3), "bilinear"),
         np.linspace(-1, 1, 6, dtype=np.float32).reshape(1, 3, 2),
     ),
+    # nor are constants in loops and branches to be read in another order
+    "a constant in turns": (in_turns(lambda c: c + SQUARES[0].T), np.eye(2, dtype=np.float32)),
+    "a constant in a product in turns": (
+        in_turns(lambda c: jnp.einsum("ij,kjl->kil", SQUARES[0], c) * 0.5),
+        np.eye(2, dtype=np.float32)[None],
+    ),
+    "whole constants in turns": (in_turns(lambda c: c + SQUARES[0].astype(int).T), np.eye(2, dtype=np.int32)),
+    "flags in turns": (in_turns(lambda c: jnp.where((SQUARES[0] > 1).T, c, -c)), np.eye(2, dtype=np.float32)),
+    "a constant of another shape in turns": (
+        in_turns(lambda c: c + SQUARES[0].reshape(4)[::-1].reshape(2, 2).T),
+        np.eye(2, dtype=np.float32),
+    ),
+    "constants through turns": (through_turns, np.eye(2, dtype=np.float32)),
     # what ABY3 cannot do with bits
     "a bit at a secret place": (lambda x, i: [x[i], lax.dynamic_slice(x, (i,), (1,))], flags(False, True), i32(1)[0]),
     # what ends the process by itself
