@@ -155,8 +155,8 @@ class _Rewriting:
 
 
 def _is_array(x: Any) -> bool:
-    """Whether it is known, and more than one number."""
-    return isinstance(x, _Known) and np.size(x.value) > 1
+    """Whether it is known, and more than one number: random keys are none."""
+    return isinstance(x, _Known) and np.size(x.value) > 1 and not jnp.issubdtype(x.value.dtype, jax.dtypes.extended)
 
 
 def _staged(x: Any) -> Any:
