@@ -79,7 +79,7 @@ def jit(
     given = {name: value for name, value in given.items() if value is not None}
     config = Config(**given) if parties is None else parties.config
     for name, value in given.items():
-        if value != getattr(config, name):
+        if value not in ("auto", getattr(config, name)):
             raise ValueError(f"{name} {value!r} was asked for, but the parties have {getattr(config, name)!r}")
     for item in (visibility,) if isinstance(visibility, str) else visibility:
         check_visibility(item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 from flaxmpc.errors import unknown
 
@@ -129,10 +129,12 @@ class Config:
             raise unknown("network", self.network, NETWORKS)
         half = RING_BITS[self.ring] // 2
         # A product carries twice the fraction bits until it is truncated; SPU would return garbage without a word.
-        if type(self.fraction_bits) is not int or not 1 <= self.fraction_bits <= half - 2:
+        whole = isinstance(self.fraction_bits, SupportsIndex) and not isinstance(self.fraction_bits, bool)
+        if not whole or not 1 <= self.fraction_bits <= half - 2:
             raise ValueError(
                 f"fraction_bits must be in 1..{half - 2} with ring {self.ring}, not {self.fraction_bits!r}"
             )
+        object.__setattr__(self, "fraction_bits", int(self.fraction_bits))  # of numpy, say
         # SPU raises 2 to products of up to 32. With one bit more they overflow: exp(-20) is 9.
         room = self.ring != "FM32" and self.fraction_bits <= half - 4
         if self.exp_mode == "pade" and not room:

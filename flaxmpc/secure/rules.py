@@ -229,6 +229,8 @@ def _pow(eqn: Any, ins: Operands) -> list[Any]:
     """SPU's own, or 0 where the power is as good as 0."""
     x, y = ins.values
     config, size = ins.arithmetic.config, lax.abs(x)
+    if config.ring == "FM32":
+        raise refusal(eqn, "SPU's powers need a larger ring than FM32")
     least = 2.0**-config.fraction_bits
     if ins.known[1] is None:
         y = lax.convert_element_type(y, x.dtype)

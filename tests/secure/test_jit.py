@@ -143,6 +143,7 @@ def test_settings_that_the_parties_do_not_have(group):
         secure.jit(jnp.add, "ABY3", parties=group("SEMI2K"))
     with pytest.raises(ValueError, match="exp_mode 'taylor' was asked for, but the parties have 'pade'"):
         secure.jit(jnp.exp, exp_mode="taylor", parties=group("SEMI2K"))
+    assert secure.jit(jnp.exp, exp_mode="auto", parties=group("SEMI2K")).config.exp_mode == "pade"
     secure.jit(jnp.add, "SEMI2K", fraction_bits=18, parties=group("SEMI2K"))
 
 

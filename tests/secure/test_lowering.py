@@ -284,6 +284,9 @@ def test_a_narrow_ring_holds_what_it_can():
         np.testing.assert_array_equal(ours, exact)
     with pytest.raises(secure.SecureError, match=r"rem .*the exact division of int32 needs a larger ring"):
         secure.jit(lambda x: lax.rem(x, x), parties=parties)(i32(5))
+    for power in (lambda x: x**1.5, jnp.cbrt):
+        with pytest.raises(secure.SecureError, match=r"cannot compute pow .*need a larger ring than FM32$"):
+            secure.jit(power, parties=parties)(f32(0.5))
     with pytest.raises(secure.SecureError, match=r"add .*uint32 has numbers that the ring FM32 cannot hold"):
         secure.jit(lambda x: x + 1, parties=parties)(u32(5))
 

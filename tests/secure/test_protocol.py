@@ -1,6 +1,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flaxmpc import secure
@@ -38,6 +39,7 @@ def test_unknown_ring_and_useless_fraction_bits():
     for bits in wrong:
         with pytest.raises(ValueError, match=rf"fraction_bits must be in 1\.\.30 with ring FM64, not {bits!r}$"):
             secure.Config(fraction_bits=bits)
+    assert type(secure.Config(fraction_bits=np.int64(20)).fraction_bits) is int  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("ring", "room"), [("FM64", 28), ("FM128", 60), ("FM32", 0)])
