@@ -6,14 +6,16 @@ Nothing is measured here: the figures are those that the recipes in train/ leave
 and models/*/runs/*.json for other seeds and for what was left out). Fractions, not per cent. `size` is the number of
 parameters, `value` the task's own metric; `difference` is student minus teacher in accuracy over the same test rows,
 with its 95 % paired bootstrap interval; `pieces_agreement` is the share of the teacher's labels on pieces of 1 to 6
-tokens of the test rows. Saved are a table for each task, and as CSV a row for each model and protocol.
+tokens of the test rows. Saved are a table for each task, one of GLUE's tasks beside MPCFormer's published figures, and
+as CSV a row for each model and protocol.
 """
 
 import csv
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import tyro
@@ -38,6 +40,24 @@ FIGURES = (
     "aby3_max_logit_difference",
     "aby3_sentences",
 )
+
+
+class Published(NamedTuple):
+    """What a paper says of a task: the mean of these metrics, of BERT-Base and of the student of it, in per cent."""
+
+    metrics: tuple[str, ...]
+    teacher: float
+    student: float
+
+
+# MPCFormer's student with 2Quad and Quad: arXiv 2211.01452, the same table in its repository's figures/result_glue.PNG.
+MPCFORMER = {
+    "sst2": Published(("accuracy",), 93.1, 92.0),
+    "cola": Published(("matthews_correlation",), 57.8, 52.6),
+    "stsb": Published(("pearson", "spearman"), 89.1, 80.3),
+    "mrpc": Published(("f1",), 90.3, 88.7),
+    "rte": Published(("accuracy",), 69.7, 64.9),
+}
 
 
 def stages(recipe: dict[str, Any]) -> str:
@@ -174,6 +194,35 @@ def tables(found: list[Record]) -> dict[str, list[list[str]]]:
     return {title: table([row for row in found if title == f"`{row['task']}`, {row['metric']}"]) for title in titles}
 
 
+BESIDE = "GLUE, MPCFormer's published drops beside ours"
+
+
+def glue(found: Iterable[Run]) -> list[list[str]]:
+    """Heading and rows, in per cent: MPCFormer's drop on each task beside that of our `2quad-freediv`.
+
+    Ours is the mean over the seeds. The last row is the mean over the tasks.
+    """
+    values: dict[str, list[tuple[float, ...]]] = {task: [] for task in MPCFORMER}
+    for run in found:
+        task = task_of(run.recipe)
+        entry = f"{task}-minilm-l6-2quad-freediv"
+        if task in MPCFORMER and (run.name == entry or run.name.startswith(f"{entry}/seed-")):
+            names = MPCFORMER[task].metrics
+            own = ([run.results[f"{prefix}{name}"] for name in names] for prefix in ("teacher_", ""))
+            values[task].append(tuple(100 * mean(figures) for figures in own))
+    pairs = {}
+    for task, own in values.items():
+        if own:
+            names, *theirs = MPCFORMER[task]
+            pairs[", ".join((task, *names))] = (*theirs, *(mean(column) for column in zip(*own, strict=True)))
+    pairs["mean"] = tuple(mean(column) for column in zip(*pairs.values(), strict=True))
+    rows = [["task", "BERT-Base", "MPCFormer", "drop", "MiniLM-L6", "2quad-freediv", "drop"]]
+    for task, (teacher, student, own_teacher, own_student) in pairs.items():
+        theirs, ours = (teacher, student, teacher - student), (own_teacher, own_student, own_teacher - own_student)
+        rows.append([task, *(f"{figure:.1f}" for figure in (*theirs, *ours))])
+    return rows
+
+
 def measurements(found: list[Record]) -> list[Record]:
     """One row for each model and what it was measured in: float32 in the clear, fixed point (REF2K), shares (ABY3).
 
@@ -199,7 +248,7 @@ def measurements(found: list[Record]) -> list[Record]:
 def main(options: Options) -> None:
     """Prints the tables or the records; without --show and --quick also writes tables, records and plot."""
     found = records()
-    by_task = tables(found)
+    by_task = tables(found) | {BESIDE: glue(runs())}
     if not (options.show or options.quick):
         with (RESULTS / "accuracy.csv").open("w", encoding="utf-8", newline="") as file:
             rows = measurements(found)

@@ -507,7 +507,7 @@ def test_every_student_of_the_zoo_is_in_the_table_of_accuracies(load, capsys):
         assert 1 <= record["num_layers"] <= 12
         shares = [record[name] for name in ("value", "teacher_value", "ref2k_agreement", "aby3_agreement")]
         assert all(share is None or 0 <= share <= 1 for share in shares)
-    tables = accuracy.tables(records)
+    tables = accuracy.tables(records) | {accuracy.BESIDE: accuracy.glue(accuracy.runs())}
     for head, *rows in tables.values():
         assert all(len(row) == len(head) for row in rows)
     assert "2quad-freediv" in {row[0] for row in tables["`movie`, accuracy"]}
@@ -533,6 +533,31 @@ def test_an_accuracy_is_told_by_the_tasks_own_metric(load):
     ):
         task = accuracy.task_of({"data": data})
         assert (task, accuracy.metric_of(task, figures)) == expected
+
+
+def test_drops_on_glue_stand_beside_those_published(load):
+    accuracy = load("accuracy")
+
+    def run(name, task, **figures):
+        return accuracy.Run(name, {"data": f"{task}=runs/glue"}, figures, Path())
+
+    entry = "-minilm-l6-2quad-freediv"
+    sst2 = {"teacher_accuracy": 0.9, "correct": "1"}
+    found = [
+        run(f"sst2{entry}", "sst2", accuracy=0.89, **sst2),
+        run(f"sst2{entry}/seed-1", "sst2", accuracy=0.87, **sst2),
+        run(f"sst2{entry}/3-layers", "sst2", accuracy=0.5, **sst2),
+        run("sst2-minilm-l6-softmax-freediv", "sst2", accuracy=0.5, **sst2),
+        run("movie-minilm-l6-2quad-freediv", "movie", accuracy=0.5, **sst2),
+        run(f"mrpc{entry}", "mrpc", accuracy=0.5, teacher_accuracy=0.6, f1=0.88, teacher_f1=0.86),
+        run(f"stsb{entry}", "stsb", pearson=0.8, spearman=0.7, teacher_pearson=0.9, teacher_spearman=0.88),
+    ]
+    assert accuracy.glue(found)[1:] == [
+        ["sst2, accuracy", "93.1", "92.0", "1.1", "90.0", "88.0", "2.0"],
+        ["stsb, pearson, spearman", "89.1", "80.3", "8.8", "89.0", "75.0", "14.0"],
+        ["mrpc, f1", "90.3", "88.7", "1.6", "86.0", "88.0", "-2.0"],
+        ["mean", "90.8", "87.0", "3.8", "88.3", "83.7", "4.7"],
+    ]
 
 
 def test_the_front_of_a_search_stands_beside_choices_by_hand(load, tmp_path, monkeypatch, capsys):
