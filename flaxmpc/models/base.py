@@ -1,7 +1,6 @@
 """What all models have in common: an encoder in two halves, a head, the outputs, and the families that there are."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -289,20 +288,20 @@ def defer(config: Any, embeddings: Hidden, mask: Mask, product: Product) -> Lazy
 
 def init_params(model: WithHead, seed: int = 0) -> dict[str, Any]:
     """Fresh parameters, a nested dict of float32 arrays."""
-    return _initialised(model, jax.random.key(seed))
-
-
-@functools.partial(jax.jit, static_argnums=0)  # of an equal model it is compiled once
-def _initialised(model: WithHead, key: Array) -> dict[str, Any]:
-    input_ids = jnp.zeros((1, 2), jnp.int32)
-    tokens = model.config.embedding.encode(input_ids, model.config.vocab_size)
-    variables: Any = model.init(key, tokens)
+    # The values alone, array by array: one program of them all takes seconds to compile, and each model has its own.
+    variables: Any = model.lazy_init(jax.random.key(seed), jax.eval_shape(lambda: _example(model)))
     return variables["params"]
 
 
 def param_shapes(model: WithHead) -> dict[str, Any]:
     """The parameters as shapes and types, without computing any."""
-    return jax.eval_shape(lambda: init_params(model))
+    variables: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), _example(model)))
+    return variables["params"]
+
+
+def _example(model: WithHead) -> Any:
+    """What the smallest text gives a model to compute with."""
+    return model.config.embedding.encode(jnp.zeros((1, 2), jnp.int32), model.config.vocab_size)
 
 
 def num_params(model: WithHead) -> int:

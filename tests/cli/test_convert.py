@@ -59,7 +59,7 @@ def test_a_model_is_fine_tuned_converted_and_measured_by_command(data, tmp_path,
 
 
 def test_two_hosts_convert_and_the_first_writes(data, tmp_path, write_classifier):
-    teacher = write_classifier(tmp_path / "teacher", attention="softmax", hidden_act="gelu")
+    teacher = write_classifier(tmp_path / "teacher", attention="softmax", hidden_act="gelu", num_hidden_layers=1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -35,7 +35,7 @@ def start(tmp_path):
 
 
 def test_the_four_lines(start, write_classifier, tmp_path):
-    model = write_classifier(tmp_path / "made").rename(tmp_path / "tiny")
+    model = write_classifier(tmp_path / "made", num_hidden_layers=1).rename(tmp_path / "tiny")
 
     def done(*arguments: str) -> str:
         process = start(*arguments)
