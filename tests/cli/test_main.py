@@ -25,7 +25,7 @@ REF2K = ("--protocol", "REF2K")
 def shipped(write_classifier, tmp_path_factory):
     """A zoo of one model, "movie-tiny", with its card and results."""
     folder = tmp_path_factory.mktemp("zoo")
-    model = write_classifier(tmp_path_factory.mktemp("made")).rename(folder / "movie-tiny")
+    model = write_classifier(tmp_path_factory.mktemp("made"), num_hidden_layers=1).rename(folder / "movie-tiny")
     (model / "README.md").write_text("# movie-tiny\n\nA card with *two* numbers.\n")
     (model / "results.json").write_text(json.dumps({"accuracy": 0.8765, "ref2k_accuracy": 0.875}))
     return model
@@ -347,8 +347,8 @@ def test_zoo_list_cuts_nothing(run, longest, monkeypatch, columns):
     assert "…" not in out
     if columns == 80:
         lines = [" ".join(line.split()) for line in out.splitlines()]
-        assert lines[2:4] == [f"{longest.name} softmax_freediv 2 x 32 86.0%", "train/movie.py softmax-freediv quad"]
-        assert lines[4] == "movie-tiny 2quad_freediv 2 x 32 87.6% 87.5%"
+        assert lines[2:4] == [f"{longest.name} softmax_freediv 1 x 32 86.0%", "train/movie.py softmax-freediv quad"]
+        assert lines[4] == "movie-tiny 2quad_freediv 1 x 32 87.6% 87.5%"
         assert re.fullmatch(r"0\.\d MB quad", lines[5])
     assert "the weights are not here; it makes them, in the repository." in " ".join(out.split())
 
@@ -364,7 +364,7 @@ def test_zoo_list_json_is_an_array(run, shipped, longest):
         "folder": str(shipped),
         "attention": ["2quad_freediv"],
         "hidden_act": ["quad"],
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "hidden_size": 32,
         "weights_bytes": (shipped / "model.safetensors").stat().st_size,
         "accuracy": 0.8765,

@@ -44,7 +44,8 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, write_classifier, data) -> Path:
-    encoder = write_classifier(tmp_path_factory.mktemp("encoder"), attention="softmax", hidden_act="gelu", **NO_DROPOUT)
+    own = {"attention": "softmax", "hidden_act": "gelu", "num_hidden_layers": 1}
+    encoder = write_classifier(tmp_path_factory.mktemp("encoder"), **own, **NO_DROPOUT)
     out = tmp_path_factory.mktemp("runs") / "teacher"
     schedule = Schedule(epochs=8, learning_rate=1e-2, batch_size=8)
     results = finetune_encoder(FineTuning(encoder, str(data), out, schedule, max_length=16))
