@@ -200,27 +200,26 @@ BESIDE = "GLUE, MPCFormer's published drops beside ours"
 def glue(found: Iterable[Run]) -> list[list[str]]:
     """Heading and rows, in per cent: MPCFormer's drop on each task beside that of our `2quad-freediv`.
 
-    Ours is the mean over the seeds. The last row is the mean over the tasks.
+    Ours is the mean over the seeds. Of several tasks, the last row is the mean.
     """
-    values: dict[str, list[tuple[float, ...]]] = {task: [] for task in MPCFORMER}
-    for run in found:
-        task = task_of(run.recipe)
+    found = list(found)
+    rows: dict[str, list[float]] = {}
+    for task, (names, *published) in MPCFORMER.items():
         entry = f"{task}-minilm-l6-2quad-freediv"
-        if task in MPCFORMER and (run.name == entry or run.name.startswith(f"{entry}/seed-")):
-            names = MPCFORMER[task].metrics
-            own = ([run.results[f"{prefix}{name}"] for name in names] for prefix in ("teacher_", ""))
-            values[task].append(tuple(100 * mean(figures) for figures in own))
-    pairs = {}
-    for task, own in values.items():
-        if own:
-            names, *theirs = MPCFORMER[task]
-            pairs[", ".join((task, *names))] = (*theirs, *(mean(column) for column in zip(*own, strict=True)))
-    pairs["mean"] = tuple(mean(column) for column in zip(*pairs.values(), strict=True))
-    rows = [["task", "BERT-Base", "MPCFormer", "drop", "MiniLM-L6", "2quad-freediv", "drop"]]
-    for task, (teacher, student, own_teacher, own_student) in pairs.items():
-        theirs, ours = (teacher, student, teacher - student), (own_teacher, own_student, own_teacher - own_student)
-        rows.append([task, *(f"{figure:.1f}" for figure in (*theirs, *ours))])
-    return rows
+        seeds = [run.results for run in found if run.name == entry or run.name.startswith(f"{entry}/seed-")]
+        if seeds:
+            own = [100 * mean(seed[f"{of}{name}"] for seed in seeds for name in names) for of in ("teacher_", "")]
+            rows[", ".join((task, *names))] = [*published, *own]
+    if len(rows) > 1:
+        rows["mean"] = [mean(column) for column in zip(*rows.values(), strict=True)]
+    head = ["task", "BERT-Base", "MPCFormer", "drop", "MiniLM-L6", "2quad-freediv", "drop"]
+    return [head] + [
+        [
+            title,
+            *(f"{figure:.1f}" for figure in (teacher, student, teacher - student, own_teacher, own, own_teacher - own)),
+        ]
+        for title, (teacher, student, own_teacher, own) in rows.items()
+    ]
 
 
 def measurements(found: list[Record]) -> list[Record]:

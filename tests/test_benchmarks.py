@@ -558,6 +558,8 @@ def test_drops_on_glue_stand_beside_those_published(load):
         ["mrpc, f1", "90.3", "88.7", "1.6", "86.0", "88.0", "-2.0"],
         ["mean", "90.8", "87.0", "3.8", "88.3", "83.7", "4.7"],
     ]
+    assert accuracy.glue(found[:2])[1:] == [["sst2, accuracy", "93.1", "92.0", "1.1", "90.0", "88.0", "2.0"]]
+    assert len(accuracy.glue([])) == 1
 
 
 def test_the_front_of_a_search_stands_beside_choices_by_hand(load, tmp_path, monkeypatch, capsys):
