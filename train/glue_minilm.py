@@ -3,6 +3,7 @@
     ln -s FOLDER runs/glue                          # GLUE as it ships: SST-2/train.tsv, MRPC/train.tsv, ...
     python train/glue_minilm.py sst2 teacher
     python train/glue_minilm.py sst2 2quad-freediv  # then also: 2quad-freediv/seed-1, softmax-freediv, ...
+    python train/glue_minilm.py rte teacher/from-intermediate
 
 GLUE's dev rows are the test rows here, looked at once; a tenth of its train rows chooses the epochs. Method: as in
 movie.py. The small tasks have too few texts for stage 1, so it learns from the texts of another task too, without
@@ -34,6 +35,8 @@ class Task:
         epochs, stage1_epochs: of the teacher's fine-tuning, and of a student's first stage.
         max_length: the number of tokens that a text is cut at.
         unlabelled: the file of texts without labels, in GLUE.
+        intermediate: another task, whose teacher `teacher/from-intermediate` starts from.
+        teacher: the teacher that students have.
     """
 
     folder: str
@@ -41,15 +44,20 @@ class Task:
     stage1_epochs: int
     max_length: int = 64
     unlabelled: str | None = None
+    intermediate: str | None = None
+    teacher: str = "teacher"
 
 
 TASKS = {
     "sst2": Task("SST-2", epochs=2, stage1_epochs=2),
     "mrpc": Task("MRPC", epochs=5, stage1_epochs=6, max_length=128, unlabelled="RTE/train.tsv"),
     "cola": Task("CoLA", epochs=6, stage1_epochs=3, unlabelled="SST-2/train.tsv"),
-    "rte": Task("RTE", epochs=8, stage1_epochs=6, max_length=128, unlabelled="STS-B/train.tsv"),
+    "rte": Task("RTE", epochs=8, stage1_epochs=6, max_length=128, unlabelled="STS-B/train.tsv", intermediate="stsb"),
     "stsb": Task("STS-B", epochs=6, stage1_epochs=5, max_length=128, unlabelled="RTE/train.tsv"),
 }
+
+# The second is of tasks with an intermediate.
+TEACHERS = ("teacher", "teacher/from-intermediate")
 
 # What a student has in place of the teacher's parts, by the name of the entry; after a slash, another run of it.
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -65,16 +73,23 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 
 
+def names_of(task: str) -> tuple[str, ...]:
+    """The names of a task's entries, and of other runs of them."""
+    teachers = TEACHERS if TASKS[task].intermediate else TEACHERS[:1]
+    return (*teachers, *STUDENTS)
+
+
 def config_of(task: str, name: str) -> FineTuning | Conversion:
     """What a task's entry is made by."""
     own = TASKS[task]
     data = f"{task}={os.path.relpath(GLUE / own.folder)}"
     out = run_of(f"{task}-minilm-l6", name)
-    if name == "teacher":
+    if name in TEACHERS:
+        encoder = minilm_l6() if name == "teacher" else run_of(f"{own.intermediate}-minilm-l6", "teacher")
         schedule = Schedule(epochs=own.epochs, learning_rate=5e-5)
-        return FineTuning(minilm_l6(), data, out, schedule, max_length=own.max_length)
+        return FineTuning(encoder, data, out, schedule, max_length=own.max_length)
     return Conversion(
-        teacher=run_of(f"{task}-minilm-l6", "teacher"),
+        teacher=run_of(f"{task}-minilm-l6", own.teacher),
         data=data,
         out=out,
         unlabelled=None if own.unlabelled is None else GLUE / own.unlabelled,
@@ -93,13 +108,13 @@ def main(
 
     Args:
         task: sst2, mrpc, cola, rte or stsb.
-        name: teacher, or one of the students: see STUDENTS.
+        name: one of TEACHERS, or of STUDENTS.
         epochs: of every stage, in place of the recipe's: to see that it runs; the zoo is left as it is.
     """
     if task not in TASKS:
         raise SystemExit(f"unknown {task!r}: {', '.join(TASKS)}")
-    if name not in ("teacher", *STUDENTS):
-        raise SystemExit(f"unknown {name!r}: teacher, {', '.join(STUDENTS)}")
+    if name not in names_of(task):
+        raise SystemExit(f"unknown {name!r}: {', '.join(names_of(task))}")
     if not (folder := GLUE / TASKS[task].folder).is_dir():
         raise SystemExit(f"{folder} does not exist: ln -s FOLDER {GLUE}, where FOLDER has GLUE as it ships")
     make_entry(

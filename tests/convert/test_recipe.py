@@ -122,13 +122,19 @@ def test_every_student_of_the_movie_recipe_differs_from_the_others():
 
 def test_every_entry_of_minilm_on_glue_differs_from_the_others():
     glue = script("glue_minilm")
-    names = ("teacher", *glue.STUDENTS)
-    resolved = [json.dumps(runs.resolve(glue.config_of(task, name))) for task in glue.TASKS for name in names]
-    assert len(set(resolved)) == len(resolved)
-    assert len({glue.config_of(task, name).out for task in glue.TASKS for name in names}) == len(resolved)
-    for arguments, message in ((("sst", "teacher"), "unknown 'sst': sst2, "), (("rte", "x"), "unknown 'x': teacher, ")):
+    configs = [glue.config_of(task, name) for task in glue.TASKS for name in glue.names_of(task)]
+    assert len({json.dumps(runs.resolve(config)) for config in configs}) == len(configs)
+    assert len({config.out for config in configs}) == len(configs)
+    started = glue.config_of("rte", "teacher/from-intermediate")
+    assert started.encoder == glue.config_of("stsb", "teacher").out
+    # MRPC has texts in common with STS-B.
+    for task, name, message in (
+        ("sst", "teacher", "unknown 'sst': sst2, "),
+        ("rte", "x", "unknown 'x': teacher, teacher/from-intermediate, "),
+        ("mrpc", "teacher/from-intermediate", "unknown 'teacher/from-intermediate': teacher, 2quad-freediv, "),
+    ):
         with pytest.raises(SystemExit, match=message):
-            glue.main(*arguments)
+            glue.main(task, name)
 
 
 def test_every_entry_of_wnut17_has_a_recipe_of_its_own(tmp_path, monkeypatch):
