@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from flaxmpc.cli.results import Asked
-from flaxmpc.data.batches import Text
+if TYPE_CHECKING:
+    from flaxmpc.cli.results import Asked
+    from flaxmpc.data.batches import Text
 
 # gRPC would say on standard error, without end, what a peer does wrong; what matters is raised. It looks when loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -175,6 +176,7 @@ def approve(
 def ask(cluster: Path, model: str | None, texts: Sequence[Text], progress: Callable[..., Any]) -> Asked:
     """Asks a model on a cluster. The answers are opened here, and are known to nobody else."""
     from flaxmpc import secure
+    from flaxmpc.cli.results import Asked
     from flaxmpc.secure.deploy.process import hide_memory
     from flaxmpc.serve import remote
 

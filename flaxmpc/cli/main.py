@@ -1,147 +1,18 @@
-"""The command line: runs a command, and shows the zoo."""
+"""The command line: which commands there are, and what is said of an error."""
 
-import json
+import importlib
 import platform
-import re
 import sys
 from importlib import metadata
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import tyro
-from rich import box
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.table import Column, Table
 
 import flaxmpc
-from flaxmpc import files
-from flaxmpc.cli import convert, deploy, infer
-from flaxmpc.cli.infer import Flag, Json
-from flaxmpc.cli.results import console
 from flaxmpc.errors import unknown
-from flaxmpc.models import zoo
 
 _DESCRIPTION = """Transformers that classify what they cannot see: Flax under secure MPC.
 
 flaxmpc --version names the versions."""
-
-
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:.1f} MB"
-
-
-def _zoo_entry(name: str, folder: Path) -> dict[str, Any]:
-    """What `zoo list --json` says of a model. Accuracy is that in the clear, REF2K's that of the fixed point."""
-    from flaxmpc.models.folder import read_config
-
-    config = read_config(folder)
-    layers = range(config.num_hidden_layers)
-    weights = folder / "model.safetensors"
-    measured = zoo.results(folder)
-    return {
-        "name": name,
-        "folder": str(folder),
-        "attention": list(dict.fromkeys(config.attention_of(layer).name for layer in layers)),
-        "hidden_act": list(dict.fromkeys(config.hidden_act_of(layer).name for layer in layers)),
-        "num_hidden_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "weights_bytes": weights.stat().st_size if weights.is_file() else None,
-        **{key: measured.get(key) for key in ("accuracy", "ref2k_accuracy", "made_by")},
-    }
-
-
-def _zoo_table(entries: list[dict[str, Any]]) -> Table:
-    """The table of the zoo's models; what does not fit is folded, and nothing is cut."""
-    columns = [Column(head, overflow="fold") for head in ("name", "parts", "size", "accuracy", "REF2K")]
-    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for entry in entries:
-        size = entry["weights_bytes"]
-        table.add_row(
-            f"{entry['name']}\n  {(entry['made_by'] or 'no weights') if size is None else _megabytes(size)}",
-            "\n".join(entry["attention"] + entry["hidden_act"]),
-            f"{entry['num_hidden_layers']} x {entry['hidden_size']}",
-            *("" if entry[key] is None else f"{entry[key]:.1%}" for key in ("accuracy", "ref2k_accuracy")),
-        )
-    return table
-
-
-def zoo_(
-    action: Annotated[Literal["list", "show", "push"], tyro.conf.Positional],
-    model: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|FOLDER]", help_behavior_hint="")
-    ] = None,
-    /,
-    json_: Json = False,
-    to: Annotated[str | None, tyro.conf.arg(metavar="OWNER/NAME", help_behavior_hint="")] = None,
-    private: Flag = False,
-    dry_run: Flag = False,
-) -> None:
-    """The trained models: a table of them, the card of one; or publishes one.
-
-    Args:
-        action: list, show or push: `zoo show NAME`, `zoo push FOLDER --to OWNER/NAME`.
-        model: show: the model whose card is shown; by default the one that `infer` uses. push: the model to publish. It
-            must load; then config, weights, tokenizer, plan of bits, recipe, results and card are uploaded, and no
-            other file of its folder. A card is written where there is none.
-        json_: list: print an array with an object for every model.
-        to: push: the repository on the hub, made where it is not there. First log in: `hf auth login`, or HF_TOKEN.
-        private: push: only its owner is to see it.
-        dry_run: push: say which files would be uploaded, and upload none.
-    """
-    if action != "push" and (to is not None or private or dry_run):
-        raise ValueError(f"--to, --private and --dry-run are of zoo push, not of zoo {action}")
-    if action == "push":
-        if json_:
-            raise ValueError("--json is for zoo list")
-        if model is None or to is None:
-            raise ValueError("which model, and to where? zoo push FOLDER --to OWNER/NAME")
-        _push(model, to, private=private, dry_run=dry_run)
-        return
-    if action == "show":
-        if json_:
-            raise ValueError("--json is for zoo list: a card is Markdown, README.md in the model's folder")
-        card = zoo.find(model or zoo.DEFAULT) / "README.md"
-        if not card.is_file():
-            raise ValueError(f"{card.parent} has no card (README.md)")
-        text = _METADATA.sub("", files.read(card, files.JSON_BYTES).decode("utf-8", "replace"))
-        # What a terminal would obey is left out.
-        Console().print(Markdown("".join(c for c in text if c.isprintable() or c in "\n\t")))
-        return
-    if model is not None:
-        raise ValueError(f"zoo list takes no model: zoo show {model} shows its card")
-    entries = [_zoo_entry(name, folder) for name, folder in zoo.entries().items()]
-    if not entries:
-        raise FileNotFoundError(f"there is no model in the zoo {zoo.zoo_folder()} (FLAXMPC_ZOO)")
-    if json_:
-        print(json.dumps(entries))
-        return
-    out = console()
-    out.print(_zoo_table(entries))
-    if any(entry["weights_bytes"] is None for entry in entries):
-        out.print("A script in place of a size: the weights are not here; it makes them, in the repository.")
-
-
-# What a card begins with, for the hub.
-_METADATA = re.compile(r"\A---\r?\n.*?^---\s*$", re.DOTALL | re.MULTILINE)
-
-
-def _push(model: str, repository: str, *, private: bool, dry_run: bool) -> None:
-    """Uploads a model and prints its address; of a dry run the files, with their sizes."""
-    from flaxmpc.convert import publish
-    from flaxmpc.models import hub
-
-    hub.require_repository(repository)
-    folder = zoo.with_weights(model)
-    if not dry_run:
-        print(publish.push(folder, repository, private=private))
-        return
-    table = Table("file", Column("bytes", justify="right"), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name, size in publish.check(folder).items():
-        table.add_row(name, f"{size:,}")
-    out = console()
-    out.print(table)
-    out.print(f"a dry run, nothing was uploaded to {repository}{', private' * private}", soft_wrap=True)
 
 
 def _versions() -> str:
@@ -149,36 +20,33 @@ def _versions() -> str:
     return ", ".join(f"{name} {version}" for name, version in {**found, "Python": platform.python_version()}.items())
 
 
+# The module of `flaxmpc.cli` that has a command's function, which is named like the command. Only the one that is
+# wanted is imported: a party need not wait for what training takes.
 _COMMANDS = {
-    "infer": infer.infer,
-    "cost": infer.cost,
-    "check": infer.check,
-    "plan": infer.plan,
-    "zoo": zoo_,
-    "finetune": convert.finetune,
-    "convert": convert.convert,
-    "cluster": deploy.cluster,
-    "party": deploy.party,
-    "put": deploy.put,
-    "approve": deploy.approve,
+    "infer": "infer",
+    "cost": "infer",
+    "check": "infer",
+    "plan": "infer",
+    "zoo": "zoo",
+    "finetune": "convert",
+    "convert": "convert",
+    "cluster": "deploy",
+    "party": "deploy",
+    "put": "deploy",
+    "approve": "deploy",
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. What the user can mend is one line on standard error, and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    app = tyro.extras.SubcommandApp()
-    for name, command in _COMMANDS.items():
-        app.command(command, name=name)
+    if arguments == ["--version"]:
+        print(_versions())
+        return
     from flaxmpc.secure import SecureError
 
     try:
-        if arguments == ["--version"]:
-            print(_versions())
-            return
-        if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
-            raise unknown("command", arguments[0], _COMMANDS)
-        app.cli(prog="flaxmpc", description=_DESCRIPTION, args=arguments)
+        _app(arguments).cli(prog="flaxmpc", description=_DESCRIPTION, args=arguments)
     except BrokenPipeError:  # the reader of the output has seen enough
         raise
     except (ValueError, OSError, FloatingPointError, SecureError) as error:
@@ -186,3 +54,14 @@ def main(arguments: list[str] | None = None) -> None:
         # What a terminal would obey is shown: parts of a message may be of a file, or of a party.
         print("flaxmpc:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message), file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _app(arguments: list[str]) -> tyro.extras.SubcommandApp:
+    """The command that the arguments begin with; all, where they begin with none."""
+    first = arguments[0] if arguments else ""
+    if first and not first.startswith("-") and first not in _COMMANDS:
+        raise unknown("command", first, _COMMANDS)
+    app = tyro.extras.SubcommandApp()
+    for name in [first] if first in _COMMANDS else _COMMANDS:
+        app.command(getattr(importlib.import_module(f"flaxmpc.cli.{_COMMANDS[name]}"), name), name=name)
+    return app
