@@ -6,21 +6,26 @@
     python train/glue_minilm.py rte teacher/from-intermediate
 
 GLUE's dev rows are the test rows here, looked at once; a tenth of its train rows chooses the epochs. Method: as in
-movie.py. The small tasks have too few texts for stage 1, so it learns from the texts of another task too, without
-labels: RTE's for MRPC and STS-B, STS-B's for RTE, SST-2's for CoLA. STS-B's are not for MRPC, as some are of MRPC's own
-rows. A killed run goes on from its last checkpoint when it is started again. How several are made at a time is in
-movie.py.
+movie.py. The small tasks have too few texts for stage 1, so it learns from the texts of other tasks too, without
+labels: those of pairs from each other's, CoLA from SST-2's. Left out are rows with a text of the task's own dev, which
+MRPC and STS-B have in common. A killed run goes on from its last checkpoint when it is started again. How several are
+made at a time is in movie.py.
 """
 
+import csv
 import dataclasses
+import io
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from entries import RUNS, make_entry, run_of
 
+from flaxmpc import files
 from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.recipe import minilm_l6
+from flaxmpc.data.glue import GLUE as COLUMNS
 from flaxmpc.training.fit import Schedule
 
 GLUE = RUNS / "glue"
@@ -34,7 +39,7 @@ class Task:
         folder: the name of its folder in GLUE.
         epochs, stage1_epochs: of the teacher's fine-tuning, and of a student's first stage.
         max_length: the number of tokens that a text is cut at.
-        unlabelled: the file of texts without labels, in GLUE.
+        texts_of: the tasks whose texts a student's first stage learns from, beside its own.
         intermediate: another task, whose teacher `teacher/from-intermediate` starts from.
         teacher: the teacher that students have.
     """
@@ -43,17 +48,17 @@ class Task:
     epochs: int
     stage1_epochs: int
     max_length: int = 64
-    unlabelled: str | None = None
+    texts_of: tuple[str, ...] = ()
     intermediate: str | None = None
     teacher: str = "teacher"
 
 
 TASKS = {
     "sst2": Task("SST-2", epochs=2, stage1_epochs=2),
-    "mrpc": Task("MRPC", epochs=5, stage1_epochs=6, max_length=128, unlabelled="RTE/train.tsv"),
-    "cola": Task("CoLA", epochs=6, stage1_epochs=3, unlabelled="SST-2/train.tsv"),
-    "rte": Task("RTE", epochs=8, stage1_epochs=6, max_length=128, unlabelled="STS-B/train.tsv", intermediate="stsb"),
-    "stsb": Task("STS-B", epochs=6, stage1_epochs=5, max_length=128, unlabelled="RTE/train.tsv"),
+    "mrpc": Task("MRPC", epochs=5, stage1_epochs=8, max_length=128, texts_of=("rte", "stsb")),
+    "cola": Task("CoLA", epochs=6, stage1_epochs=3, texts_of=("sst2",)),
+    "rte": Task("RTE", epochs=8, stage1_epochs=6, max_length=128, texts_of=("stsb", "mrpc"), intermediate="stsb"),
+    "stsb": Task("STS-B", epochs=6, stage1_epochs=5, max_length=128, texts_of=("rte", "mrpc")),
 }
 
 # The second is of tasks with an intermediate.
@@ -71,6 +76,31 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "2quad": {"attention": "2quad"},
     "2quad-freediv/3-layers": {"num_hidden_layers": 3},
 }
+
+
+def texts_for(task: str) -> Path:
+    """The file of other tasks' texts that a task's students learn from."""
+    return RUNS / f"texts-for-{task}.csv"
+
+
+def write_texts(task: str) -> None:
+    """Writes it. Texts count as those of dev where letters and digits are the same: MRPC's are tokenized."""
+    dev = {_letters(text) for row in _rows(task, "dev") for text in row}
+    found = [row for other in TASKS[task].texts_of for row in _rows(other, "train")]
+    kept = [row for row in found if dev.isdisjoint(map(_letters, row))]
+    out = io.StringIO()
+    csv.writer(out).writerows([COLUMNS[task].text_columns, *kept])
+    files.write(texts_for(task), out.getvalue())
+
+
+def _rows(task: str, split: str) -> list[tuple[str, ...]]:
+    """The texts of a task's rows."""
+    (table,) = COLUMNS[task].read(GLUE / TASKS[task].folder, {split}).values()
+    return list(zip(*(table.columns[name] for name in COLUMNS[task].text_columns), strict=True))
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in text.casefold() if c.isalnum())
 
 
 def names_of(task: str) -> tuple[str, ...]:
@@ -92,7 +122,7 @@ def config_of(task: str, name: str) -> FineTuning | Conversion:
         teacher=run_of(f"{task}-minilm-l6", own.teacher),
         data=data,
         out=out,
-        unlabelled=None if own.unlabelled is None else GLUE / own.unlabelled,
+        unlabelled=texts_for(task) if own.texts_of else None,
         stage1=dataclasses.replace(Conversion.stage1, epochs=own.stage1_epochs),
         max_length=own.max_length,
         **STUDENTS[name],
@@ -117,6 +147,8 @@ def main(
         raise SystemExit(f"unknown {name!r}: {', '.join(names_of(task))}")
     if not (folder := GLUE / TASKS[task].folder).is_dir():
         raise SystemExit(f"{folder} does not exist: ln -s FOLDER {GLUE}, where FOLDER has GLUE as it ships")
+    if TASKS[task].texts_of:
+        write_texts(task)
     make_entry(
         config_of(task, name), f"{task}-minilm-l6", name, epochs=epochs, made_by=f"train/glue_minilm.py {task} {name}"
     )

@@ -173,6 +173,23 @@ def test_mpnet_on_sst2_learns_from_the_rows_that_it_is_told(tmp_path, monkeypatc
     assert student.stage1.epochs == 6
 
 
+def test_other_tasks_texts_are_none_of_dev(tmp_path, monkeypatch):
+    """Also where one task has them in tokens."""
+    glue = script("glue_minilm")
+    monkeypatch.setattr(glue, "RUNS", tmp_path)
+    monkeypatch.setattr(glue, "GLUE", tmp_path)
+    mrpc = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t1\t2\tIt 's a film , he said .\tOne \" two .\n"
+    rte = 'index\tsentence1\tsentence2\tlabel\n0\tFar, "away".\tAway.\tentailment\n'
+    stsb = "index\tsentence1\tsentence2\tscore\n0\tNo.\tIt's a film, he said.\t5.0\n1\tYes.\tNo.\t1.0\n"
+    for folder, split, text in (("MRPC", "dev", mrpc), ("RTE", "train", rte), ("STS-B", "train", stsb)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{split}.tsv").write_text(text)
+    glue.write_texts("mrpc")
+    assert glue.config_of("mrpc", "2quad-freediv").unlabelled == glue.texts_for("mrpc")
+    (table,) = tables.read(glue.texts_for("mrpc")).values()
+    assert table.columns == {"sentence1": ('Far, "away".', "Yes."), "sentence2": ("Away.", "No.")}
+
+
 @pytest.mark.slow  # a minute and a half
 def test_an_entry_of_glue_is_made_and_published(tmp_path, monkeypatch, write_classifier):
     """From tasks with texts in common, in the files that GLUE ships."""
@@ -188,13 +205,13 @@ def test_an_entry_of_glue_is_made_and_published(tmp_path, monkeypatch, write_cla
 
     glue = script("glue_minilm")
     entries = sys.modules["entries"]
-    for name, module in (("RUNS", entries), ("ZOO", entries), ("GLUE", glue)):
+    for name, module in (("RUNS", entries), ("RUNS", glue), ("ZOO", entries), ("GLUE", glue)):
         place = {"RUNS": "runs", "ZOO": "models", "GLUE": "runs/glue"}[name]
         monkeypatch.setattr(module, name, tmp_path / place)
     encoder = write_classifier(tmp_path / "encoder", attention="softmax", hidden_act="gelu")
     monkeypatch.setattr(glue, "minilm_l6", lambda: encoder)
-    short = {"cola": dataclasses.replace(glue.TASKS["cola"], epochs=1, stage1_epochs=1, max_length=16)}
-    monkeypatch.setattr(glue, "TASKS", short)
+    short = dataclasses.replace(glue.TASKS["cola"], epochs=1, stage1_epochs=1, max_length=16)
+    monkeypatch.setitem(glue.TASKS, "cola", short)
     for name in ("teacher", "2quad-freediv", "2quad-freediv/seed-1"):
         glue.main("cola", name)
     assert json.loads((tmp_path / "models/cola-minilm-l6/results.json").read_text())["test_sentences"] == 24
