@@ -58,7 +58,7 @@ def publish(teacher: str, name: str, *, shipped: bool, made_by: str) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     weights = ("model.safetensors", plans.FILE, *TOKENIZER_FILES) if shipped else ()
-    for file in ("config.json", "recipe.json", "results.json", *weights):
+    for file in ("config.json", "recipe.json", "results.json", "notes.md", *weights):
         if (out / file).is_file():
             shutil.copy(out / file, folder / file)
     files.write_json(folder / "results.json", zoo.results(folder) | {"made_by": made_by})
