@@ -58,10 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _app(arguments: list[str]) -> tyro.extras.SubcommandApp:
     """The command that the arguments begin with; all, where they begin with none."""
-    first = arguments[0] if arguments else ""
-    if first and not first.startswith("-") and first not in _COMMANDS:
-        raise unknown("command", first, _COMMANDS)
+    named = [word for word in arguments[:1] if not word.startswith("-")]
+    for name in named:
+        if name not in _COMMANDS:
+            raise unknown("command", name, _COMMANDS)
     app = tyro.extras.SubcommandApp()
-    for name in [first] if first in _COMMANDS else _COMMANDS:
+    for name in named or _COMMANDS:
         app.command(getattr(importlib.import_module(f"flaxmpc.cli.{_COMMANDS[name]}"), name), name=name)
     return app

@@ -484,6 +484,10 @@ def test_an_unknown_command(refused, given, meant):
     assert message.startswith(f"unknown command {given!r}. Did you mean {meant!r}? Known: approve, check, cluster, ")
 
 
+def test_an_empty_command_is_unknown(refused):
+    assert refused("").startswith("unknown command ''. Known: approve, check, ")
+
+
 def test_no_text(refused):
     assert refused("infer") == "there is no text: give some, or --file"
 
