@@ -22,10 +22,9 @@ import tyro
 from harness import RESULTS, Options, Record, collected, markdown, saved
 from style import colour, figure, titled
 
-from flaxmpc.data.glue import GLUE
 from flaxmpc.models.base import num_params
 from flaxmpc.models.folder import read_model
-from flaxmpc.training.metrics import ENTITY_F1
+from flaxmpc.training.metrics import headline
 
 ZOO = Path(__file__).parent.parent / "models"
 
@@ -113,12 +112,6 @@ def task_of(recipe: dict[str, Any]) -> str:
     return task if folder else Path(task).stem
 
 
-def metric_of(task: str, results: dict[str, Any]) -> str:
-    """The metric that a task is told by."""
-    known = GLUE[task].metrics if task in GLUE else (ENTITY_F1, "accuracy", "pearson")
-    return next(name for name in known if name in results)
-
-
 def records() -> list[Record]:
     """One for each student; a figure that was not measured is None."""
     return [_record(run) for run in runs()]
@@ -127,7 +120,7 @@ def records() -> list[Record]:
 def _record(run: Run) -> Record:
     name, recipe, results, _ = run
     task = task_of(recipe)
-    metric = metric_of(task, results)
+    metric = headline(results)
     own = {f"{prefix}value": results.get(f"{prefix}{metric}") for prefix in ("", "teacher_", "ref2k_", "aby3_")}
     return {
         "model": name,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from accuracy import metric_of, task_of
+from accuracy import task_of
 from harness import Benchmark, Options, Record, model_parties, record
 from style import colour, figure, log, titled
 from variants import SHARED_RECIPROCAL, ours
@@ -23,6 +23,7 @@ from variants import SHARED_RECIPROCAL, ours
 from flaxmpc.models import zoo
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.folder import read_config
+from flaxmpc.training.metrics import headline
 
 
 def names(config: EncoderConfig) -> dict[str, str]:
@@ -49,11 +50,12 @@ def jobs(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
     teachers: set[str] = set()
     for name, folder in zoo.entries().items():
         found = zoo.results(folder)
-        if "difference" not in found:
+        metric = headline(found)
+        if f"teacher_{metric}" not in found:
             continue  # such as a teacher, which its students bring
         config, recipe = read_config(folder), json.loads((folder / "recipe.json").read_text("utf-8"))
         teacher, task = Path(recipe["teacher"]).name, task_of(recipe)
-        metric = metric_of(task, found)
+        assert metric is not None
         same = {"task": task, "metric": metric, "teacher_score": found[f"teacher_{metric}"]}
         interval = {end: found[end] if metric == "accuracy" else None for end in ("ci_low", "ci_high")}
         own = {"model": name, **same, "score": found[metric], **interval}

@@ -110,7 +110,8 @@ def gallery(app) -> None:
         card = (folder / "README.md").read_text("utf-8")
         (pages / f"{name}.md").write_text(re.sub(r"\(\.\./([\w-]+)/README\.md\)", r"(\1.md)", card), "utf-8")
         parts = f"`{config.attention_of(0).name}`, `{config.hidden_act_of(0).name}`, {config.num_hidden_layers} layers"
-        metric = next(metric for metric in (metrics.ENTITY_F1, *metrics.NAMES) if metric in figures)
+        metric = metrics.headline(figures)
+        assert metric is not None, f"{name} has no figures"
         value = f"{100 * figures[metric]:.1f} % {metric.replace('_', ' ')}"
         ships = "weights ship" if (folder / "model.safetensors").is_file() else "by recipe"
         tiles.append(

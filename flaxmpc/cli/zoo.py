@@ -22,13 +22,15 @@ def _megabytes(count: float) -> str:
 
 
 def _entry(name: str, folder: Path) -> dict[str, Any]:
-    """What `zoo list --json` says of a model. Accuracy is that in the clear, REF2K's that of the fixed point."""
+    """What `zoo list --json` says of a model. `value` is in the clear, `ref2k_value` in fixed point."""
     from flaxmpc.models.folder import read_config
+    from flaxmpc.training.metrics import headline
 
     config = read_config(folder)
     layers = range(config.num_hidden_layers)
     weights = folder / "model.safetensors"
     measured = models.results(folder)
+    metric = headline(measured)
     return {
         "name": name,
         "folder": str(folder),
@@ -37,13 +39,15 @@ def _entry(name: str, folder: Path) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "weights_bytes": weights.stat().st_size if weights.is_file() else None,
-        **{key: measured.get(key) for key in ("accuracy", "ref2k_accuracy", "made_by")},
+        "metric": metric,
+        **{place + "value": measured.get(f"{place}{metric}") for place in ("", "ref2k_")},
+        "made_by": measured.get("made_by"),
     }
 
 
 def _table(entries: list[dict[str, Any]]) -> Table:
     """The table of the zoo's models; what does not fit is folded, and nothing is cut."""
-    columns = [Column(head, overflow="fold") for head in ("name", "parts", "size", "accuracy", "REF2K")]
+    columns = [Column(head, overflow="fold") for head in ("name", "parts", "size", "result", "REF2K")]
     table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for entry in entries:
         size = entry["weights_bytes"]
@@ -51,7 +55,8 @@ def _table(entries: list[dict[str, Any]]) -> Table:
             f"{entry['name']}\n  {(entry['made_by'] or 'no weights') if size is None else _megabytes(size)}",
             "\n".join(entry["attention"] + entry["hidden_act"]),
             f"{entry['num_hidden_layers']} x {entry['hidden_size']}",
-            *("" if entry[key] is None else f"{entry[key]:.1%}" for key in ("accuracy", "ref2k_accuracy")),
+            "" if entry["value"] is None else f"{entry['value']:.1%}\n{entry['metric'].replace('_', ' ')}",
+            "" if entry["ref2k_value"] is None else f"{entry['ref2k_value']:.1%}",
         )
     return table
 

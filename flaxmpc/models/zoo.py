@@ -83,14 +83,23 @@ def name_of(folder: Path) -> str:
     return folder.name if on_hub is None else on_hub.repository.partition("/")[2]
 
 
+# What the names of figures end with, which are numbers.
+_FIGURES = ("accuracy", "f1", "correlation", "pearson", "spearman", "agreement", "difference", "ci_low", "ci_high")
+_FIGURES += ("sentences", "pieces", "bits", "error")
+
+
 def results(folder: Path) -> dict[str, Any]:
-    """The measured results of an entry, empty where it has none. ValueError: a damaged file, or other than figures."""
+    """The measured results of an entry, empty where it has none; what is null was not measured.
+
+    ValueError: a damaged file, or other than figures.
+    """
     path = folder / "results.json"
     if not path.is_file():
         return {}
-    found = files.read_object(path)
-    number, text = (int, float, type(None)), (str, type(None))
-    for key, kinds in {"accuracy": number, "ref2k_accuracy": number, "made_by": text}.items():
-        if not isinstance(found.get(key), kinds):
-            raise ValueError(f"{path} has {key} {brief(found[key])}, not {'a number' if kinds is number else 'text'}")
+    found = {key: value for key, value in files.read_object(path).items() if value is not None}
+    for key, value in found.items():
+        if key.endswith(_FIGURES) and not isinstance(value, (int, float)):
+            raise ValueError(f"{path} has {key} {brief(value)}, not a number")
+        if key == "made_by" and not isinstance(value, str):
+            raise ValueError(f"{path} has {key} {brief(value)}, not text")
     return found

@@ -347,9 +347,12 @@ def test_zoo_list_cuts_nothing(run, longest, monkeypatch, columns):
     assert "…" not in out
     if columns == 80:
         lines = [" ".join(line.split()) for line in out.splitlines()]
-        assert lines[2:4] == [f"{longest.name} softmax_freediv 1 x 32 86.0%", "train/movie.py softmax-freediv quad"]
+        assert lines[2:4] == [
+            f"{longest.name} softmax_freediv 1 x 32 86.0%",
+            "train/movie.py softmax-freediv quad accuracy",
+        ]
         assert lines[4] == "movie-tiny 2quad_freediv 1 x 32 87.6% 87.5%"
-        assert re.fullmatch(r"0\.\d MB quad", lines[5])
+        assert re.fullmatch(r"0\.\d MB quad accuracy", lines[5])
     assert "the weights are not here; it makes them, in the repository." in " ".join(out.split())
 
 
@@ -357,7 +360,7 @@ def test_zoo_list_json_is_an_array(run, shipped, longest):
     code, out, err = run("zoo", "list", "--json")
     assert (code, err) == (0, "")
     unshipped, tiny = json.loads(out)
-    assert (unshipped["weights_bytes"], unshipped["ref2k_accuracy"]) == (None, None)
+    assert (unshipped["weights_bytes"], unshipped["ref2k_value"]) == (None, None)
     assert unshipped["made_by"] == "train/movie.py softmax-freediv"
     assert tiny == {
         "name": "movie-tiny",
@@ -367,10 +370,22 @@ def test_zoo_list_json_is_an_array(run, shipped, longest):
         "num_hidden_layers": 1,
         "hidden_size": 32,
         "weights_bytes": (shipped / "model.safetensors").stat().st_size,
-        "accuracy": 0.8765,
-        "ref2k_accuracy": 0.875,
+        "metric": "accuracy",
+        "value": 0.8765,
+        "ref2k_value": 0.875,
         "made_by": None,
     }
+
+
+def test_zoo_list_tells_a_model_by_its_own_metric(run, longest):
+    """Of entities the accuracy of words is high where none is found."""
+    (longest / "results.json").write_text(json.dumps({"accuracy": 0.94, "entity_f1": 0.415, "ref2k_entity_f1": 0.41}))
+    entry = json.loads(run("zoo", "list", "--json")[1])[0]
+    assert (entry["metric"], entry["value"], entry["ref2k_value"]) == ("entity_f1", 0.415, 0.41)
+    assert " 41.5% 41.0% " in " ".join(run("zoo", "list")[1].split())
+    (longest / "results.json").unlink()
+    entry = json.loads(run("zoo", "list", "--json")[1])[0]
+    assert (entry["metric"], entry["value"], entry["ref2k_value"]) == (None, None, None)
 
 
 def test_zoo_refuses_what_it_would_pass_over(refused, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import flaxmpc
 from flaxmpc.convert import card
 from flaxmpc.models import zoo
 from flaxmpc.models.folder import read_config
+from flaxmpc.training import metrics
 
 
 @pytest.fixture
@@ -98,8 +99,19 @@ def test_an_empty_name_is_no_folder(own_zoo):
 def test_a_model_without_results_has_none(own_zoo):
     folder = own_zoo / "movie-tiny"
     assert zoo.results(folder) == {}
-    (folder / "results.json").write_text(json.dumps({"accuracy": 0.9}))
+    (folder / "results.json").write_text(json.dumps({"accuracy": 0.9, "ref2k_accuracy": None}))
     assert zoo.results(folder) == {"accuracy": 0.9}
+
+
+@pytest.mark.parametrize(
+    "name", [*metrics.NAMES, *(f"ref2k_{name}" for name in metrics.NAMES), "ci_low", "margin_bits"]
+)
+@pytest.mark.parametrize("value", ["0.9", [0.9], {}])
+def test_figures_are_numbers(own_zoo, name, value):
+    folder = own_zoo / "movie-tiny"
+    (folder / "results.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ValueError, match=rf"results\.json has {name} .*, not a number"):
+        zoo.results(folder)
 
 
 # ------------------------------------------------------------------------------------------------- what is shipped

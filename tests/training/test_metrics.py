@@ -173,3 +173,22 @@ def test_agreement_is_of_labels_and_of_scores():
     one, other = np.array([[1.0, 0.0], [0.2, 0.3]]), np.array([[5.0, 1.0], [0.3, 0.2]])
     assert metrics.agreement(one, other) == 0.5
     assert metrics.agreement(np.array([[1.0], [2.0]]), np.array([[1.04], [2.06]])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["accuracy"], "accuracy"),
+        (["accuracy", "f1"], "accuracy"),
+        (["accuracy", "matthews_correlation"], "matthews_correlation"),
+        (["accuracy", metrics.ENTITY_F1], metrics.ENTITY_F1),
+        (["spearman", "pearson"], "pearson"),
+        (["loss"], None),
+    ],
+)
+def test_a_model_is_told_by_the_metric_that_says_most(names, told):
+    assert metrics.headline(dict.fromkeys([*names, "test_sentences"], 0.5)) == told
+
+
+def test_every_metric_alone_is_told():
+    assert [metrics.headline({name: 0.5}) for name in metrics.NAMES] == list(metrics.NAMES)
