@@ -85,7 +85,7 @@ def name_of(folder: Path) -> str:
 
 # What the names of figures end with, which are numbers.
 _FIGURES = ("accuracy", "f1", "correlation", "pearson", "spearman", "agreement", "difference", "ci_low", "ci_high")
-_FIGURES += ("sentences", "pieces", "bits", "error")
+_FIGURES += ("sentences", "pieces", "margin_bits", "linear_head_error")
 
 
 def results(folder: Path) -> dict[str, Any]:
