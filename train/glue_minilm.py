@@ -41,7 +41,6 @@ class Task:
         max_length: the number of tokens that a text is cut at.
         texts_of: the tasks whose texts a student's first stage learns from, beside its own.
         intermediate: another task, whose teacher `teacher/from-intermediate` starts from.
-        teacher: the teacher that students have.
     """
 
     folder: str
@@ -50,7 +49,6 @@ class Task:
     max_length: int = 64
     texts_of: tuple[str, ...] = ()
     intermediate: str | None = None
-    teacher: str = "teacher"
 
 
 TASKS = {
@@ -119,7 +117,7 @@ def config_of(task: str, name: str) -> FineTuning | Conversion:
         schedule = Schedule(epochs=own.epochs, learning_rate=5e-5)
         return FineTuning(encoder, data, out, schedule, max_length=own.max_length)
     return Conversion(
-        teacher=run_of(f"{task}-minilm-l6", own.teacher),
+        teacher=run_of(f"{task}-minilm-l6", "teacher"),
         data=data,
         out=out,
         unlabelled=texts_for(task) if own.texts_of else None,
@@ -145,9 +143,11 @@ def main(
         raise SystemExit(f"unknown {task!r}: {', '.join(TASKS)}")
     if name not in names_of(task):
         raise SystemExit(f"unknown {name!r}: {', '.join(names_of(task))}")
-    if not (folder := GLUE / TASKS[task].folder).is_dir():
-        raise SystemExit(f"{folder} does not exist: ln -s FOLDER {GLUE}, where FOLDER has GLUE as it ships")
-    if TASKS[task].texts_of:
+    others = TASKS[task].texts_of if name in STUDENTS else ()
+    for each in (task, *others):
+        if not (folder := GLUE / TASKS[each].folder).is_dir():
+            raise SystemExit(f"{folder} does not exist: ln -s FOLDER {GLUE}, where FOLDER has GLUE as it ships")
+    if others:
         write_texts(task)
     make_entry(
         config_of(task, name), f"{task}-minilm-l6", name, epochs=epochs, made_by=f"train/glue_minilm.py {task} {name}"

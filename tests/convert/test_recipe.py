@@ -186,6 +186,9 @@ def test_other_tasks_texts_are_none_of_dev(tmp_path, monkeypatch):
         (tmp_path / folder / f"{split}.tsv").write_text(text)
     glue.write_texts("mrpc")
     assert glue.config_of("mrpc", "2quad-freediv").unlabelled == glue.texts_for("mrpc")
+    (tmp_path / "STS-B").rename(tmp_path / "STS")
+    with pytest.raises(SystemExit, match="STS-B does not exist: ln -s FOLDER"):
+        glue.main("mrpc", "2quad-freediv")
     (table,) = tables.read(glue.texts_for("mrpc")).values()
     assert table.columns == {"sentence1": ('Far, "away".', "Yes."), "sentence2": ("Away.", "No.")}
 
