@@ -52,7 +52,8 @@ def config_of(name: str, data: str, dtype: str) -> FineTuning | Conversion:
         run_of(TEACHER, "teacher"),
         data,
         run_of(TEACHER, name),
-        stage1=dataclasses.replace(Conversion.stage1, epochs=6, learning_rate=1e-4, **few),
+        least_squares_rows=4096,
+        stage1=dataclasses.replace(Conversion.stage1, epochs=6, learning_rate=2e-4, batch_size=16, **few),
         stage2=dataclasses.replace(Conversion.stage2, epochs=1, **few),
         notes=f"Learned from `{data}`, the first of SST-2's rows of train; all are for an accelerator: `--rows 67349`.",
     )

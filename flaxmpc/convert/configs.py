@@ -97,6 +97,9 @@ class Conversion:
             (modelled), bytes=300MB (of all parties), or rounds=200. Attention, activation and LayerNorms are then
             chosen for every layer, from what each part loses in a short training, and what it costs. Of two layers
             in a row one keeps a root after the feed-forward: without, a student diverges.
+        least_squares_rows: the number of training texts on which the student's matrices are solved for before stage 1,
+            layer after layer, so that each gives what the teacher's gives; 0: it starts from the teacher's matrices.
+            It takes minutes, and saves the more of stage 1 the deeper the model is.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
             rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
@@ -130,6 +133,7 @@ class Conversion:
     intermediate_size: int | None = None
     layers_sharing_scores: int | None = None
     budget: str | None = None
+    least_squares_rows: int = 0
     stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
     pieces: float = 0.25
@@ -151,6 +155,10 @@ class Conversion:
         _require_length(self.max_length)
         if self.kept_layers and self.num_hidden_layers is not None:
             raise ValueError("kept_layers says how many layers a student has: leave num_hidden_layers out")
+        if self.least_squares_rows < 0:
+            raise ValueError(f"least_squares_rows is {self.least_squares_rows}: a number of texts, or 0 for none")
+        if self.least_squares_rows and (self.layers_sharing_scores or 1) > 1:
+            raise ValueError("least_squares_rows is for layers that share no scores: leave layers_sharing_scores out")
         if self.budget is None:
             return
         Budget.parse(self.budget)

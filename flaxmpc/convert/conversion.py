@@ -28,6 +28,7 @@ from flaxmpc.convert.head import linear_head
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
 from flaxmpc.convert.search import STEPS, PartNames, near_teacher, search
 from flaxmpc.convert.smaller import layers_kept, sizes, smaller_params
+from flaxmpc.convert.solve import solved
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import SPLITS, Batch, Split, batches
 from flaxmpc.data.matching import matched, named, refuse_other_order
@@ -345,14 +346,21 @@ def _start(
     layers: Sequence[int],
     run: Path,
     some: Sequence[Batch],
+    rows: Split,
 ) -> dict[str, Any]:
-    """The parameters that a student starts from: the teacher's in its size, its own attention calibrated on a batch.
+    """The parameters that a student starts from: the teacher's in its size, its own attention calibrated on a batch,
+    and its matrices solved for on some of the rows, if the config says so.
 
     They go through a folder and back: the student starts with, and keeps, the embeddings as they will be stored.
     """
     given = smaller_params(teacher.model, teacher.params, student.config, layers, some)
     folders.save(run / "start", student, start_student(student, given), config.teacher, **_storage(config))
-    return calibrate.calibrate_attention(student, folders.load(run / "start").params, some[0])
+    params = calibrate.calibrate_attention(student, folders.load(run / "start").params, some[0])
+    if not (count := min(config.least_squares_rows, len(rows))):
+        return params
+    chosen = np.random.default_rng(config.seed).choice(len(rows), count, replace=False)
+    some = list(in_order(rows[np.sort(chosen)], most=student.config.num_positions))
+    return solved(student, params, teacher, layers, some)
 
 
 _Stages = Callable[[str, WithHead, Any, Split], tuple[dict[str, Any], dict[str, float]]]
@@ -453,7 +461,7 @@ def convert(config: Conversion) -> dict[str, Any]:
         norms = _norms(found.layer_norm, len(layers))
     replaced = calibrate.with_norms(replaced, seen, norms)
     student = teacher.model.clone(config=replaced)
-    params = _start(config, student, teacher, layers, run, some)
+    params = _start(config, student, teacher, layers, run, some, material.everything)
     if config.budget is not None:
         params = near_teacher(student, params, teacher, layers, material.train, seed=config.seed, steps=STEPS)
     results |= _figures(task, predict(student, params, task.test), "untrained_")

@@ -16,12 +16,11 @@ from flaxmpc import secure
 from flaxmpc.convert.budget import Budget, Choice, Part, Table, Where, choose, front
 from flaxmpc.convert.calibrate import Attended, Place, calibrated_layer, for_training, ranges
 from flaxmpc.convert.finetune import apply_with_states
+from flaxmpc.convert.layerwise import alone, apart, forward, through, together
 from flaxmpc.data.batches import Batch, Split, batches
 from flaxmpc.models.base import WithHead, param_shapes
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.folder import LoadedModel
-from flaxmpc.models.outputs import EncoderOutput
-from flaxmpc.models.params import flatten, unflatten
 from flaxmpc.nn.activation import ACTIVATIONS
 from flaxmpc.nn.attention import ATTENTION, Calibrated, scalars_of
 from flaxmpc.nn.normalization import CHEBYSHEV, CONSTANT, NORMALIZATIONS, Linear
@@ -201,28 +200,6 @@ def part_costs(
 # ------------------------------------------------------------------------------------------------------- what it loses
 
 
-def _alone(model: WithHead, layer: int, **parts: Any) -> WithHead:
-    """A model of one layer of another, with other parts."""
-    own = model.config
-    kept = {
-        "attention": own.attention_of(layer),
-        "hidden_act": own.hidden_act_of(layer),
-        "layer_norm": own.layer_norms_of(layer),
-    }
-    fields = {name: (part,) for name, part in {**kept, **parts}.items()}
-    return model.clone(config=dataclasses.replace(own, **fields, num_hidden_layers=1))
-
-
-def _through(model: WithHead, layer: Any, rest: Any, hidden: Any, attention_mask: Any) -> EncoderOutput:
-    """A state through the layer of a model of one, whose parameters stand apart."""
-    params = unflatten({**rest, **{f"{model.base_model_prefix}/layer_0/{path}": leaf for path, leaf in layer.items()}})
-    mask = model.config.mask(attention_mask)
-    return model.apply({"params": params}, hidden, mask, method=lambda module, *args: module.encoder.encode(*args))  # pyright: ignore[reportReturnType]
-
-
-_forward: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=16)(
-    lambda model: jax.jit(functools.partial(_through, model))
-)
 _optimizer = optax.adam(_RATE)
 
 
@@ -234,7 +211,7 @@ def _new_step(model: WithHead) -> Callable[..., Any]:
         tokens: Any = (jnp.asarray(batch.attention_mask) * jnp.asarray(batch.row_mask)[:, None])[..., None]
 
         def loss(layer: Any) -> Any:
-            found: Any = _through(model, layer, rest, hidden, jnp.asarray(batch.attention_mask)).hidden
+            found: Any = through(model, layer, rest, hidden, jnp.asarray(batch.attention_mask)).hidden
             return masked_mean(jnp.square(found - wanted), tokens)
 
         changes, moments = _optimizer.update(jax.grad(loss)(layer), moments)
@@ -252,13 +229,7 @@ class _Teacher:
     def __init__(self, loaded: LoadedModel):
         self.model = loaded.model
         self._params = loaded.params
-        flat, prefix = flatten(jax.tree.map(jnp.asarray, dict(loaded.params))), loaded.model.base_model_prefix
-        self.layers = [
-            {path.removeprefix(own): leaf for path, leaf in flat.items() if path.startswith(own)}
-            for own in (f"{prefix}/layer_{layer}/" for layer in range(loaded.model.config.num_hidden_layers))
-        ]
-        inside = tuple(f"{prefix}/{name}" for name in ("layer_", "embeddings/"))
-        self.rest = {path: leaf for path, leaf in flat.items() if not path.startswith(inside)}
+        self.layers, self.rest = apart(loaded.model, loaded.params)
         self._head = jax.jit(functools.partial(self.model.apply, method="head"), static_argnums=2)
 
     def states(self, batch: Batch) -> tuple[Any, ...]:
@@ -269,7 +240,7 @@ class _Teacher:
     def logits(self, hidden: Any, after: int, batch: Batch) -> np.ndarray:
         """Logits (row, label) from the state that a layer gives."""
         for layer in range(after + 1, len(self.layers)):
-            hidden = _forward(_alone(self.model, layer))(
+            hidden = forward(alone(self.model, layer))(
                 self.layers[layer], self.rest, hidden, jnp.asarray(batch.attention_mask)
             ).hidden
         return np.asarray(self._head({"params": self._params}, hidden, True))[batch.row_mask > 0]
@@ -284,7 +255,7 @@ class _Part(NamedTuple):
 
 def _start(teacher: _Teacher, layer: int, batch: Batch, states: Sequence[Any], **parts: Any) -> _Part:
     """A teacher's layer with another part, calibrated on a batch."""
-    model = _alone(teacher.model, layer, **parts)
+    model = alone(teacher.model, layer, **parts)
     config = model.config
     part: Any = config.attention_of(0)
     params = dict(teacher.layers[layer])
@@ -296,7 +267,7 @@ def _start(teacher: _Teacher, layer: int, batch: Batch, states: Sequence[Any], *
         def scores_of(own: Mapping[str, Any]) -> Any:
             changed = params | {f"attention/{name}": leaf for name, leaf in own.items()}
             rest = teacher.rest, states[layer], jnp.asarray(batch.attention_mask)
-            return _forward(model)(changed, *rest).intermediates.scores[0]
+            return forward(model)(changed, *rest).intermediates.scores[0]
 
         own = {path.removeprefix("attention/"): leaf for path, leaf in params.items() if path.startswith("attention/")}
         mask = config.mask(jnp.asarray(batch.attention_mask))
@@ -343,7 +314,7 @@ def part_losses(
         errors = []
         for states, batch, wanted in zip(known, judged, theirs, strict=True):
             inputs = teacher.rest, states[layer], jnp.asarray(batch.attention_mask)
-            hidden = _forward(part.model)(part.params, *inputs).hidden
+            hidden = forward(part.model)(part.params, *inputs).hidden
             errors.append(np.square(teacher.logits(hidden, layer, batch) - wanted))
         return float(np.concatenate(errors).mean() / spread)
 
@@ -422,24 +393,16 @@ def near_teacher(
         student, params: the student as it starts.
         loaded, layers, train, seed, steps: see `part_losses`.
     """
-    teacher, prefix = _Teacher(loaded), student.base_model_prefix
+    teacher, (trained, rest) = _Teacher(loaded), apart(student, params)
     finite = student.clone(config=for_training(student.config))
-    flat = flatten(jax.tree.map(jnp.asarray, dict(params)))
-    inside = tuple(f"{prefix}/{name}" for name in ("layer_", "embeddings/"))
-    rest = {path: leaf for path, leaf in flat.items() if not path.startswith(inside)}
     before = (0, *(layer + 1 for layer in layers[:-1]))
-    trained = [
-        {path.removeprefix(own): leaf for path, leaf in flat.items() if path.startswith(own)}
-        for own in (f"{prefix}/layer_{i}/" for i in range(len(layers)))
-    ]
     moments = [_optimizer.init(own) for own in trained]
     for batch in track(_drawn(train, np.random.default_rng(seed), steps), description="layers alone"):
         states = teacher.states(batch)
         for i, layer in enumerate(layers):
-            step = _step(_alone(finite, i))
+            step = _step(alone(finite, i))
             trained[i], moments[i] = step(trained[i], moments[i], rest, states[before[i]], states[layer + 1], batch)
-    own = {f"{prefix}/layer_{i}/{path}": leaf for i, layer in enumerate(trained) for path, leaf in layer.items()}
-    return unflatten(jax.device_get({**flat, **own}))
+    return together(student, params, trained)
 
 
 # ---------------------------------------------------------------------------------------------------------- the search

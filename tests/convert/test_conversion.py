@@ -183,6 +183,19 @@ def test_a_student_may_be_smaller_than_its_teacher(teacher_of, data, tmp_path):
         convert(dataclasses.replace(config, num_attention_heads=2))
 
 
+def test_a_student_starts_nearer_where_its_matrices_are_solved_for(teacher, student, data, tmp_path):
+    config = conversion(teacher, data, tmp_path / "solved", least_squares_rows=10**6, **UNTRAINED)
+    results = convert(config)
+    assert results["untrained_accuracy"] > json.loads((student / "results.json").read_text())["untrained_accuracy"]
+    assert json.loads((config.out / "recipe.json").read_text())["least_squares_rows"] == 10**6
+    with pytest.raises(ValueError, match=r"^least_squares_rows is -1: a number of texts, or 0 for none$"):
+        dataclasses.replace(config, least_squares_rows=-1)
+    with pytest.raises(
+        ValueError, match=r"^least_squares_rows is for layers that share no scores: leave layers_sharing"
+    ):
+        dataclasses.replace(config, layers_sharing_scores=2)
+
+
 def test_a_students_layers_may_share_scores(teacher_of, data, tmp_path):
     teacher = teacher_of(2)
     config = conversion(teacher, data, tmp_path / "shared", layers_sharing_scores=2, aby3_sentences=2)

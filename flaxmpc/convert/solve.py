@@ -1,0 +1,175 @@
+"""Solves for a student's matrices, layer after layer, so that each layer gives what its teacher's gives.
+
+A student starts from its teacher's matrices, but these were trained for other parts: a square gives other numbers than
+a GELU. Of every dense layer it is known what it gets, from the layers before it, and what it should give, from the
+teacher. So its best matrix is that of a least-squares problem, and training goes on from there.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from flaxmpc.convert.calibrate import Attended, calibrated_layer, for_training
+from flaxmpc.convert.layerwise import alone, apart, forward, through, together
+from flaxmpc.data.batches import Batch
+from flaxmpc.models.base import WithHead
+from flaxmpc.models.folder import LoadedModel
+from flaxmpc.nn.attention import Calibrated
+from flaxmpc.nn.layers import Dense, Norm
+
+_RIDGE = 1e-3  # of the mean square of what a dense layer gets
+
+# The dense layers of a block, those that can be solved for at once together. Each is to give what the teacher's gives;
+# or, where a LayerNorm is named, what it adds to the residual is to make the sum that the teacher's LayerNorm gets.
+_ORDER: tuple[Mapping[str, str | None], ...] = (
+    {"attention/query": None, "attention/key": None, "attention/value": None},
+    {"attention/output": "attention_layer_norm"},
+    {"intermediate": None},
+    {"output": "output_layer_norm"},
+)
+
+
+def solved(
+    student: WithHead,
+    params: Mapping[str, Any],
+    teacher: LoadedModel,
+    layers: Sequence[int],
+    batches: Sequence[Batch],
+) -> dict[str, Any]:
+    """A student's parameters, with the matrices of its layers solved for, and its attention calibrated again.
+
+    A layer gets what the layers before it give as they were solved for, so it mends their errors as far as it can.
+
+    Args:
+        student, params: the student as it starts.
+        teacher: whose layers are to be matched.
+        layers: those that the student's are matched with, in their order.
+        batches: the rows that it is solved on: many more tokens than a matrix has rows.
+
+    Raises:
+        FloatingPointError: what a dense layer gets is not finite on these rows.
+    """
+    finite = student.clone(config=for_training(student.config))
+    ours, theirs = apart(student, params), apart(teacher.model, teacher.params)
+    masks = [jnp.asarray(batch.attention_mask) for batch in batches]
+    counts = [mask * jnp.asarray(batch.row_mask)[:, None] for mask, batch in zip(masks, batches, strict=True)]
+    states = [_embedded(finite, params, batch) for batch in batches]
+    wanted = [_embedded(teacher.model, teacher.params, batch) for batch in batches]
+    passed = 0
+    for i, own in enumerate(track(ours.own, description="least squares")):
+        for layer in range(passed, layers[i]):
+            wanted = _through(teacher.model, layer, theirs, wanted, masks)
+        model, matched = alone(finite, i), alone(teacher.model, layers[i])
+        for group, names in enumerate(_ORDER):
+            known = own, ours.rest, theirs.own[layers[i]], theirs.rest
+            totals: Any = None
+            for batch in zip(states, wanted, masks, counts, strict=True):
+                found = jax.tree.map(np.float64, _sums(model, matched, group)(*known, *batch))
+                totals = found if totals is None else jax.tree.map(np.add, totals, found)
+            for name, (gram, product) in totals.items():
+                if not (np.isfinite(gram).all() and np.isfinite(product).all()):
+                    raise FloatingPointError(
+                        f"layer {i} of the student can't be solved for: what {name} gets is not finite on some text"
+                    )
+                change = np.linalg.solve(gram + _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), product)
+                own[f"{name}/kernel"] += change[:-1].astype(np.float32)
+                own[f"{name}/bias"] += change[-1].astype(np.float32)
+            if "attention/query" in names:
+                own |= _calibrated(model, own, ours.rest, states[0], masks[0], counts[0])
+        states = _through(finite, i, ours, states, masks)
+        wanted = _through(teacher.model, layers[i], theirs, wanted, masks)
+        passed = layers[i] + 1
+    return together(student, params, ours.own)
+
+
+def _embedded(model: WithHead, params: Mapping[str, Any], batch: Batch) -> Any:
+    """The embeddings that the layers get, (batch, token, hidden)."""
+    ids, mask, types = batch.inputs
+    return _embed(model)({"params": params}, ids, types, mask)
+
+
+_embed: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=4)(
+    lambda model: jax.jit(functools.partial(model.apply, method="embed"))
+)
+
+
+def _through(model: WithHead, layer: int, layers: Any, states: Sequence[Any], masks: Sequence[Any]) -> list[Any]:
+    """States through a layer of a model."""
+    step = forward(alone(model, layer))
+    pairs = zip(states, masks, strict=True)
+    return [step(layers.own[layer], layers.rest, state, mask).hidden for state, mask in pairs]
+
+
+def _met(
+    model: WithHead, own: Mapping[str, Any], rest: Mapping[str, Any], hidden: Any, mask: Any
+) -> dict[str, tuple[Any, Any]]:
+    """What every dense layer and every LayerNorm of a layer gets and gives, by their paths in it."""
+    found: dict[str, tuple[Any, Any]] = {}
+
+    def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        gives = call(*args, **kwargs)
+        if isinstance(context.module, (Dense, Norm)) and context.method_name == "__call__":
+            _, _, *path = context.module.path
+            found["/".join(path)] = args[0], gives
+        return gives
+
+    with nn.intercept_methods(watch):
+        through(model, own, rest, hidden, mask)
+    return found
+
+
+def _new_sums(model: WithHead, teacher: WithHead, group: int) -> Callable[..., Any]:
+    """Makes what sums, over the tokens of a batch, the products that the least squares of `_ORDER[group]` need.
+
+    It gives by the dense layer's name: the products of what it gets, and a 1 for its bias, with itself (n, n); and with
+    what its output lacks (n, features). Sums are compared as a LayerNorm sees them, in the teacher's deviations.
+    """
+
+    @jax.jit
+    def sums(own: Any, rest: Any, their_own: Any, their_rest: Any, hidden: Any, wanted: Any, mask: Any, counts: Any):
+        ours, theirs = _met(model, own, rest, hidden, mask), _met(teacher, their_own, their_rest, wanted, mask)
+        found = {}
+        for name, norm in _ORDER[group].items():
+            if name not in ours or ours[name][1].shape != theirs[name][1].shape:
+                continue  # a layer has no queries of its own, or fewer features than the teacher's
+            weight: Any = counts[..., None]
+            if norm is None:
+                lacks = theirs[name][1] - ours[name][1]
+            else:
+                goal = theirs[norm][0]
+                lacks = goal - ours[norm][0]
+                weight = weight / jnp.maximum(goal.var(-1, keepdims=True), 1e-6)
+            given = jnp.concatenate([ours[name][0], jnp.ones_like(weight)], -1)
+            given, lacks = given.reshape(-1, given.shape[-1]), lacks.reshape(-1, lacks.shape[-1])
+            weighted = (given * weight.reshape(-1, 1)).T
+            found[name] = weighted @ given, weighted @ lacks
+        return found
+
+    return sums
+
+
+_sums: Callable[..., Callable[..., Any]] = functools.lru_cache(maxsize=16)(_new_sums)
+
+
+def _calibrated(model: WithHead, own: Mapping[str, Any], rest: Any, hidden: Any, mask: Any, counts: Any) -> Any:
+    """The parameters of an attention, whose scores have changed, with its part's scalars set again."""
+    part = model.config.attention_of(0)
+    if not isinstance(part, Calibrated):
+        return {}
+    used = np.asarray(counts)[:, 0] > 0
+    hidden, mask = hidden[used], mask[used]
+
+    def scores_of(changed: Mapping[str, Any]) -> Any:
+        layer = {**own, **{f"attention/{name}": leaf for name, leaf in changed.items()}}
+        return forward(model)(layer, rest, hidden, mask).intermediates.scores[0]
+
+    attention = {path.removeprefix("attention/"): leaf for path, leaf in own.items() if path.startswith("attention/")}
+    attended = Attended(hidden, scores_of(attention), scores_of, model.config.mask(mask))
+    found = calibrated_layer(part, attention, attended, model.config)
+    return {f"attention/{name}": leaf for name, leaf in found.items()}
