@@ -26,7 +26,7 @@ from flaxmpc.nn.layers import Dense, Norm
 _RIDGE = 1e-3  # of the mean square of what a dense layer gets
 
 # The dense layers of a block, those that can be solved for at once together. Each is to give what the teacher's gives;
-# or, where a LayerNorm is named, what it adds to the residual is to make the sum that the teacher's LayerNorm gets.
+# or, where a LayerNorm is named, what its output and the residual make is to be what the teacher's LayerNorm gets.
 _ORDER: tuple[Mapping[str, str | None], ...] = (
     {"attention/query": None, "attention/key": None, "attention/value": None},
     {"attention/output": "attention_layer_norm"},
@@ -65,27 +65,38 @@ def solved(
     for i, own in enumerate(track(ours.own, description="least squares")):
         for layer in range(passed, layers[i]):
             wanted = _through(teacher.model, layer, theirs, wanted, masks)
+        passed = layers[i] + 1
         model, matched = alone(finite, i), alone(teacher.model, layers[i])
+        goals, wanted = zip(
+            *(
+                _goals(matched)(theirs.own[layers[i]], theirs.rest, state, mask)
+                for state, mask in zip(wanted, masks, strict=True)
+            ),
+            strict=True,
+        )
         for group, names in enumerate(_ORDER):
-            known = own, ours.rest, theirs.own[layers[i]], theirs.rest
             totals: Any = None
-            for batch in zip(states, wanted, masks, counts, strict=True):
-                found = jax.tree.map(np.float64, _sums(model, matched, group)(*known, *batch))
+            for batch in zip(states, goals, masks, counts, strict=True):
+                found = jax.tree.map(np.float64, _sums(model, group)(own, ours.rest, *batch))
                 totals = found if totals is None else jax.tree.map(np.add, totals, found)
-            for name, (gram, product) in totals.items():
-                if not (np.isfinite(gram).all() and np.isfinite(product).all()):
+            for name, sums in totals.items():
+                if not all(np.isfinite(each).all() for each in sums):
                     raise FloatingPointError(
                         f"layer {i} of the student can't be solved for: what {name} gets is not finite on some text"
                     )
-                change = np.linalg.solve(gram + _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), product)
-                own[f"{name}/kernel"] += change[:-1].astype(np.float32)
-                own[f"{name}/bias"] += change[-1].astype(np.float32)
+                own |= _nearest(name, own, *sums)
             if "attention/query" in names:
                 own |= _calibrated(model, own, ours.rest, states[0], masks[0], counts[0])
         states = _through(finite, i, ours, states, masks)
-        wanted = _through(teacher.model, layers[i], theirs, wanted, masks)
-        passed = layers[i] + 1
     return together(student, params, ours.own)
+
+
+def _nearest(name: str, own: Mapping[str, Any], gram: np.ndarray, product: np.ndarray) -> dict[str, Any]:
+    """A dense layer's parameters by least squares, with a ridge: what the rows do not tell stays as it was."""
+    start = np.concatenate([own[f"{name}/kernel"], own[f"{name}/bias"][None]]).astype(np.float64)
+    ridge = _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+    found = (start + np.linalg.solve(gram + ridge, product - gram @ start)).astype(np.float32)
+    return {f"{name}/kernel": found[:-1], f"{name}/bias": found[-1]}
 
 
 def _embedded(model: WithHead, params: Mapping[str, Any], batch: Batch) -> Any:
@@ -124,31 +135,47 @@ def _met(
     return found
 
 
-def _new_sums(model: WithHead, teacher: WithHead, group: int) -> Callable[..., Any]:
+def _new_goals(teacher: WithHead) -> Callable[..., Any]:
+    """Makes what computes a teacher's layer: the goals of `_ORDER`, by the dense layers' names, and its output."""
+
+    @jax.jit
+    def goals(own: Any, rest: Any, hidden: Any, mask: Any):
+        met = _met(teacher, own, rest, hidden, mask)
+        wanted = {
+            name: met[name][1] if norm is None else met[norm][0] for names in _ORDER for name, norm in names.items()
+        }
+        return wanted, met["output_layer_norm"][1]
+
+    return goals
+
+
+_goals: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=16)(_new_goals)
+
+
+def _new_sums(model: WithHead, group: int) -> Callable[..., Any]:
     """Makes what sums, over the tokens of a batch, the products that the least squares of `_ORDER[group]` need.
 
     It gives by the dense layer's name: the products of what it gets, and a 1 for its bias, with itself (n, n); and with
-    what its output lacks (n, features). Sums are compared as a LayerNorm sees them, in the teacher's deviations.
+    what it should give (n, features). Sums are compared as a LayerNorm sees them, in the teacher's deviations.
     """
 
     @jax.jit
-    def sums(own: Any, rest: Any, their_own: Any, their_rest: Any, hidden: Any, wanted: Any, mask: Any, counts: Any):
-        ours, theirs = _met(model, own, rest, hidden, mask), _met(teacher, their_own, their_rest, wanted, mask)
+    def sums(own: Any, rest: Any, hidden: Any, goals: Any, mask: Any, counts: Any):
+        met = _met(model, own, rest, hidden, mask)
+        residual = {"attention/output": hidden, "output": met["attention_layer_norm"][1]}
         found = {}
-        for name, norm in _ORDER[group].items():
-            if name not in ours or ours[name][1].shape != theirs[name][1].shape:
-                continue  # a layer has no queries of its own, or fewer features than the teacher's
+        for name in _ORDER[group]:
+            goal = goals[name]
+            if met[name][1].shape != goal.shape:
+                continue  # a student's feed-forward may have fewer features
             weight: Any = counts[..., None]
-            if norm is None:
-                lacks = theirs[name][1] - ours[name][1]
-            else:
-                goal = theirs[norm][0]
-                lacks = goal - ours[norm][0]
+            if name in residual:
                 weight = weight / jnp.maximum(goal.var(-1, keepdims=True), 1e-6)
-            given = jnp.concatenate([ours[name][0], jnp.ones_like(weight)], -1)
-            given, lacks = given.reshape(-1, given.shape[-1]), lacks.reshape(-1, lacks.shape[-1])
+                goal = goal - residual[name]
+            given = jnp.concatenate([met[name][0], jnp.ones_like(weight)], -1)
+            given, goal = given.reshape(-1, given.shape[-1]), goal.reshape(-1, goal.shape[-1])
             weighted = (given * weight.reshape(-1, 1)).T
-            found[name] = weighted @ given, weighted @ lacks
+            found[name] = weighted @ given, weighted @ goal
         return found
 
     return sums
