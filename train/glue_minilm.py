@@ -24,6 +24,7 @@ from entries import RUNS, make_entry, run_of
 
 from flaxmpc import files
 from flaxmpc.convert.configs import Conversion, FineTuning
+from flaxmpc.convert.distill import Stage
 from flaxmpc.convert.recipe import minilm_l6
 from flaxmpc.data.glue import GLUE as COLUMNS
 from flaxmpc.training.fit import Schedule
@@ -62,6 +63,8 @@ TASKS = {
 # The second is of tasks with an intermediate.
 TEACHERS = ("teacher", "teacher/from-intermediate")
 
+_NONE = Stage(epochs=0, learning_rate=1.0)
+
 # What a student has in place of the teacher's parts, by the name of the entry; after a slash, another run of it.
 STUDENTS: dict[str, dict[str, Any]] = {
     "2quad-freediv": {},
@@ -73,6 +76,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "softmax": {"attention": "softmax"},
     "2quad": {"attention": "2quad"},
     "2quad-freediv/3-layers": {"num_hidden_layers": 3},
+    "2quad-freediv/no-training": {"least_squares_rows": 16384, "stage1": _NONE, "stage2": _NONE},
 }
 
 
@@ -116,15 +120,12 @@ def config_of(task: str, name: str) -> FineTuning | Conversion:
         encoder = minilm_l6() if name == "teacher" else run_of(f"{own.intermediate}-minilm-l6", "teacher")
         schedule = Schedule(epochs=own.epochs, learning_rate=5e-5)
         return FineTuning(encoder, data, out, schedule, max_length=own.max_length)
-    return Conversion(
-        teacher=run_of(f"{task}-minilm-l6", "teacher"),
-        data=data,
-        out=out,
-        unlabelled=texts_for(task) if own.texts_of else None,
-        stage1=dataclasses.replace(Conversion.stage1, epochs=own.stage1_epochs),
-        max_length=own.max_length,
-        **STUDENTS[name],
-    )
+    fields: dict[str, Any] = {
+        "unlabelled": texts_for(task) if own.texts_of else None,
+        "stage1": dataclasses.replace(Conversion.stage1, epochs=own.stage1_epochs),
+        "max_length": own.max_length,
+    }
+    return Conversion(run_of(f"{task}-minilm-l6", "teacher"), data, out, **{**fields, **STUDENTS[name]})
 
 
 def main(

@@ -29,10 +29,7 @@ def teacher_of(name: str, layers: int = 2) -> LoadedModel:
     size = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 24}
     rest = {"vocab_size": 40, "max_position_embeddings": 24, "initializer_range": 0.5, "id2label": tuple("ab")}
     model = family.models[0](family.config(**size, **rest))
-    flat = flatten(jax.device_get(init_params(model, seed=1)))
-    rng = np.random.default_rng(0)
-    moved = {path: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in flat.items()}
-    return LoadedModel(model, unflatten(moved), None, None)  # pyright: ignore[reportArgumentType]
+    return LoadedModel(model, moved(jax.device_get(init_params(model, seed=1)), 0.3), None, None)  # pyright: ignore[reportArgumentType]
 
 
 def distances(student, params, teacher: LoadedModel, split: Split, layers=None) -> list[float]:
@@ -64,23 +61,23 @@ def test_every_layer_comes_nearer_to_its_teachers(name):
     assert all("/layer_" in path and "layer_norm" not in path for path in changed)
 
 
-def test_a_student_that_is_its_teacher_stays_it():
+def moved(params, by: float):
+    rng = np.random.default_rng(2)
+    flat = flatten(params)
+    return unflatten({path: leaf + by * rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in flat.items()})
+
+
+def test_a_student_that_is_its_teacher_stays_it_and_padding_counts_for_nothing():
+    """Nor does what only fills a batch up."""
     teacher = teacher_of("BertForSequenceClassification")
-    found = solved(teacher.model, teacher.params, teacher, range(2), list(in_order(rows(300, 0), most=22)))
-    for path, leaf in flatten(found).items():
+    some = rows(120, 0)
+    one, many = (list(in_order(some, batch_size=size, most=22)) for size in (120, 50))
+    for path, leaf in flatten(solved(teacher.model, teacher.params, teacher, range(2), one)).items():
         np.testing.assert_allclose(leaf, flatten(teacher.params)[path], atol=1e-3)
-
-
-def test_padding_and_what_only_fills_a_batch_up_count_for_nothing():
-    teacher = teacher_of("BertForSequenceClassification")
-    student = teacher.model.clone(config=dataclasses.replace(teacher.model.config, hidden_act="quad"))
-    start, some = start_student(student, teacher.params), rows(120, 0)
-    one, many = (
-        flatten(solved(student, start, teacher, range(2), list(in_order(some, batch_size=size, most=22))))
-        for size in (120, 50)
-    )
-    for path, leaf in one.items():
-        np.testing.assert_allclose(leaf, many[path], atol=1e-3)
+    start = moved(teacher.params, 0.05)
+    whole, parted = (flatten(solved(teacher.model, start, teacher, range(2), batches)) for batches in (one, many))
+    for path, leaf in whole.items():
+        np.testing.assert_allclose(leaf, parted[path], atol=5e-3)
 
 
 def test_a_smaller_student():
