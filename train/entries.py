@@ -29,12 +29,16 @@ def make_entry(config: FineTuning | Conversion, teacher: str, name: str, *, epoc
     Args:
         config: what it is made by.
         epochs: of every stage, in place of the config's: to see that it runs; the zoo is left as it is.
+
+    Raises:
+        SystemExit: it can't be made, for the reason that it names.
     """
-    if epochs is not None:
-        make(with_epochs(config, epochs))
-        return
-    make(config)
-    publish(teacher, name, shipped=False, made_by=made_by)
+    try:
+        make(config if epochs is None else with_epochs(config, epochs))
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(str(error)) from error
+    if epochs is None:
+        publish(teacher, name, shipped=False, made_by=made_by)
 
 
 def publish(teacher: str, name: str, *, shipped: bool, made_by: str) -> None:

@@ -189,6 +189,9 @@ def test_other_tasks_texts_are_none_of_dev(tmp_path, monkeypatch):
     (tmp_path / "STS-B").rename(tmp_path / "STS")
     with pytest.raises(SystemExit, match="STS-B does not exist: ln -s FOLDER"):
         glue.main("mrpc", "2quad-freediv")
+    monkeypatch.setattr(sys.modules["entries"], "RUNS", tmp_path)
+    with pytest.raises(SystemExit, match=r"stsb-minilm-l6"):
+        glue.main("rte", "teacher/from-intermediate")
     (table,) = tables.read(glue.texts_for("mrpc")).values()
     assert table.columns == {"sentence1": ('Far, "away".', "Yes."), "sentence2": ("Away.", "No.")}
 
