@@ -40,6 +40,7 @@ class Task:
         folder: the name of its folder in GLUE.
         epochs, stage1_epochs: of the teacher's fine-tuning, and of a student's first stage.
         max_length: the number of tokens that a text is cut at.
+        least_squares_rows: the rows that a student's matrices are solved for on; 0: they are the teacher's.
         texts_of: the tasks whose texts a student's first stage learns from, beside its own.
         intermediate: another task, whose teacher `teacher/from-intermediate` starts from.
     """
@@ -48,6 +49,7 @@ class Task:
     epochs: int
     stage1_epochs: int
     max_length: int = 64
+    least_squares_rows: int = 0
     texts_of: tuple[str, ...] = ()
     intermediate: str | None = None
 
@@ -55,9 +57,9 @@ class Task:
 TASKS = {
     "sst2": Task("SST-2", epochs=2, stage1_epochs=2),
     "mrpc": Task("MRPC", epochs=5, stage1_epochs=8, max_length=128, texts_of=("rte", "stsb")),
-    "cola": Task("CoLA", epochs=6, stage1_epochs=3, texts_of=("sst2",)),
-    "rte": Task("RTE", epochs=8, stage1_epochs=6, max_length=128, texts_of=("stsb", "mrpc"), intermediate="stsb"),
-    "stsb": Task("STS-B", epochs=6, stage1_epochs=5, max_length=128, texts_of=("rte", "mrpc")),
+    "cola": Task("CoLA", epochs=6, stage1_epochs=3, least_squares_rows=8192, texts_of=("sst2",)),
+    "rte": Task("RTE", 8, 6, max_length=128, least_squares_rows=2048, texts_of=("stsb", "mrpc"), intermediate="stsb"),
+    "stsb": Task("STS-B", 6, 5, max_length=128, least_squares_rows=2048, texts_of=("rte", "mrpc")),
 }
 
 # The second is of tasks with an intermediate.
@@ -75,7 +77,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "softmax-freediv/seed-2": {"attention": "softmax_freediv", "seed": 2},
     "softmax": {"attention": "softmax"},
     "2quad": {"attention": "2quad"},
-    "2quad-freediv/3-layers": {"num_hidden_layers": 3},
+    "2quad-freediv/3-layers": {"num_hidden_layers": 3, "least_squares_rows": 8192},
     "2quad-freediv/no-training": {"least_squares_rows": 16384, "stage1": _NONE, "stage2": _NONE},
 }
 
@@ -123,6 +125,7 @@ def config_of(task: str, name: str) -> FineTuning | Conversion:
     fields: dict[str, Any] = {
         "unlabelled": texts_for(task) if own.texts_of else None,
         "stage1": dataclasses.replace(Conversion.stage1, epochs=own.stage1_epochs),
+        "least_squares_rows": own.least_squares_rows,
         "max_length": own.max_length,
     }
     return Conversion(run_of(f"{task}-minilm-l6", "teacher"), data, out, **{**fields, **STUDENTS[name]})
