@@ -66,14 +66,10 @@ def solved(
         for layer in range(passed, layers[i]):
             wanted = _through(teacher.model, layer, theirs, wanted, masks)
         passed = layers[i] + 1
-        model, matched = alone(finite, i), alone(teacher.model, layers[i])
-        goals, wanted = zip(
-            *(
-                _goals(matched)(theirs.own[layers[i]], theirs.rest, state, mask)
-                for state, mask in zip(wanted, masks, strict=True)
-            ),
-            strict=True,
-        )
+        model, matched = alone(finite, i), _goals(alone(teacher.model, layers[i]))
+        pairs = zip(wanted, masks, strict=True)
+        met = [matched(theirs.own[layers[i]], theirs.rest, state, mask) for state, mask in pairs]
+        goals, wanted = ([each[part] for each in met] for part in (0, 1))
         for group, names in enumerate(_ORDER):
             totals: Any = None
             for batch in zip(states, goals, masks, counts, strict=True):
@@ -175,7 +171,8 @@ def _new_sums(model: WithHead, group: int) -> Callable[..., Any]:
             given = jnp.concatenate([met[name][0], jnp.ones_like(weight)], -1)
             given, goal = given.reshape(-1, given.shape[-1]), goal.reshape(-1, goal.shape[-1])
             weighted = (given * weight.reshape(-1, 1)).T
-            found[name] = weighted @ given, weighted @ goal
+            # On an accelerator products are rounded more by default, and of these small differences are taken.
+            found[name] = tuple(jnp.matmul(weighted, each, precision="highest") for each in (given, goal))
         return found
 
     return sums
