@@ -1,6 +1,5 @@
 """How figures look: a colour for every variant, ticks, and what stands above them. The rest is in flaxmpc.mplstyle."""
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,14 +86,8 @@ def titled(made: "Figure", what: str, records: Sequence[dict[str, Any]]) -> "Fig
 
 
 def draw(plot: Callable[[Any], "Figure"], records: Any, stem: str | Path) -> None:
-    """Saves what `plot` makes of records as STEM.png and STEM.svg; with a palette a PNG is a quarter as large."""
+    """Saves what `plot` makes of records as STEM.svg."""
     from matplotlib import style
-    from PIL import Image
 
     with style.context(_STYLE):
-        made = plot(records)
-        png = io.BytesIO()
-        made.savefig(png, dpi=150)
-        palette = Image.open(png).convert("RGB").quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        palette.save(f"{stem}.png", optimize=True)
-        made.savefig(f"{stem}.svg", metadata={"Date": None})
+        plot(records).savefig(f"{stem}.svg", metadata={"Date": None})
