@@ -1,5 +1,6 @@
 """How figures look: a colour for every variant, ticks, and what stands above them. The rest is in flaxmpc.mplstyle."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -90,4 +91,6 @@ def draw(plot: Callable[[Any], "Figure"], records: Any, stem: str | Path) -> Non
     from matplotlib import style
 
     with style.context(_STYLE):
-        plot(records).savefig(f"{stem}.svg", metadata={"Date": None})
+        made = plot(records)
+        made.savefig(io.BytesIO(), dpi=150)  # a layout settles with its second drawing
+        made.savefig(f"{stem}.svg", metadata={"Date": None})

@@ -2,7 +2,8 @@
 
 A student starts from its teacher's matrices, but these were trained for other parts: a square gives other numbers than
 a GELU. Of every dense layer it is known what it gets, from the layers before it, and what it should give, from the
-teacher. So its best matrix is that of a least-squares problem, and training goes on from there.
+teacher. So its best matrix is that of a least-squares problem, and training goes on from there. It is how pruned and
+quantized layers are mended without training, one after the other (Optimal Brain Compression, arXiv 2208.11580, eq. 1).
 """
 
 import functools
