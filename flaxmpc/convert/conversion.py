@@ -351,16 +351,20 @@ def _start(
     """The parameters that a student starts from: the teacher's in its size, its own attention calibrated on a batch,
     and its matrices solved for on some of the rows, if the config says so.
 
-    They go through a folder and back: the student starts with, and keeps, the embeddings as they will be stored.
+    They go through a folder and back: the student starts with, and keeps, the embeddings as they will be stored. What
+    was solved for is kept for a run that goes on.
     """
     given = smaller_params(teacher.model, teacher.params, student.config, layers, some)
     folders.save(run / "start", student, start_student(student, given), config.teacher, **_storage(config))
     params = calibrate.calibrate_attention(student, folders.load(run / "start").params, some[0])
     if not (count := min(config.least_squares_rows, len(rows))):
         return params
-    chosen = np.random.default_rng(config.seed).choice(len(rows), count, replace=False)
-    some = list(in_order(rows[np.sort(chosen)], most=student.config.num_positions))
-    return solved(student, params, teacher, layers, some)
+    kept = run / "solved"
+    if not (kept / "config.json").is_file():  # it is written last
+        chosen = np.random.default_rng(config.seed).choice(len(rows), count, replace=False)
+        some = list(in_order(rows[np.sort(chosen)], most=student.config.num_positions))
+        folders.save(kept, student, solved(student, params, teacher, layers, some), config.teacher)
+    return folders.load(kept).params
 
 
 _Stages = Callable[[str, WithHead, Any, Split], tuple[dict[str, Any], dict[str, float]]]

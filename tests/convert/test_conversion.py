@@ -183,11 +183,14 @@ def test_a_student_may_be_smaller_than_its_teacher(teacher_of, data, tmp_path):
         convert(dataclasses.replace(config, num_attention_heads=2))
 
 
-def test_a_student_starts_nearer_where_its_matrices_are_solved_for(teacher, student, data, tmp_path):
+def test_a_student_starts_nearer_where_its_matrices_are_solved_for(teacher, student, data, tmp_path, monkeypatch):
     config = conversion(teacher, data, tmp_path / "solved", least_squares_rows=10**6, **UNTRAINED)
     results = convert(config)
     assert results["untrained_accuracy"] > json.loads((student / "results.json").read_text())["untrained_accuracy"]
     assert json.loads((config.out / "recipe.json").read_text())["least_squares_rows"] == 10**6
+    (config.out / "recipe.json").unlink()
+    monkeypatch.setattr(conversion_module, "solved", None)  # a run that goes on has them
+    assert convert(config) == results
     with pytest.raises(ValueError, match=r"^least_squares_rows is -1: a number of texts, or 0 for none$"):
         dataclasses.replace(config, least_squares_rows=-1)
     with pytest.raises(
