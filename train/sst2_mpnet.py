@@ -53,7 +53,9 @@ def config_of(name: str, data: str, dtype: str) -> FineTuning | Conversion:
         data,
         run_of(TEACHER, name),
         least_squares_rows=4096,
-        stage1=dataclasses.replace(Conversion.stage1, epochs=6, learning_rate=2e-4, batch_size=16, **few),
+        stage1=dataclasses.replace(
+            Conversion.stage1, epochs=6, learning_rate=5e-5, batch_size=16, logit_weight=0.1, range_weight=0.1, **few
+        ),
         stage2=dataclasses.replace(Conversion.stage2, epochs=1, **few),
         notes=f"Learned from `{data}`, the first of SST-2's rows of train; all are for an accelerator: `--rows 67349`.",
     )

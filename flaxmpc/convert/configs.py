@@ -99,8 +99,8 @@ class Conversion:
             in a row one keeps a root after the feed-forward: without, a student diverges.
         least_squares_rows: the number of training texts on which the student's matrices are solved for before stage 1,
             layer after layer, so that each gives what the teacher's gives; 0: it starts from the teacher's matrices.
-            It takes minutes, and saves the more of stage 1 the deeper the model is. Some 40 bytes are held for every
-            token and feature: of base size, for 4,096 short texts, 2 GB.
+            It takes minutes; of twelve layers a high rate in stage 1 throws that start away. Some 40 bytes are held for
+            every token and feature: of base size, for 4,096 short texts, 2 GB.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
             rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
