@@ -40,7 +40,7 @@ class Task:
         folder: the name of its folder in GLUE.
         epochs, stage1_epochs: of the teacher's fine-tuning, and of a student's first stage.
         max_length: the number of tokens that a text is cut at.
-        least_squares_rows: the rows that a student's matrices are solved for on; 0: they are the teacher's.
+        least_squares_rows: of a student, see `Conversion`.
         texts_of: the tasks whose texts a student's first stage learns from, beside its own.
         intermediate: another task, whose teacher `teacher/from-intermediate` starts from.
     """

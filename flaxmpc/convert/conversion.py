@@ -364,7 +364,10 @@ def _start(
         chosen = np.random.default_rng(config.seed).choice(len(rows), count, replace=False)
         some = list(in_order(rows[np.sort(chosen)], most=student.config.num_positions))
         folders.save(kept, student, solved(student, params, teacher, layers, some), config.teacher)
-    return folders.load(kept).params
+    try:
+        return folders.load(kept).params
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{kept} is damaged: remove it, and the matrices are solved for again") from error
 
 
 _Stages = Callable[[str, WithHead, Any, Split], tuple[dict[str, Any], dict[str, float]]]

@@ -191,6 +191,11 @@ def test_a_student_starts_nearer_where_its_matrices_are_solved_for(teacher, stud
     (config.out / "recipe.json").unlink()
     monkeypatch.setattr(conversion_module, "solved", None)  # a run that goes on has them
     assert convert(config) == results
+    for damaged, content in (("config.json", b"{}"), ("model.safetensors", b"half of it")):
+        (config.out / "recipe.json").unlink(missing_ok=True)
+        (tmp_path / "solved.run" / "solved" / damaged).write_bytes(content)
+        with pytest.raises(ValueError, match=r"solved is damaged: remove it, and the matrices are solved for again$"):
+            convert(config)
     with pytest.raises(ValueError, match=r"^least_squares_rows is -1: a number of texts, or 0 for none$"):
         dataclasses.replace(config, least_squares_rows=-1)
     with pytest.raises(
