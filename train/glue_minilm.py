@@ -66,6 +66,7 @@ TASKS = {
 TEACHERS = ("teacher", "teacher/from-intermediate")
 
 _NONE = Stage(epochs=0, learning_rate=1.0)
+_LAYERS_ALONE = dataclasses.replace(Conversion.stage0, epochs=2)
 
 # What a student has in place of the teacher's parts, by the name of the entry; after a slash, another run of it.
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "softmax-freediv/seed-2": {"attention": "softmax_freediv", "seed": 2},
     "softmax": {"attention": "softmax"},
     "2quad": {"attention": "2quad"},
-    "2quad-freediv/3-layers": {"num_hidden_layers": 3, "least_squares_rows": 8192},
+    "2quad-freediv/3-layers": {"num_hidden_layers": 3, "least_squares_rows": 16384, "stage0": _LAYERS_ALONE},
     "2quad-freediv/no-training": {"least_squares_rows": 16384, "stage1": _NONE, "stage2": _NONE},
 }
 
@@ -109,8 +110,12 @@ def _letters(text: str) -> str:
 
 def names_of(task: str) -> tuple[str, ...]:
     """The names of a task's entries, and of other runs of them."""
-    teachers = TEACHERS if TASKS[task].intermediate else TEACHERS[:1]
-    return (*teachers, *STUDENTS)
+    return (*teachers_of(task), *STUDENTS)
+
+
+def teachers_of(task: str) -> tuple[str, ...]:
+    """The names of a task's teachers. The last is the students'."""
+    return TEACHERS if TASKS[task].intermediate else TEACHERS[:1]
 
 
 def config_of(task: str, name: str) -> FineTuning | Conversion:
@@ -126,9 +131,11 @@ def config_of(task: str, name: str) -> FineTuning | Conversion:
         "unlabelled": texts_for(task) if own.texts_of else None,
         "stage1": dataclasses.replace(Conversion.stage1, epochs=own.stage1_epochs),
         "least_squares_rows": own.least_squares_rows,
+        "stage0": _LAYERS_ALONE if own.least_squares_rows else Conversion.stage0,
         "max_length": own.max_length,
     }
-    return Conversion(run_of(f"{task}-minilm-l6", "teacher"), data, out, **{**fields, **STUDENTS[name]})
+    teacher = run_of(f"{task}-minilm-l6", teachers_of(task)[-1])
+    return Conversion(teacher, data, out, **{**fields, **STUDENTS[name]})
 
 
 def main(

@@ -52,9 +52,10 @@ def config_of(name: str, data: str, dtype: str) -> FineTuning | Conversion:
         run_of(TEACHER, "teacher"),
         data,
         run_of(TEACHER, name),
-        least_squares_rows=4096,
+        least_squares_rows=8192,
+        stage0=dataclasses.replace(Conversion.stage0, epochs=2, **few),
         stage1=dataclasses.replace(
-            Conversion.stage1, epochs=6, learning_rate=5e-5, batch_size=16, logit_weight=0.1, range_weight=0.1, **few
+            Conversion.stage1, epochs=6, learning_rate=1e-4, batch_size=16, logit_weight=0.1, range_weight=0.1, **few
         ),
         stage2=dataclasses.replace(Conversion.stage2, epochs=1, **few),
         notes=f"Learned from `{data}`, the first of SST-2's rows of train; all are for an accelerator: `--rows 67349`.",

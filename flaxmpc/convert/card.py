@@ -276,6 +276,9 @@ def _method(recipe: Mapping[str, Any]) -> str:
     if "schedule" in recipe:
         return f"Fine-tuned {_schedule(recipe['schedule'])}. `recipe.json` is the resolved config."
     lines = []
+    if rows := recipe.get("least_squares_rows"):
+        alone = f", then trained alone; {_schedule(recipe['stage0'])}" if recipe["stage0"]["epochs"] else ""
+        lines.append(f"- layer after layer on {rows:,} texts at most: solved for by least squares{alone}")
     for name in ("stage1", "stage2"):
         stage = recipe[name]
         if stage["epochs"]:

@@ -97,10 +97,11 @@ class Conversion:
             (modelled), bytes=300MB (of all parties), or rounds=200. Attention, activation and LayerNorms are then
             chosen for every layer, from what each part loses in a short training, and what it costs. Of two layers
             in a row one keeps a root after the feed-forward: without, a student diverges.
-        least_squares_rows: the number of training texts on which the student's matrices are solved for before stage 1,
-            layer after layer, so that each gives what the teacher's gives; 0: it starts from the teacher's matrices.
-            It takes minutes; of twelve layers a high rate in stage 1 throws that start away. Some 40 bytes are held for
-            every token and feature: of base size, for 4,096 short texts, 2 GB.
+        least_squares_rows: the number of training texts on which the student starts layer after layer, so that each
+            gives what the teacher's gives: its matrices are solved for, then it is trained alone (stage 0). 0: it
+            starts from the teacher's matrices. Some 40 bytes are held for every token and feature: of base size, for
+            4,096 short texts, 2 GB.
+        stage0: how long and how fast each layer is trained alone; by default its matrices are solved for, no more.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the
             rate: mostly on logits a student comes nearer to its teacher on the rows it learns from, and on no others.
@@ -135,6 +136,7 @@ class Conversion:
     layers_sharing_scores: int | None = None
     budget: str | None = None
     least_squares_rows: int = 0
+    stage0: Schedule = Schedule(epochs=0, learning_rate=7e-4, batch_size=16)
     stage1: Stage = Stage(epochs=8, learning_rate=3e-4, hidden_weight=1.0, range_weight=0.3)
     stage2: Stage = Stage(epochs=1, learning_rate=3e-5, hidden_weight=1.0, logit_weight=0.1, range_weight=0.1)
     pieces: float = 0.25
@@ -160,6 +162,8 @@ class Conversion:
             raise ValueError(f"least_squares_rows is {self.least_squares_rows}: a number of texts, or 0 for none")
         if self.least_squares_rows and (self.layers_sharing_scores or 1) > 1:
             raise ValueError("least_squares_rows is for layers that share no scores: leave layers_sharing_scores out")
+        if self.stage0.epochs and not self.least_squares_rows:
+            raise ValueError("stage0 trains layers that were solved for: say on how many texts, by least_squares_rows")
         if self.budget is None:
             return
         Budget.parse(self.budget)

@@ -28,7 +28,7 @@ from flaxmpc.convert.head import linear_head
 from flaxmpc.convert.runs import alone, done, recipe, run_folder, unfinished
 from flaxmpc.convert.search import STEPS, PartNames, near_teacher, search
 from flaxmpc.convert.smaller import layers_kept, sizes, smaller_params
-from flaxmpc.convert.solve import solved
+from flaxmpc.convert.stage0 import layer_by_layer
 from flaxmpc.data import tasks
 from flaxmpc.data.batches import SPLITS, Batch, Split, batches
 from flaxmpc.data.matching import matched, named, refuse_other_order
@@ -349,25 +349,19 @@ def _start(
     rows: Split,
 ) -> dict[str, Any]:
     """The parameters that a student starts from: the teacher's in its size, its own attention calibrated on a batch,
-    and its matrices solved for on some of the rows, if the config says so.
+    brought near the teacher on some of the rows, if the config says so.
 
-    They go through a folder and back: the student starts with, and keeps, the embeddings as they will be stored. What
-    was solved for is kept for a run that goes on.
+    They go through a folder and back: the student starts with, and keeps, the embeddings as they will be stored.
     """
     given = smaller_params(teacher.model, teacher.params, student.config, layers, some)
     folders.save(run / "start", student, start_student(student, given), config.teacher, **_storage(config))
     params = calibrate.calibrate_attention(student, folders.load(run / "start").params, some[0])
     if not (count := min(config.least_squares_rows, len(rows))):
         return params
-    kept = run / "solved"
-    if not (kept / "config.json").is_file():  # it is written last
-        chosen = np.random.default_rng(config.seed).choice(len(rows), count, replace=False)
-        some = list(in_order(rows[np.sort(chosen)], most=student.config.num_positions))
-        folders.save(kept, student, solved(student, params, teacher, layers, some), config.teacher)
-    try:
-        return folders.load(kept).params
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{kept} is damaged: remove it, and the matrices are solved for again") from error
+    chosen = np.random.default_rng(config.seed).choice(len(rows), count, replace=False)
+    return layer_by_layer(
+        student, params, teacher, layers, rows[np.sort(chosen)], config.stage0, run / "stage0", seed=config.seed
+    )
 
 
 _Stages = Callable[[str, WithHead, Any, Split], tuple[dict[str, Any], dict[str, float]]]

@@ -136,11 +136,13 @@ class Teacher:
         if not self.kept:
             return Targets(batch, *self._apply(self._params, batch))
         tokens = batch.input_ids.shape[1]
-        logits = _padded([self._logits[index] for index in batch.place], batch.row_mask, tokens)
+        logits = padded_states([self._logits[index] for index in batch.place], batch.row_mask, tokens)
         if not (self._with_states or self._with_scores):
             return Targets(batch, logits, None)
         rows = [self._states[index] for index in batch.place]
-        return Targets(batch, logits, jax.tree.map(lambda *leaves: _padded(leaves, batch.row_mask, tokens), *rows))
+        return Targets(
+            batch, logits, jax.tree.map(lambda *leaves: padded_states(leaves, batch.row_mask, tokens), *rows)
+        )
 
 
 def _cut(leaf: np.ndarray, n: int) -> np.ndarray:
@@ -148,7 +150,8 @@ def _cut(leaf: np.ndarray, n: int) -> np.ndarray:
     return leaf if leaf.ndim == 1 else leaf[:n] if leaf.ndim == 2 else leaf[:, :n, :n]
 
 
-def _padded(leaves: Sequence[np.ndarray], row_mask: np.ndarray, tokens: int) -> np.ndarray:
+def padded_states(leaves: Sequence[np.ndarray], row_mask: np.ndarray, tokens: int) -> np.ndarray:
+    """The logits, states or scores of the rows of a batch, one array; 0 on padding, and for rows that only fill up."""
     first = leaves[0]
     shape = {1: first.shape, 2: (tokens, first.shape[-1]), 3: (first.shape[0], tokens, tokens)}[first.ndim]
     out = np.zeros((len(leaves), *shape), np.float32)

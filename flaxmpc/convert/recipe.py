@@ -40,8 +40,10 @@ def make(config: FineTuning | Conversion) -> dict[str, Any]:
 
 
 def with_epochs(config: _Config, epochs: int) -> _Config:
-    """The same config with so many epochs in every stage."""
-    stages = ("schedule",) if isinstance(config, FineTuning) else ("stage1", "stage2")
+    """The same config with so many epochs in every stage; stage 0 stays left out where it is."""
+    stages = ("schedule",)
+    if isinstance(config, Conversion):
+        stages = ("stage0", "stage1", "stage2") if config.stage0.epochs else ("stage1", "stage2")
     return dataclasses.replace(
         config, **{stage: dataclasses.replace(getattr(config, stage), epochs=epochs) for stage in stages}
     )

@@ -106,11 +106,15 @@ def completed(found: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """The fields of a config that are of a plain type and have a default, as JSON holds them."""
-    fields = {field.name: field.default for field in dataclasses.fields(config)}
-    plain = (str, int, float, bool, tuple, type(None))
-    named = {name: value for name, value in fields.items() if isinstance(value, plain)}
-    return {name: value for name, value in json.loads(json.dumps(named)).items() if name not in _NOWHERE}
+    """The fields of a config that are of a plain type, or a schedule, and have a default, as JSON holds them."""
+    found = {}
+    for field in dataclasses.fields(config):
+        own: Any = field.default
+        if dataclasses.is_dataclass(own):
+            own = dataclasses.asdict(own)  # pyright: ignore[reportArgumentType]
+        if isinstance(own, (str, int, float, bool, tuple, dict, type(None))) and field.name not in _NOWHERE:
+            found[field.name] = own
+    return json.loads(json.dumps(found))
 
 
 def unfinished(config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Solves for a student's matrices, layer after layer, so that each layer gives what its teacher's gives.
+"""Solves for the matrices of a student's layer, so that it gives what its teacher's gives.
 
 A student starts from its teacher's matrices, but these were trained for other parts: a square gives other numbers than
 a GELU. Of every dense layer it is known what it gets, from the layers before it, and what it should give, from the
@@ -16,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from flaxmpc.convert.calibrate import Attended, calibrated_layer, for_training
-from flaxmpc.convert.layerwise import alone, apart, forward, through, together
-from flaxmpc.data.batches import Batch
+from flaxmpc.convert.calibrate import Attended, calibrated_layer
+from flaxmpc.convert.layerwise import forward, through
 from flaxmpc.models.base import WithHead
-from flaxmpc.models.folder import LoadedModel
 from flaxmpc.nn.attention import Calibrated
 from flaxmpc.nn.layers import Dense, Norm
 
@@ -37,55 +35,44 @@ _ORDER: tuple[Mapping[str, str | None], ...] = (
 
 
 def solved(
-    student: WithHead,
-    params: Mapping[str, Any],
-    teacher: LoadedModel,
-    layers: Sequence[int],
-    batches: Sequence[Batch],
+    model: WithHead,
+    start: Mapping[str, Any],
+    rest: Mapping[str, Any],
+    states: Sequence[Any],
+    goals: Sequence[Any],
+    masks: Sequence[Any],
+    counts: Sequence[Any],
+    name: str,
 ) -> dict[str, Any]:
-    """A student's parameters, with the matrices of its layers solved for, and its attention calibrated again.
-
-    A layer gets what the layers before it give as they were solved for, so it mends their errors as far as it can.
+    """The parameters of a student's layer, with its matrices solved for, and its attention calibrated again.
 
     Args:
-        student, params: the student as it starts.
-        teacher: whose layers are to be matched.
-        layers: those that the student's are matched with, in their order.
-        batches: the rows that it is solved on: many more tokens than a matrix has rows.
+        model, start, rest: a model of this layer, its parameters, and those beside, see `flaxmpc.convert.layerwise`.
+        states: what it gets in each batch, (batch, token, hidden): of many more tokens than a matrix has rows.
+        goals: what its dense layers are to give, see `goals_of`.
+        masks: which tokens each text of a batch has, (batch, token).
+        counts: which of them count, (batch, token).
+        name: the layer's, for the progress and for messages.
 
     Raises:
-        FloatingPointError: what a dense layer gets is not finite on these rows.
+        FloatingPointError: what a dense layer gets is not finite.
     """
-    finite = student.clone(config=for_training(student.config))
-    ours, theirs = apart(student, params), apart(teacher.model, teacher.params)
-    masks = [jnp.asarray(batch.attention_mask) for batch in batches]
-    counts = [mask * jnp.asarray(batch.row_mask)[:, None] for mask, batch in zip(masks, batches, strict=True)]
-    states = [_embedded(finite, params, batch) for batch in batches]
-    wanted = [_embedded(teacher.model, teacher.params, batch) for batch in batches]
-    passed = 0
-    for i, own in enumerate(track(ours.own, description="least squares")):
-        for layer in range(passed, layers[i]):
-            wanted = _through(teacher.model, layer, theirs, wanted, masks)
-        passed = layers[i] + 1
-        model, matched = alone(finite, i), _goals(alone(teacher.model, layers[i]))
-        pairs = zip(wanted, masks, strict=True)
-        met = [matched(theirs.own[layers[i]], theirs.rest, state, mask) for state, mask in pairs]
-        goals, wanted = ([each[part] for each in met] for part in (0, 1))
-        for group, names in enumerate(_ORDER):
-            totals: Any = None
-            for batch in zip(states, goals, masks, counts, strict=True):
-                found = jax.tree.map(np.float64, _sums(model, group)(own, ours.rest, *batch))
-                totals = found if totals is None else jax.tree.map(np.add, totals, found)
-            for name, sums in totals.items():
-                if not all(np.isfinite(each).all() for each in sums):
-                    raise FloatingPointError(
-                        f"layer {i} of the student can't be solved for: what {name} gets is not finite on some text"
-                    )
-                own |= _nearest(name, own, *sums)
-            if "attention/query" in names:
-                own |= _calibrated(model, own, ours.rest, states[0], masks[0], counts[0])
-        states = _through(finite, i, ours, states, masks)
-    return together(student, params, ours.own)
+    own = dict(start)
+    parts = [(group, batch) for group in range(len(_ORDER)) for batch in range(len(states))]
+    totals: Any = None
+    for group, batch in track(parts, description=f"{name}, least squares"):
+        given = states[batch], goals[batch], masks[batch], counts[batch]
+        found = jax.tree.map(np.float64, _sums(model, group)(own, rest, *given))
+        totals = jax.tree.map(np.add, totals, found) if batch else found
+        if batch + 1 < len(states):
+            continue
+        for path, sums in totals.items():
+            if not all(np.isfinite(each).all() for each in sums):
+                raise FloatingPointError(f"{name} can't be solved for: what {path} gets is not finite on some text")
+            own |= _nearest(path, own, *sums)
+        if "attention/query" in _ORDER[group]:
+            own |= _calibrated(model, own, rest, states[0], masks[0], counts[0])
+    return own
 
 
 def _nearest(name: str, own: Mapping[str, Any], gram: np.ndarray, product: np.ndarray) -> dict[str, Any]:
@@ -94,24 +81,6 @@ def _nearest(name: str, own: Mapping[str, Any], gram: np.ndarray, product: np.nd
     ridge = _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
     found = (start + np.linalg.solve(gram + ridge, product - gram @ start)).astype(np.float32)
     return {f"{name}/kernel": found[:-1], f"{name}/bias": found[-1]}
-
-
-def _embedded(model: WithHead, params: Mapping[str, Any], batch: Batch) -> Any:
-    """The embeddings that the layers get, (batch, token, hidden)."""
-    ids, mask, types = batch.inputs
-    return _embed(model)({"params": params}, ids, types, mask)
-
-
-_embed: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=4)(
-    lambda model: jax.jit(functools.partial(model.apply, method="embed"))
-)
-
-
-def _through(model: WithHead, layer: int, layers: Any, states: Sequence[Any], masks: Sequence[Any]) -> list[Any]:
-    """States through a layer of a model."""
-    step = forward(alone(model, layer))
-    pairs = zip(states, masks, strict=True)
-    return [step(layers.own[layer], layers.rest, state, mask).hidden for state, mask in pairs]
 
 
 def _met(
@@ -133,20 +102,20 @@ def _met(
 
 
 def _new_goals(teacher: WithHead) -> Callable[..., Any]:
-    """Makes what computes a teacher's layer: the goals of `_ORDER`, by the dense layers' names, and its output."""
+    """Makes what computes a teacher's layer: the goals of `_ORDER`, by the dense layers' names."""
 
     @jax.jit
     def goals(own: Any, rest: Any, hidden: Any, mask: Any):
         met = _met(teacher, own, rest, hidden, mask)
-        wanted = {
-            name: met[name][1] if norm is None else met[norm][0] for names in _ORDER for name, norm in names.items()
-        }
-        return wanted, met["output_layer_norm"][1]
+        every = [pair for names in _ORDER for pair in names.items()]
+        return {name: met[name][1] if norm is None else met[norm][0] for name, norm in every}
 
     return goals
 
 
-_goals: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=16)(_new_goals)
+goals_of: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=16)(_new_goals)
+"""(model of one of a teacher's layers) -> (layer, rest, hidden, attention mask) -> what a student's dense layers are to
+give in its place, by their names; compiled once for a model."""
 
 
 def _new_sums(model: WithHead, group: int) -> Callable[..., Any]:

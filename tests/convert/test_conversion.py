@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load, load_file, save
 
 from flaxmpc import files
-from flaxmpc.convert import card
+from flaxmpc.convert import card, stage0
 from flaxmpc.convert import conversion as conversion_module
 from flaxmpc.convert.configs import Conversion, FineTuning
 from flaxmpc.convert.conversion import convert, finetune_encoder
@@ -183,19 +183,19 @@ def test_a_student_may_be_smaller_than_its_teacher(teacher_of, data, tmp_path):
         convert(dataclasses.replace(config, num_attention_heads=2))
 
 
-def test_a_student_starts_nearer_where_its_matrices_are_solved_for(teacher, student, data, tmp_path, monkeypatch):
-    config = conversion(teacher, data, tmp_path / "solved", least_squares_rows=10**6, **UNTRAINED)
+def test_a_student_starts_nearer_layer_after_layer(teacher, student, data, tmp_path, monkeypatch):
+    alone = Schedule(epochs=1, learning_rate=1e-3, batch_size=8)
+    config = conversion(teacher, data, tmp_path / "nearer", least_squares_rows=10**6, stage0=alone, **UNTRAINED)
     results = convert(config)
     assert results["untrained_accuracy"] > json.loads((student / "results.json").read_text())["untrained_accuracy"]
-    assert json.loads((config.out / "recipe.json").read_text())["least_squares_rows"] == 10**6
+    recipe = json.loads((config.out / "recipe.json").read_text())
+    assert recipe["least_squares_rows"] == 10**6
+    assert recipe["stage0"]["learning_rate"] == 1e-3
     (config.out / "recipe.json").unlink()
-    monkeypatch.setattr(conversion_module, "solved", None)  # a run that goes on has them
+    monkeypatch.setattr(stage0, "solved", None)  # a run that goes on has them
     assert convert(config) == results
-    for damaged, content in (("config.json", b"{}"), ("model.safetensors", b"half of it")):
-        (config.out / "recipe.json").unlink(missing_ok=True)
-        (tmp_path / "solved.run" / "solved" / damaged).write_bytes(content)
-        with pytest.raises(ValueError, match=r"solved is damaged: remove it, and the matrices are solved for again$"):
-            convert(config)
+    with pytest.raises(ValueError, match=r"^stage0 trains layers that were solved for: .* by least_squares_rows$"):
+        dataclasses.replace(config, least_squares_rows=0)
     with pytest.raises(ValueError, match=r"^least_squares_rows is -1: a number of texts, or 0 for none$"):
         dataclasses.replace(config, least_squares_rows=-1)
     with pytest.raises(

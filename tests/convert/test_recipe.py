@@ -127,6 +127,7 @@ def test_every_entry_of_minilm_on_glue_differs_from_the_others():
     assert len({config.out for config in configs}) == len(configs)
     started = glue.config_of("rte", "teacher/from-intermediate")
     assert started.encoder == glue.config_of("stsb", "teacher").out
+    assert glue.config_of("rte", "2quad-freediv").teacher == started.out
     # MRPC has texts in common with STS-B.
     for task, name, message in (
         ("sst", "teacher", "unknown 'sst': sst2, "),
@@ -322,7 +323,9 @@ def test_shipped_recipes_are_those_of_the_scripts():
 def test_epochs_go_to_every_stage():
     config = Conversion(Path("teacher"), "movie", Path("out"))
     changed = recipe.with_epochs(config, 7)
-    assert (changed.stage1.epochs, changed.stage2.epochs) == (7, 7)
+    assert (changed.stage0.epochs, changed.stage1.epochs, changed.stage2.epochs) == (0, 7, 7)
+    alone = dataclasses.replace(config, least_squares_rows=9, stage0=Schedule(epochs=2, learning_rate=1e-3))
+    assert recipe.with_epochs(alone, 7).stage0 == Schedule(epochs=7, learning_rate=1e-3)
     assert changed.stage1.hidden_weight == config.stage1.hidden_weight
     teacher = FineTuning(Path("encoder"), "movie", Path("out"), Schedule(epochs=3, learning_rate=1e-3))
     assert recipe.with_epochs(teacher, 2).schedule == Schedule(epochs=2, learning_rate=1e-3)
