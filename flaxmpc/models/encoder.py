@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from flaxmpc.models.config import EncoderConfig
 from flaxmpc.models.outputs import EncoderOutput
 from flaxmpc.nn.attention import ATTENTION
-from flaxmpc.nn.layers import Dense, Norm, PostNormBlock
+from flaxmpc.nn.layers import Dense, Norm, PostNormBlock, param
 from flaxmpc.nn.lazy import Lazy, State, force
 from flaxmpc.nn.mask import Mask
 from flaxmpc.nn.normalization import EXACT
@@ -68,7 +68,7 @@ class TokenEmbeddings(nn.Module):
 
         def table(name: str, rows: int) -> Any:
             initial = nn.initializers.normal(config.initializer_range)
-            return self.param(name, initial, (rows, config.embedding_width), self.param_dtype)
+            return param(self, name, initial, (rows, config.embedding_width))
 
         self.word_embeddings = table("word_embeddings", config.vocab_size)
         self.position_embeddings = table("position_embeddings", config.max_position_embeddings)

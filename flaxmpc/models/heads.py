@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from flaxmpc.models.base import ANSWERS, TEXTS, TOKENS, WORDS, WithHead, first_token
 from flaxmpc.nn.activation import ACTIVATIONS, ActivationPart
-from flaxmpc.nn.layers import activate
+from flaxmpc.nn.layers import activate, param
 from flaxmpc.nn.lazy import State, force
 
 
@@ -90,7 +90,7 @@ class TiedOutput(nn.Module):
 
     @nn.compact
     def __call__(self, products: Array) -> Array:
-        return products + self.param("bias", nn.initializers.zeros, (self.vocab_size,), self.param_dtype)
+        return products + param(self, "bias", nn.initializers.zeros, (self.vocab_size,))
 
 
 class MaskedLMHead(WithHead):

@@ -22,6 +22,7 @@ from flaxmpc.models.heads import (
     MaskedLMHead,
     TokenHead,
 )
+from flaxmpc.nn.layers import param
 
 # The distance from which on all are alike.
 _FARTHEST = 128
@@ -80,7 +81,7 @@ class RelativeBias(nn.Module):
         config, n = self.config, num_tokens
         most, heads, count = config.num_positions, config.num_attention_heads, config.relative_attention_num_buckets
         initial = nn.initializers.normal(config.initializer_range)
-        table = jnp.asarray(self.param("table", initial, (count, heads), self.param_dtype))
+        table = jnp.asarray(param(self, "table", initial, (count, heads)))
         by_distance_HxD = table[buckets(np.arange(1 - most, most + 1), count)].T
         near_HxD = by_distance_HxD[:, most - n : most + n]  # from 1 - n to n
         # In rows of one number more than there are, each starts one distance later: row r has those from r + 1 - n on.
