@@ -38,7 +38,7 @@ def param(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> An
         return module.param(name, init, shape, getattr(module, "param_dtype"))  # noqa: B009
     value = module.get_variable("params", name)
     if jnp.shape(value) != shape:
-        raise ScopeParamShapeError(name, "/".join(module.path), shape, jnp.shape(value))
+        raise ScopeParamShapeError(name, "/" + "/".join(module.path), shape, jnp.shape(value))
     return value
 
 

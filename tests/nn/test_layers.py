@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 
 from flaxmpc import secure
 from flaxmpc.nn.activation import ACTIVATIONS
@@ -122,6 +123,17 @@ def test_dense(mask):
     variables = params_of(module, X)
     plain: Any = applied(module, variables, jnp.asarray(value_of(state), jnp.float32))
     close(value_of(applied(module, variables, state)), plain)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("module", [Dense(3), Norm()], ids=["dense", "norm"])
+def test_parameters_of_another_shape_are_refused(module):
+    """A bias of one number would be added to every feature."""
+    right = params_of(module, X)["params"]
+    for name, leaf in right.items():
+        for shape in ((1,), (*leaf.shape[:-1], leaf.shape[-1] + 1)):
+            wrong = {"params": {**right, name: jnp.ones(shape)}}
+            with pytest.raises(ScopeParamShapeError, match=rf'for parameter "{name}"'):
+                module.apply(wrong, X)
 
 
 @pytest.mark.parametrize(
