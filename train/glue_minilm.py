@@ -59,7 +59,7 @@ TASKS = {
     "mrpc": Task("MRPC", epochs=5, stage1_epochs=8, max_length=128, texts_of=("rte", "stsb")),
     "cola": Task("CoLA", epochs=6, stage1_epochs=3, least_squares_rows=8192, texts_of=("sst2",)),
     "rte": Task("RTE", 8, 6, max_length=128, least_squares_rows=4096, texts_of=("stsb", "mrpc"), intermediate="stsb"),
-    "stsb": Task("STS-B", 6, 5, max_length=128, least_squares_rows=2048, texts_of=("rte", "mrpc")),
+    "stsb": Task("STS-B", 6, 4, max_length=128, least_squares_rows=8192, texts_of=("rte", "mrpc")),
 }
 
 # The second is of tasks with an intermediate.

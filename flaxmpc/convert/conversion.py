@@ -346,7 +346,7 @@ def _start(
     layers: Sequence[int],
     run: Path,
     some: Sequence[Batch],
-    rows: Split,
+    material: _Material,
 ) -> dict[str, Any]:
     """The parameters that a student starts from: the teacher's in its size, its own attention calibrated on a batch,
     brought near the teacher on some of the rows, if the config says so.
@@ -356,12 +356,16 @@ def _start(
     given = smaller_params(teacher.model, teacher.params, student.config, layers, some)
     folders.save(run / "start", student, start_student(student, given), config.teacher, **_storage(config))
     params = calibrate.calibrate_attention(student, folders.load(run / "start").params, some[0])
-    if not (count := min(config.least_squares_rows, len(rows))):
+    if not (count := config.least_squares_rows):
         return params
-    chosen = np.random.default_rng(config.seed).choice(len(rows), count, replace=False)
-    return layer_by_layer(
-        student, params, teacher, layers, rows[np.sort(chosen)], config.stage0, run / "stage0", seed=config.seed
-    )
+    rows = _drawn(material, count, config.seed)
+    return layer_by_layer(student, params, teacher, layers, rows, config.stage0, run / "stage0", seed=config.seed)
+
+
+def _drawn(material: _Material, count: int, seed: int) -> Split:
+    """So many rows, of the task's own where there are as many; or all there are."""
+    rows = material.train if count <= len(material.train) else material.everything
+    return rows[np.sort(np.random.default_rng(seed).choice(len(rows), min(count, len(rows)), replace=False))]
 
 
 _Stages = Callable[[str, WithHead, Any, Split], tuple[dict[str, Any], dict[str, float]]]
@@ -462,7 +466,7 @@ def convert(config: Conversion) -> dict[str, Any]:
         norms = _norms(found.layer_norm, len(layers))
     replaced = calibrate.with_norms(replaced, seen, norms)
     student = teacher.model.clone(config=replaced)
-    params = _start(config, student, teacher, layers, run, some, material.everything)
+    params = _start(config, student, teacher, layers, run, some, material)
     if config.budget is not None:
         params = near_teacher(student, params, teacher, layers, material.train, seed=config.seed, steps=STEPS)
     results |= _figures(task, predict(student, params, task.test), "untrained_")

@@ -25,6 +25,7 @@ from flaxmpc.convert.evaluate import evaluate
 from flaxmpc.convert.finetune import first_bad_layer, in_order
 from flaxmpc.convert.recipe import make
 from flaxmpc.data import tasks
+from flaxmpc.data.batches import Split
 from flaxmpc.models import folder as folders
 from flaxmpc.models.params import flatten
 from flaxmpc.training import fit
@@ -202,6 +203,21 @@ def test_a_student_starts_nearer_layer_after_layer(teacher, student, data, tmp_p
         ValueError, match=r"^least_squares_rows is for layers that share no scores: leave layers_sharing"
     ):
         dataclasses.replace(config, layers_sharing_scores=2)
+
+
+def test_it_starts_on_the_tasks_own_texts_where_they_are_as_many():
+    own, more = (
+        Split([[2, number, 3] for number in numbers], np.zeros(10, int)) for numbers in (range(10), range(10, 20))
+    )
+    material = conversion_module._Material(None, True, own, own, own + more, {})  # pyright: ignore[reportArgumentType]
+    for count in (1, 7, 10):
+        found = {row[1] for row in conversion_module._drawn(material, count, 0).input_ids}
+        assert len(found) == count
+        assert max(found) < 10
+    for count in (11, 20, 500):
+        found = {row[1] for row in conversion_module._drawn(material, count, 0).input_ids}
+        assert len(found) == min(count, 20)
+        assert max(found) >= 10
 
 
 def test_a_students_layers_may_share_scores(teacher_of, data, tmp_path):

@@ -163,15 +163,19 @@ def test_mpnet_on_sst2_learns_from_the_rows_that_it_is_told(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match=r"mpnet-base does not exist: python train/mpnet_base\.py"):
         mpnet.main("teacher")
     monkeypatch.chdir(tmp_path)
-    assert mpnet.some_rows(5) == "sst2=sst2-5"
+    monkeypatch.setattr(mpnet, "UNLABELLED", 12)
+    data, texts = mpnet.some_rows(5)
+    assert data == "sst2=sst2-5"
+    assert texts.read_text().splitlines() == ["sentence", *(f"text {number}" for number in range(5, 17))]
+    assert mpnet.some_rows(20)[1] is None
     assert (tmp_path / "sst2-5" / "train.tsv").read_text() == "sentence\tlabel\n" + "".join(rows[:5])
     for count in (21, 0, -5):
         with pytest.raises(SystemExit, match=rf"--rows {count}: .*train\.tsv has 20; some of them, or all"):
             mpnet.some_rows(count)
         assert not (tmp_path / f"sst2-{count}").exists()
-    student = mpnet.config_of("2quad-freediv", "sst2=sst2-5", "float32")
-    assert student.teacher == mpnet.config_of("teacher", "sst2=sst2-5", "float32").out
-    assert student.stage1.epochs == 6
+    student = mpnet.config_of("2quad-freediv", data, texts, "float32")
+    assert student.teacher == mpnet.config_of("teacher", data, texts, "float32").out
+    assert student.unlabelled == texts
 
 
 def test_other_tasks_texts_are_none_of_dev(tmp_path, monkeypatch):
