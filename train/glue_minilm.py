@@ -57,8 +57,8 @@ class Task:
 TASKS = {
     "sst2": Task("SST-2", epochs=2, stage1_epochs=2),
     "mrpc": Task("MRPC", epochs=5, stage1_epochs=8, max_length=128, texts_of=("rte", "stsb")),
-    "cola": Task("CoLA", epochs=6, stage1_epochs=3, least_squares_rows=8192, texts_of=("sst2",)),
-    "rte": Task("RTE", 8, 6, max_length=128, least_squares_rows=4096, texts_of=("stsb", "mrpc"), intermediate="stsb"),
+    "cola": Task("CoLA", epochs=6, stage1_epochs=1, least_squares_rows=8192, texts_of=("sst2",)),
+    "rte": Task("RTE", 8, 4, max_length=128, least_squares_rows=4096, texts_of=("stsb", "mrpc"), intermediate="stsb"),
     "stsb": Task("STS-B", 6, 4, max_length=128, least_squares_rows=8192, texts_of=("rte", "mrpc")),
 }
 
