@@ -79,7 +79,12 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "softmax": {"attention": "softmax"},
     "2quad": {"attention": "2quad"},
     "2quad-freediv/3-layers": {"num_hidden_layers": 3, "least_squares_rows": 16384, "stage0": _LAYERS_ALONE},
-    "2quad-freediv/no-training": {"least_squares_rows": 16384, "stage1": _NONE, "stage2": _NONE},
+    "2quad-freediv/stage-0-alone": {
+        "least_squares_rows": 16384,
+        "stage0": _LAYERS_ALONE,
+        "stage1": _NONE,
+        "stage2": _NONE,
+    },
 }
 
 
