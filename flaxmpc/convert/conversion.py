@@ -347,6 +347,7 @@ def _start(
     run: Path,
     some: Sequence[Batch],
     material: _Material,
+    ranges: calibrate.Ranges | None,
 ) -> dict[str, Any]:
     """The parameters that a student starts from: the teacher's in its size, its own attention calibrated on a batch,
     brought near the teacher on some of the rows, if the config says so.
@@ -359,7 +360,9 @@ def _start(
     if not (count := config.least_squares_rows):
         return params
     rows = _drawn(material, count, config.seed)
-    return layer_by_layer(student, params, teacher, layers, rows, config.stage0, run / "stage0", seed=config.seed)
+    return layer_by_layer(
+        student, params, teacher, layers, rows, ranges, config.stage0, run / "stage0", seed=config.seed
+    )
 
 
 def _drawn(material: _Material, count: int, seed: int) -> Split:
@@ -466,13 +469,13 @@ def convert(config: Conversion) -> dict[str, Any]:
         norms = _norms(found.layer_norm, len(layers))
     replaced = calibrate.with_norms(replaced, seen, norms)
     student = teacher.model.clone(config=replaced)
-    params = _start(config, student, teacher, layers, run, some, material)
+    ranged = any(isinstance(norm, Ranged) for norm in norms.values())
+    ranges = calibrate.ranges(seen) if ranged else None
+    params = _start(config, student, teacher, layers, run, some, material, ranges)
     if config.budget is not None:
         params = near_teacher(student, params, teacher, layers, material.train, seed=config.seed, steps=STEPS)
     results |= _figures(task, predict(student, params, task.test), "untrained_")
 
-    ranged = any(isinstance(norm, Ranged) for norm in norms.values())
-    ranges = calibrate.ranges(seen) if ranged else None
     distilled = _stages(config, teacher, material, layers, ranges, run)
     params, figures = distilled("stage1", student, params, material.everything)
     results |= figures

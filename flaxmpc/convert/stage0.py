@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmpc.convert.calibrate import for_training
+from flaxmpc.convert.calibrate import Ranges, for_training
 from flaxmpc.convert.distill import padded_states
 from flaxmpc.convert.finetune import computing, epoch_batches, in_order
 from flaxmpc.convert.layerwise import Layers, alone, apart, forward, through, together
@@ -25,7 +25,9 @@ from flaxmpc.models.folder import LoadedModel
 from flaxmpc.models.params import flatten
 from flaxmpc.training.checkpoint import Checkpoints
 from flaxmpc.training.fit import Loss, Objective, Schedule, fit
-from flaxmpc.training.losses import masked_mean
+from flaxmpc.training.losses import masked_mean, range_loss
+
+_RANGE_WEIGHT = 0.1
 
 
 def layer_by_layer(
@@ -34,6 +36,7 @@ def layer_by_layer(
     teacher: LoadedModel,
     layers: Sequence[int],
     rows: Split,
+    ranges: Ranges | None,
     schedule: Schedule,
     folder: Path,
     *,
@@ -49,6 +52,8 @@ def layer_by_layer(
         teacher: whose layers are to be matched.
         layers: those that the student's are matched with, in their order.
         rows: the texts that it is done on: many more tokens than a matrix has rows.
+        ranges: that its LayerNorms' variances are to stay in: what a LayerNorm gives does not tell how large what it
+            gets is, so that training alone leaves them. None: any.
         schedule: how long and how fast each layer is trained; with 0 epochs it is solved for alone.
         folder: the folder of this stage: checkpoints, and of each layer's training a folder.
         seed: of the order of the rows.
@@ -83,10 +88,12 @@ def layer_by_layer(
                 ours.own[i] = solved(model, ours.own[i], ours.rest, states, goals, masks, counts, name)
                 del goals  # the most that is held
                 towards = _Towards(batches, states, wanted)
-                objective = Objective(_loss(computing(model, schedule), ours.rest, towards.variance), towards)
+                own = {place: ranges[i, place] for place in (0, 1)} if ranges else {}
+                loss = _loss(computing(model, schedule), ours.rest, towards.variance, own)
+                objective = Objective(loss, towards)
                 shuffled = epoch_batches(rows, schedule, seed, most)
                 ours.own[i] = flatten(fit(objective, ours.own[i], shuffled, schedule, folder / name, seed=seed))
-                del towards, objective
+                del towards, objective, loss
                 kept.save(i + 1, ours.own, wait=True)
             states = _through(finite, i, ours, states, masks)
     return together(student, params, ours.own)
@@ -125,14 +132,17 @@ class _Towards:
         return _Targets(hidden, wanted, batch.attention_mask, batch.attention_mask * batch.row_mask[:, None])
 
 
-def _loss(model: WithHead, rest: Mapping[str, Any], variance: float) -> Loss:
+def _loss(model: WithHead, rest: Mapping[str, Any], variance: float, ranges: Mapping[int, tuple[float, float]]) -> Loss:
     """Makes the loss of a layer that is trained alone: the mean squared error of what it gives, in the variance of what
-    it is to give.
+    it is to give; and the range loss of its two LayerNorms.
     """
 
     def loss(params: Mapping[str, Any], targets: _Targets, _: jax.Array):
-        found: Any = through(model, flatten(params), rest, targets.hidden, targets.attention_mask).hidden
-        return masked_mean(jnp.square(found - targets.wanted), targets.counts[..., None]) / variance, {}
+        found = through(model, flatten(params), rest, targets.hidden, targets.attention_mask)
+        error = masked_mean(jnp.square(found.hidden - targets.wanted), targets.counts[..., None]) / variance
+        (variances,) = found.intermediates.variances
+        outside = range_loss(dict(enumerate(variances)), ranges, targets.counts)
+        return error + _RANGE_WEIGHT * outside, {"error": error, "range_loss": outside}
 
     return loss
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flaxmpc.convert import stage0
+from flaxmpc.convert.calibrate import Ranges, variances
 from flaxmpc.convert.distill import start_student
 from flaxmpc.convert.finetune import apply_with_states, in_order
 from flaxmpc.convert.smaller import sizes, smaller_params
@@ -54,8 +55,17 @@ def distances(student, params, teacher: LoadedModel, split: Split, layers=None) 
     return only
 
 
-def started(student, params, teacher, layers, split: Split, folder: Path, schedule: Schedule = SOLVED):
-    return layer_by_layer(student, params, teacher, layers, split, schedule, folder, seed=0)
+def started(
+    student,
+    params,
+    teacher,
+    layers,
+    split: Split,
+    folder: Path,
+    schedule: Schedule = SOLVED,
+    ranges: Ranges | None = None,
+):
+    return layer_by_layer(student, params, teacher, layers, split, ranges, schedule, folder, seed=0)
 
 
 @pytest.mark.parametrize("name", [f"{name}ForSequenceClassification" for name in ("Bert", "DistilBert", "MPNet")])
@@ -100,6 +110,22 @@ def test_a_smaller_student(tmp_path):
     found = started(student, start, teacher, layers, some, tmp_path)
     before, after = (distances(student, params, teacher, rows(60, 1), layers) for params in (start, found))
     assert all(b < 0.8 * a for a, b in zip(before, after, strict=True))
+
+
+def test_a_layer_that_is_trained_alone_stays_in_its_ranges(tmp_path):
+    """What it gives does not tell how large what its LayerNorms get is."""
+    teacher = teacher_of("BertForSequenceClassification", 1)
+    student = teacher.model.clone(config=dataclasses.replace(teacher.model.config, **PARTS))
+    start, some = start_student(student, teacher.params), rows(100, 0)
+    seen = variances(student, start, in_order(some, most=22))
+    wanted = {place: (1.3 * np.median(values), 9 * np.median(values)) for place, values in seen.items()}
+    schedule, far = Schedule(epochs=8, learning_rate=1e-2, batch_size=16), []
+    for ranges in (None, wanted):
+        params = started(student, start, teacher, range(1), some, tmp_path / str(bool(ranges)), schedule, ranges)
+        found = variances(student, params, in_order(some, most=22))
+        logs = [np.log(found[place] / np.clip(found[place], *range_)) for place, range_ in wanted.items()]
+        far.append(sum(np.square(log).mean() for log in logs))
+    assert far[1] < 0.3 * far[0], far
 
 
 def test_a_killed_run_goes_on_after_the_last_layer_that_was_done(tmp_path, monkeypatch):
