@@ -75,7 +75,7 @@ def config_of(name: str, data: str, unlabelled: Path | None, dtype: str) -> Fine
         least_squares_rows=8192,
         stage0=dataclasses.replace(Conversion.stage0, epochs=2, **few),
         stage1=dataclasses.replace(
-            Conversion.stage1, epochs=1, learning_rate=1e-4, batch_size=16, logit_weight=0.1, range_weight=0.003, **few
+            Conversion.stage1, epochs=1, learning_rate=1e-4, batch_size=16, logit_weight=0.1, range_weight=0.1, **few
         ),
         stage2=dataclasses.replace(Conversion.stage2, epochs=1, **few),
         notes=f"Learned from `{data}`, the first of SST-2's rows of train, and in stage 1 from the texts of the next "

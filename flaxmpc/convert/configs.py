@@ -99,8 +99,8 @@ class Conversion:
             in a row one keeps a root after the feed-forward: without, a student diverges.
         least_squares_rows: the number of training texts, of the task's own where it has as many, on which the student
             starts layer after layer, so that each gives what the teacher's gives: its matrices are solved for, then it
-            is trained alone (stage 0). 0: it starts from the teacher's matrices. Some 40 bytes are held for every token
-            and feature: of base size, for 4,096 short texts, 2 GB.
+            is trained alone (stage 0). 0: it starts from the teacher's matrices. Some 25 bytes are held for every token
+            and feature: of base size, for 8,192 short texts, 3 GB.
         stage0: how long and how fast each layer is trained alone; by default its matrices are solved for, no more.
         stage1: the first stage; by default it matches hidden states alone.
         stage2: the last stage; by default it matches hidden states still, and a tenth of the logits, at a tenth of the

@@ -39,7 +39,7 @@ def solved(
     start: Mapping[str, Any],
     rest: Mapping[str, Any],
     states: Sequence[Any],
-    goals: Sequence[Any],
+    goals: Callable[[int], Any],
     masks: Sequence[Any],
     counts: Sequence[Any],
     name: str,
@@ -49,7 +49,8 @@ def solved(
     Args:
         model, start, rest: a model of this layer, its parameters, and those beside, see `flaxmpc.convert.layerwise`.
         states: what it gets in each batch, (batch, token, hidden): of many more tokens than a matrix has rows.
-        goals: what its dense layers are to give, see `goals_of`.
+        goals: computes what its dense layers are to give in batch number i, see `goals_of`: for all batches it would be
+            ten times what the states are.
         masks: which tokens each text of a batch has, (batch, token).
         counts: which of them count, (batch, token).
         name: the layer's, for the progress and for messages.
@@ -61,7 +62,7 @@ def solved(
     parts = [(group, batch) for group in range(len(_ORDER)) for batch in range(len(states))]
     totals: Any = None
     for group, batch in track(parts, description=f"{name}, least squares"):
-        given = states[batch], goals[batch], masks[batch], counts[batch]
+        given = states[batch], goals(batch), masks[batch], counts[batch]
         found = jax.tree.map(np.float64, _sums(model, group)(own, rest, *given))
         totals = jax.tree.map(np.add, totals, found) if batch else found
         if batch + 1 < len(states):

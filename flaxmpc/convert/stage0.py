@@ -82,18 +82,15 @@ def layer_by_layer(
             given, wanted = wanted, _through(teacher.model, layer, theirs, wanted, masks)
             if i >= done:
                 model, name = alone(finite, i), f"layer_{i}"
-                goals_in = goals_of(alone(teacher.model, layer))
-                pairs = zip(given, masks, strict=True)
-                goals = [goals_in(theirs.own[layer], theirs.rest, state, mask) for state, mask in pairs]
-                ours.own[i] = solved(model, ours.own[i], ours.rest, states, goals, masks, counts, name)
-                del goals  # the most that is held
+                goals = functools.partial(_goals, alone(teacher.model, layer), theirs, layer, given, masks)
+                start = solved(model, ours.own[i], ours.rest, states, goals, masks, counts, name)
                 towards = _Towards(batches, states, wanted)
-                own = {place: ranges[i, place] for place in (0, 1)} if ranges else {}
-                loss = _loss(computing(model, schedule), ours.rest, towards.variance, own)
-                objective = Objective(loss, towards)
+                own_ranges = {place: ranges[i, place] for place in (0, 1)} if ranges else {}
+                loss = _loss(computing(model, schedule), ours.rest, towards.variance, own_ranges)
                 shuffled = epoch_batches(rows, schedule, seed, most)
-                ours.own[i] = flatten(fit(objective, ours.own[i], shuffled, schedule, folder / name, seed=seed))
-                del towards, objective, loss
+                trained = fit(Objective(loss, towards), start, shuffled, schedule, folder / name, seed=seed)
+                ours.own[i] = flatten(trained)
+                del towards  # it holds the states
                 kept.save(i + 1, ours.own, wait=True)
             states = _through(finite, i, ours, states, masks)
     return together(student, params, ours.own)
@@ -156,6 +153,11 @@ def _embedded(model: WithHead, params: Mapping[str, Any], batch: Batch) -> Any:
 _embed: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=4)(
     lambda model: jax.jit(functools.partial(model.apply, method="embed"))
 )
+
+
+def _goals(model: WithHead, teacher: Layers, layer: int, given: Sequence[Any], masks: Sequence[Any], batch: int) -> Any:
+    """What a student's dense layers are to give in a batch, see `goals_of`."""
+    return goals_of(model)(teacher.own[layer], teacher.rest, given[batch], masks[batch])
 
 
 def _through(model: WithHead, layer: int, layers: Layers, states: Sequence[Any], masks: Sequence[Any]) -> list[Any]:

@@ -118,7 +118,7 @@ def test_a_layer_that_is_trained_alone_stays_in_its_ranges(tmp_path):
     student = teacher.model.clone(config=dataclasses.replace(teacher.model.config, **PARTS))
     start, some = start_student(student, teacher.params), rows(100, 0)
     seen = variances(student, start, in_order(some, most=22))
-    wanted = {place: (1.3 * np.median(values), 9 * np.median(values)) for place, values in seen.items()}
+    wanted = {place: (1.3 * float(np.median(values)), 9 * float(np.median(values))) for place, values in seen.items()}
     schedule, far = Schedule(epochs=8, learning_rate=1e-2, batch_size=16), []
     for ranges in (None, wanted):
         params = started(student, start, teacher, range(1), some, tmp_path / str(bool(ranges)), schedule, ranges)
