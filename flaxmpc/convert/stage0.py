@@ -119,7 +119,8 @@ class _Towards:
                 n = int(batch.attention_mask[row].sum())
                 given, goal = (of[row, :n] for of in both)
                 self._rows[int(batch.place[row])] = given, goal
-        self.variance = float(np.concatenate([goal for _, goal in self._rows.values()]).var(0).mean())
+        every = np.concatenate([goal for _, goal in self._rows.values()])
+        self.variance = max(float(every.var(0).mean()), 1e-12)
 
     def __call__(self, batch: Batch) -> _Targets:
         """Of the rows of a batch; 0 on padding."""
