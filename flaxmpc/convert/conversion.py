@@ -472,7 +472,7 @@ def convert(config: Conversion) -> dict[str, Any]:
     ranged = any(isinstance(norm, Ranged) for norm in norms.values())
     ranges = calibrate.ranges(seen) if ranged else None
     params = _start(config, student, teacher, layers, run, some, material, ranges)
-    if config.budget is not None:
+    if config.budget is not None and not config.least_squares_rows:
         params = near_teacher(student, params, teacher, layers, material.train, seed=config.seed, steps=STEPS)
     results |= _figures(task, predict(student, params, task.test), "untrained_")
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flaxmpc import secure
+from flaxmpc.convert import conversion as converting
 from flaxmpc.convert import search as searching
 from flaxmpc.convert.budget import choose
 from flaxmpc.convert.calibrate import variances
@@ -17,6 +18,7 @@ from flaxmpc.convert.finetune import apply_with_states, in_order, predict
 from flaxmpc.convert.search import (
     NORM_PLACES,
     REFERENCE,
+    PartNames,
     near_teacher,
     neighbours,
     norm_of,
@@ -150,6 +152,10 @@ def test_a_student_for_a_budget(teacher, tmp_path, few, monkeypatch):
     assert [made.attention_of(0).name] == chosen["attention"]
     assert [made.hidden_act_of(0).name] == chosen["activation"]
     assert json.loads((config.out / "recipe.json").read_text())["budget"] == "rounds=150"
+    with monkeypatch.context() as patch:  # what stage 0 gave is not trained towards other states again
+        patch.setattr(converting, "_searched", lambda *_: PartNames.read(kept, 1, "damaged"))
+        patch.setattr(converting, "near_teacher", None)
+        convert(dataclasses.replace(config, out=tmp_path / "both", least_squares_rows=20))
     (tmp_path / "own.run" / "search.json").write_text('{"chosen": {"parts": {"attention": ["softmax"]}}}')
     (config.out / "recipe.json").unlink()
     with pytest.raises(ValueError, match=r"search\.json is damaged: remove it, and the parts are searched again$"):
